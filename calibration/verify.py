@@ -1,0 +1,225 @@
+"""Is the bundle what it claims to be? Three comparisons, each of which can fail.
+
+1. The engine against the golden outputs the exporter recorded (always).
+2. The engine against the checkpoint in torch (when one is given).
+3. Speculative against plain decoding, for every drafter, token by token.
+
+A first divergence is a *tie* when the two best logits lie closer than rounding can tell apart, and a *fault* otherwise:
+the masked columns of a tree change the order of summation by about 1e-6 (design, measured), so ties are possible and
+must be named, and anything else is a bug.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.engine import Engine
+from headstart.runtime.errors import BundleError, MissingExtraError, OptionError
+from headstart.runtime.model import Model, load
+from headstart.runtime.prefill import prefill
+
+# Largest |Δlogit| allowed, relative to the row's logit range (max - min).
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
+Progress = Callable[[str, int, int], None]  # what, done, of
+
+
+@dataclass(frozen=True)
+class LogitCheck:
+    """The engine's logits against a reference; differences relative to each row's logit range."""
+
+    reference: str  # "golden" or the checkpoint's folder
+    rows: int
+    max_abs_difference: float
+    max_relative_difference: float
+    greedy_equal: int
+    greedy_of: int
+    ties: int
+    faults: int
+
+    @property
+    def ok(self) -> bool:
+        return self.faults == 0
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where speculative and plain decoding first differ on one prompt."""
+
+    prompt: int
+    token: int  # index among the new tokens
+    plain: int  # token ids
+    speculative: int
+    margin: float  # between the two best logits of plain decoding there
+    kind: str  # "tie" or "fault"
+
+
+@dataclass(frozen=True)
+class DrafterCheck:
+    """Speculative against plain greedy decoding with one drafter."""
+
+    drafter: str
+    prompts: int
+    tokens: int
+    acceptance_length: float
+    divergences: tuple[Divergence, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(d.kind == "tie" for d in self.divergences)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of `verify`."""
+
+    logits: tuple[LogitCheck, ...]
+    drafters: tuple[DrafterCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in (*self.logits, *self.drafters))
+
+
+def verify(
+    bundle: str | Path,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int = 128,
+    checkpoint: str | Path | None = None,
+    draft_model: str | Path | None = None,
+    device: str = "cpu",
+    progress: Progress = lambda what, done, of: None,
+) -> Report:
+    """Run the three comparisons. With no prompts, the golden inputs' texts serve as prompts.
+
+    Raises BundleError, OptionError, MissingExtraError; a difference is not raised but reported.
+    """
+    model = load(bundle, device, draft_model=draft_model)
+    golden = read_golden(model.bundle)
+    logits = [check_golden(model.engine, golden)]
+    progress("golden outputs", 1, 1)
+    if checkpoint is not None:
+        logits.append(check_checkpoint(model.engine, checkpoint, golden["input_ids"]))
+        progress("checkpoint", 1, 1)
+    texts = list(prompts) or [model.tokenizer.decode(ids) for ids in golden["input_ids"].tolist()]
+    return Report(tuple(logits), tuple(check_drafters(model, texts, max_new_tokens, progress)))
+
+
+def read_golden(bundle: Bundle) -> dict[str, NDArray[Any]]:
+    file = bundle.path / "golden.npz"
+    if not file.is_file():
+        raise BundleError(f"{file} is missing. Fix: export the bundle again.")
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def check_golden(engine: Engine, golden: dict[str, NDArray[Any]]) -> LogitCheck:
+    """All rows' top logits, and greedy continuations, against those recorded at export."""
+    differences = []
+    for ids, top_ids, top_logits in zip(golden["input_ids"], golden["top_ids"], golden["top_logits"], strict=True):
+        ours = np.take_along_axis(all_logits(engine, ids), top_ids.astype(np.int64), axis=-1)
+        differences.append(np.abs(ours - top_logits).max(axis=-1))
+    return _logit_check("golden", engine, np.stack(differences), golden["spread"], golden["input_ids"], golden["greedy"])
+
+
+def check_checkpoint(engine: Engine, checkpoint: str | Path, input_ids: NDArray[np.int64]) -> LogitCheck:
+    """Every logit, and greedy continuations, against the checkpoint run by transformers in float32."""
+    try:
+        from headstart.exporter.checkpoint import load_checkpoint
+        from headstart.exporter.golden import GREEDY, reference_greedy, reference_logits
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Comparing with a checkpoint", "export") from error
+    model = load_checkpoint(checkpoint).model
+    reference = reference_logits(model, input_ids)
+    if reference.shape[-1] != engine.model.vocab_size:
+        raise OptionError(f"{checkpoint} has {reference.shape[-1]} logits, the bundle {engine.model.vocab_size}: another model.")
+    differences = np.stack([np.abs(all_logits(engine, ids) - r).max(axis=-1) for ids, r in zip(input_ids, reference, strict=True)])
+    tokens = min(GREEDY, engine.model.max_cache - input_ids.shape[1])
+    greedy = reference_greedy(model, input_ids, tokens)
+    spread = reference.max(axis=-1) - reference.min(axis=-1)
+    return _logit_check(str(checkpoint), engine, differences, spread, input_ids, greedy)
+
+
+def _logit_check(
+    reference: str,
+    engine: Engine,
+    differences: NDArray[np.float32],  # [N, T]
+    spread: NDArray[np.float32],  # [N, T]
+    input_ids: NDArray[np.int64],
+    greedy: NDArray[np.int64],  # [N, tokens]
+) -> LogitCheck:
+    relative = float((differences / spread).max())
+    tolerance = TOLERANCE[engine.model.dtype]
+    runs = [compare_greedy(engine, ids.tolist(), wanted.tolist()) for ids, wanted in zip(input_ids, greedy, strict=True)]
+    ties = sum(1 for margin in runs if margin is not None and margin <= 2 * tolerance)
+    faults = sum(1 for margin in runs if margin is not None) - ties + int(relative > tolerance)
+    equal = sum(1 for margin in runs if margin is None)
+    return LogitCheck(reference, differences.size, float(differences.max()), relative, equal, len(runs), ties, faults)
+
+
+def all_logits(engine: Engine, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """[T, V] logits of every row of one text, in one forward."""
+    count = len(token_ids)
+    cache = engine.new_cache(1, count)
+    rows = np.arange(count)[None]
+    output = engine.forward(cache, token_ids[None], rows, np.tri(count, dtype=np.bool_)[None], rows)
+    return output.logits[0].copy()
+
+
+def compare_greedy(engine: Engine, prompt: list[int], wanted: list[int]) -> float | None:
+    """None when the engine's greedy tokens equal `wanted`, else the relative top-2 margin where they first differ."""
+    cache = engine.new_cache(1, len(prompt) + len(wanted))
+    logits = prefill(engine, cache, prompt).logits[0, 0]
+    for token in wanted:
+        if int(logits.argmax()) != token:
+            return top_two_margin(logits) / float(logits.max() - logits.min())
+        logits = prefill(engine, cache, [token]).logits[0, 0]
+    return None
+
+
+def top_two_margin(logits: NDArray[np.float32]) -> float:
+    best = np.partition(logits, -2)[-2:]
+    return float(best[1] - best[0])
+
+
+def check_drafters(model: Model, prompts: Sequence[str], max_new_tokens: int, progress: Progress) -> list[DrafterCheck]:
+    """Each prompt decoded plainly once and with every drafter, greedy, past end tokens so that all lengths are equal."""
+    settings = {"max_new_tokens": max_new_tokens, "ignore_end": True}
+    plain = []
+    for done, prompt in enumerate(prompts):
+        plain.append(model.generate(prompt, drafter="none", **settings))
+        progress("plain", done + 1, len(prompts))
+    checks = []
+    for name in model.drafters:
+        results = []
+        for done, prompt in enumerate(prompts):
+            results.append(model.generate(prompt, drafter=name, **settings))
+            progress(name, done + 1, len(prompts))
+        found = [
+            _divergence(model, index, prompt, p.token_ids, r.token_ids)
+            for index, (prompt, p, r) in enumerate(zip(prompts, plain, results, strict=True))
+        ]
+        tokens = sum(len(r.token_ids) for r in results)
+        calls = sum(r.stats.verify_calls for r in results)
+        length = (tokens - len(results)) / max(calls, 1)
+        checks.append(DrafterCheck(name, len(prompts), tokens, length, tuple(d for d in found if d is not None)))
+    return checks
+
+
+def _divergence(model: Model, index: int, prompt: str, plain: list[int], speculative: list[int]) -> Divergence | None:
+    if plain == speculative:
+        return None
+    both = zip(plain, speculative, strict=False)
+    first = next((i for i, (a, b) in enumerate(both) if a != b), min(len(plain), len(speculative)))
+    token_ids = model.tokenizer.encode(prompt) + plain[:first]
+    logits = prefill(model.engine, model.engine.new_cache(1, len(token_ids)), token_ids).logits[0, 0]
+    margin = top_two_margin(logits)
+    # Both runs round, each by at most the tolerance that exported logits are held to.
+    tie = margin <= 2 * TOLERANCE[model.engine.model.dtype] * float(logits.max() - logits.min())
+    one_ended = first >= min(len(plain), len(speculative))
+    ids = [tokens[first] if first < len(tokens) else -1 for tokens in (plain, speculative)]
+    return Divergence(index, first, *ids, margin, "tie" if tie and not one_ended else "fault")

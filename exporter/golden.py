@@ -1,0 +1,56 @@
+"""Golden outputs: what the checkpoint itself says on a few inputs, recorded in the bundle.
+
+They let a device without torch prove that its engine still computes the exported model. Inputs are seeded random
+tokens, since every vocabulary has those. Recorded by transformers' own attention, not by ours.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+SEQUENCES = 3
+LENGTH = 24  # tokens
+TOP = 64  # logits kept per row: a whole vocabulary of every row would outweigh small models
+GREEDY = 32  # tokens generated from each sequence
+FILE = "golden.npz"
+
+
+def write_golden(model: Any, folder: Path, vocab_size: int, max_cache: int) -> None:
+    """`golden.npz`: input_ids [N, T], top_ids and top_logits [N, T, 64], spread [N, T] (max - min), greedy [N, 32]."""
+    length = min(LENGTH, max_cache // 2)
+    input_ids = np.random.default_rng(0).integers(0, vocab_size, (SEQUENCES, length))
+    logits = reference_logits(model, input_ids)
+    top = np.argsort(-logits, axis=-1, kind="stable")[..., :TOP]
+    greedy = reference_greedy(model, input_ids, min(GREEDY, max_cache - length))
+    np.savez_compressed(
+        folder / FILE,
+        input_ids=input_ids,
+        top_ids=top.astype(np.int32),
+        top_logits=np.take_along_axis(logits, top, axis=-1),
+        spread=logits.max(axis=-1) - logits.min(axis=-1),
+        greedy=greedy,
+    )
+
+
+def reference_logits(model: Any, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """[N, T, V] float32 of the checkpoint in torch."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(input_ids), use_cache=False).logits
+    return np.asarray(logits.float().numpy())
+
+
+def reference_greedy(model: Any, input_ids: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+    """[N, tokens] int64 from `transformers.generate`, plain greedy: no end token and no logit rules."""
+    from transformers import GenerationConfig
+
+    plain = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ids = torch.from_numpy(input_ids)
+    kept, model.generation_config = model.generation_config, plain  # generate() would mix its defaults in
+    try:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+    finally:
+        model.generation_config = kept
+    return np.asarray(out[:, ids.shape[1] :].numpy())

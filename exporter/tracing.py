@@ -1,0 +1,324 @@
+"""Trace a transformers decoder into the canonical graph.
+
+Most architectures of transformers fetch their attention from one registry and hand their keys and values to one cache
+object. Registering our attention and passing our cache is therefore enough to give any of them explicit positions, an
+explicit mask and a preallocated cache. Knows nothing of files or of single architectures.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from headstart.runtime import contract
+from headstart.runtime.bundle import CacheInfo
+from headstart.runtime.errors import CheckpointError
+
+ATTENTION = "headstart"
+# Sizes of the traced example. All differ, so that no two dynamic axes are taken for one.
+EXAMPLE = {"batch": 2, "rows": 3, "slots": 32, "chosen": 5}
+# Arguments an architecture may pass to its attention that change the result and that we do not compute.
+REFUSED = ("s_aux", "position_bias", "head_mask", "block_mask", "indexer")
+
+
+@dataclass
+class Step:
+    """What the attention function needs beyond its arguments, during one traced forward."""
+
+    position_ids: Tensor  # [B, T] int64
+    write_index: Tensor  # [B] int64
+    caches: list[Tensor]  # key, value, key, value, …; each [B, G, S, D]
+    attended: set[int] = field(default_factory=set)  # layers whose attention went through us
+    slot_positions: Tensor | None = None  # [B, S], filled when a sliding window asks
+
+
+_step: ContextVar[Step] = ContextVar("headstart_step")
+
+
+class SlotCache:
+    """The cache object transformers sees: rows are written to fixed slots, and all slots are returned."""
+
+    is_compileable = False
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        caches, index = self.step.caches, self.step.write_index
+        caches[2 * layer_idx] = tensor_scatter(caches[2 * layer_idx], key, index)
+        caches[2 * layer_idx + 1] = tensor_scatter(caches[2 * layer_idx + 1], value, index)
+        return caches[2 * layer_idx], caches[2 * layer_idx + 1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # only read to make positions and masks, and both are inputs here
+
+
+def tensor_scatter(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
+    """ONNX TensorScatter: `new` [B, G, T, D] into slots write_index … write_index + T - 1 of `cache` [B, G, S, D]."""
+    if not torch.onnx.is_in_onnx_export():
+        slots = write_index[:, None, None, None] + torch.arange(new.shape[2])[None, None, :, None]
+        return cache.scatter(2, slots.expand(new.shape), new)
+    inputs = (cache, new, write_index)
+    result: Tensor = torch.onnx.ops.symbolic("TensorScatter", inputs, {"axis": 2}, dtype=cache.dtype, shape=cache.shape, version=24)
+    return result
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [B, heads, T, D]
+    key: Tensor,  # [B, G, S, D]
+    value: Tensor,  # [B, G, S, Dv]
+    attention_mask: Tensor,  # [B, 1, T, S] bool
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention: mask, sliding window from positions, soft cap. Returns [B, T, heads, Dv]."""
+    refused = [name for name in REFUSED if others.get(name) is not None]
+    if refused:
+        raise CheckpointError(f"{type(module).__name__} passes {', '.join(refused)} to its attention, which is not supported yet.")
+    step = _step.get()
+    step.attended.add(getattr(module, "layer_idx", len(step.attended)))
+    if sliding_window is not None:
+        attention_mask = attention_mask & _inside_window(step, key.shape[2], sliding_window)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if softcap is not None or not torch.onnx.is_in_onnx_export():
+        # The operator's own softcap is applied on the other side of the mask in some runtimes: spelled out, all agree.
+        result = _attention_from_primitives(query, key, value, attention_mask, scale, softcap)
+    else:
+        shape = (*query.shape[:3], value.shape[-1])
+        inputs = (query, key, value, attention_mask)
+        result = torch.onnx.ops.symbolic("Attention", inputs, {"scale": scale}, dtype=query.dtype, shape=shape, version=24)
+    return result.transpose(1, 2).contiguous(), None
+
+
+def _attention_from_primitives(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """MatMul, soft cap, mask, Softmax, MatMul, with the query heads of one key/value head folded into its rows."""
+    batch, heads, rows, size = query.shape
+    groups = key.shape[1]
+    query = query.reshape(batch, groups, heads // groups * rows, size)
+    scores = (query @ key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.reshape(batch, heads, rows, -1)
+    scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = weights.reshape(batch, groups, heads // groups * rows, -1)
+    return (weights @ value).reshape(batch, heads, rows, value.shape[-1])
+
+
+def _inside_window(step: Step, slots: int, window: int) -> Tensor:
+    """[B, 1, T, S] bool: the slot's position lies fewer than `window` before the row's.
+
+    A committed slot holds the position of its own index; the rows being written hold theirs, which in a tree
+    are not the slot's.
+    """
+    if step.slot_positions is None:
+        batch = step.position_ids.shape[0]
+        positions = torch.arange(slots, device=step.position_ids.device)[None, None, :, None].expand(batch, 1, slots, 1)
+        written = tensor_scatter(positions, step.position_ids[:, None, :, None], step.write_index)
+        step.slot_positions = written[:, 0, :, 0]
+    distance = step.position_ids[:, :, None] - step.slot_positions[:, None, :]
+    return (distance < window)[:, None]
+
+
+@contextlib.contextmanager
+def _our_attention(model: Any) -> Iterator[None]:
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    previous = model.config._attn_implementation
+    model.config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = previous
+
+
+class DecoderGraph(torch.nn.Module):
+    """The model as the contract sees it: positional tensors in, logits, hidden, [aux_hidden] and caches out."""
+
+    def __init__(self, model: Any, aux_layers: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.model = model
+        self.aux_layers = aux_layers
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        write_index: Tensor,
+        output_rows: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        step = Step(position_ids, write_index, list(caches))
+        token = _step.set(step)
+        captured: list[Tensor] = []
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(_choose_rows(output_rows, captured))
+        try:
+            out = self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                past_key_values=SlotCache(step),
+                use_cache=True,
+                output_hidden_states=bool(self.aux_layers),
+            )
+        finally:
+            hook.remove()
+            _step.reset(token)
+        if len(step.attended) != len(caches) // 2:
+            raise CheckpointError(_not_through_us(self.model, len(step.attended), len(caches) // 2))
+        aux = [torch.cat([out.hidden_states[i] for i in self.aux_layers], dim=-1)] if self.aux_layers else []
+        return (out.logits, captured[0], *aux, *step.caches)
+
+
+def _choose_rows(output_rows: Tensor, captured: list[Tensor]) -> Any:
+    """A hook before the LM head: keep what it reads ([B, T, H], after the final norm), pass on the chosen rows only.
+
+    Hooking there leaves whatever the architecture does after the LM head (soft caps, logit scales) in place.
+    """
+
+    def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        captured.append(args[0])
+        index = output_rows[:, :, None].expand(-1, -1, args[0].shape[-1])
+        return (torch.gather(args[0], 1, index),)
+
+    return hook
+
+
+def _not_through_us(model: Any, attended: int, layers: int) -> str:
+    return (
+        f"{type(model).__name__} is not supported: {attended} of its {layers} layers attend through transformers' attention "
+        "interface, and the graph contract needs all of them. Nearest supported: Llama, Qwen, Mistral, Gemma, Phi-3, GPT-2, "
+        "GPT-NeoX, OPT, StableLM, SmolLM3, OLMo 2."
+    )
+
+
+class ShapeProbe:
+    """A cache that only notes the shape of each layer's keys and values."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[int, int, int]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.shapes[layer_idx] = (key.shape[1], key.shape[3], value.shape[3])
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def cache_infos(model: Any) -> tuple[CacheInfo, ...]:
+    """The caches the model asks for, found by running two tokens through it.
+
+    Raises CheckpointError when it keeps other state than one key and value cache per layer.
+    """
+    probe = ShapeProbe()
+    positions = torch.arange(2)[None]
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    token = _step.set(Step(positions, torch.zeros(1, dtype=torch.long), []))
+    try:
+        with _our_attention(model), torch.no_grad():
+            model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long),
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=probe,
+                use_cache=True,
+            )
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{type(model).__name__} is not supported: it needs more of its cache or inputs than keys, values, mask and "
+            f"positions ({error}). Nearest supported: a decoder with plain attention layers, such as Llama or Qwen3."
+        ) from error
+    finally:
+        _step.reset(token)
+    layers = model.config.get_text_config().num_hidden_layers
+    if sorted(probe.shapes) != list(range(layers)):
+        raise CheckpointError(_not_through_us(model, len(probe.shapes), layers))
+    return tuple(CacheInfo(contract.key_name(i), contract.value_name(i), *probe.shapes[i]) for i in range(layers))
+
+
+def trace_decoder(model: Any, caches: tuple[CacheInfo, ...], aux_layers: tuple[int, ...] = ()) -> Any:
+    """The canonical decoder as an onnx_ir Model with the contract's input and output names.
+
+    Raises CheckpointError when the model does not fit the contract.
+    """
+    wrapper = DecoderGraph(model, aux_layers).eval()
+    with _our_attention(model), torch.no_grad(), _quiet_exporter():
+        program = torch.onnx.export(
+            wrapper,
+            _example_inputs(model, caches),
+            dynamo=True,
+            dynamic_shapes=_dynamic_shapes(len(caches)),
+            opset_version=contract.OPSET,
+            optimize=True,
+            verbose=False,
+        )
+    cache_names = [name for cache in caches for name in (cache.key_name, cache.value_name)]
+    _rename(program.model.graph.inputs, [*contract.STEP_INPUTS, *cache_names])
+    aux = [contract.AUX_HIDDEN] if aux_layers else []
+    _rename(program.model.graph.outputs, [contract.LOGITS, contract.HIDDEN, *aux, *map(contract.updated, cache_names)])
+    return program.model
+
+
+def _example_inputs(model: Any, caches: tuple[CacheInfo, ...]) -> tuple[Any, ...]:
+    batch, rows, slots, chosen = EXAMPLE.values()
+    whole = {"dtype": torch.long}
+    buffers = [
+        torch.zeros(batch, cache.kv_heads, slots, size, dtype=model.dtype)
+        for cache in caches
+        for size in (cache.key_size, cache.value_size)
+    ]
+    return (
+        torch.zeros(batch, rows, **whole),
+        torch.zeros(batch, rows, **whole),
+        torch.ones(batch, 1, rows, slots, dtype=torch.bool),
+        torch.zeros(batch, **whole),
+        torch.zeros(batch, chosen, **whole),
+        buffers,
+    )
+
+
+def _dynamic_shapes(layers: int) -> tuple[Any, ...]:
+    batch, rows, slots, chosen = (torch.export.Dim(name) for name in EXAMPLE)
+    return (
+        {0: batch, 1: rows},
+        {0: batch, 1: rows},
+        {0: batch, 2: rows, 3: slots},
+        {0: batch},
+        {0: batch, 1: chosen},
+        [{0: batch, 2: slots}] * (2 * layers),
+    )
+
+
+def _rename(values: Any, names: list[str]) -> None:
+    assert len(values) == len(names), f"{len(values)} values for {len(names)} names"
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    # It warns about torchvision, treespec internals and axis names, none of which a user can act on.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,58 @@
+"""Headstart: a Hugging Face checkpoint with draft heads, decoding fast and losslessly on the edge.
+
+    import headstart
+    model = headstart.load("bundle")
+    print(model.generate("def fib(n):", max_new_tokens=64).text)
+
+Names are loaded on first use, so that importing the package costs nothing and never needs an optional package.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headstart.calibration.train import train_medusa
+    from headstart.calibration.verify import verify
+    from headstart.exporter.export import export
+    from headstart.exporter.heads.install import import_head
+    from headstart.runtime.bundle import Bundle
+    from headstart.runtime.errors import HeadstartError
+    from headstart.runtime.model import Model, Result, Stats, load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Bundle": "headstart.runtime.bundle",
+    "HeadstartError": "headstart.runtime.errors",
+    "Model": "headstart.runtime.model",
+    "Result": "headstart.runtime.model",
+    "Stats": "headstart.runtime.model",
+    "export": "headstart.exporter.export",
+    "import_head": "headstart.exporter.heads.install",
+    "load": "headstart.runtime.model",
+    "train_medusa": "headstart.calibration.train",
+    "verify": "headstart.calibration.verify",
+}
+
+__all__ = [
+    "Bundle",
+    "HeadstartError",
+    "Model",
+    "Result",
+    "Stats",
+    "export",
+    "import_head",
+    "load",
+    "train_medusa",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headstart' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

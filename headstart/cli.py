@@ -1,0 +1,179 @@
+"""The `headstart` command: every subcommand parses, calls one library function, and prints.
+
+Heavy packages are imported inside the commands, so that `--help` is instant and a device without torch can decode.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+app = typer.Typer(
+    help="From a Hugging Face checkpoint with draft heads to fast, lossless decoding on the edge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+heads_app = typer.Typer(help="Draft heads: train, import, list.", no_args_is_help=True)
+app.add_typer(heads_app, name="heads")
+
+BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Threads = Annotated[Optional[int], typer.Option(help="Threads of the engine; all cores by default.", min=1)]
+DraftModel = Annotated[Optional[Path], typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit code 2."""
+    from headstart.runtime.errors import HeadstartError
+
+    try:
+        app()
+    except HeadstartError as error:
+        print(f"headstart: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("headstart: interrupted; nothing half-written was left.", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub name.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder.", show_default=False)],
+    head: Annotated[Optional[list[Path]], typer.Option(help="Folder of a draft head; may be repeated.")] = None,
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and activations.")] = "float32",
+    max_cache: Annotated[Optional[int], typer.Option(help="Longest text in tokens; the model's limit by default.")] = None,
+    aux_layers: Annotated[str, typer.Option(help="hidden_states indices that heads read, e.g. 2,8,13.")] = "",
+    force: Force = False,
+) -> None:
+    """Export a checkpoint, with draft heads, to a bundle."""
+    from headstart.exporter.export import export as run
+
+    from .screen import stages
+
+    with stages() as progress:
+        bundle = run(checkpoint, output, head or (), dtype, max_cache, _integers(aux_layers), force, progress)
+    print(f"{bundle.path}: {bundle.manifest.model.architecture}, heads: {', '.join(bundle.manifest.heads) or 'none'}")
+
+
+@app.command()
+def inspect(bundle: BundleArg) -> None:
+    """Show what a bundle holds, on one screen."""
+    from headstart.runtime.bundle import Bundle
+
+    from .screen import show_bundle
+
+    show_bundle(Bundle.load(bundle))
+
+
+@app.command()
+def generate(
+    bundle: BundleArg,
+    prompt: Annotated[Optional[str], typer.Argument(help="The text to complete; - reads standard input.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to add.")] = 128,
+    drafter: Annotated[str, typer.Option(help="auto, none, ngram, or a head's name.")] = "auto",
+    draft_nodes: Annotated[Optional[int], typer.Option(help="Nodes of the draft tree.")] = None,
+    draft_model: DraftModel = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[Optional[list[str]], typer.Option(help="A text that ends the completion; may be repeated.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Complete a prompt."""
+    from headstart.runtime.model import load
+
+    from .screen import print_generation
+
+    model = load(bundle, threads=threads, draft_model=draft_model)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
+    options = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes, **sampling, **rules}
+    text = _prompt(prompt)
+    if chat:
+        text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    print_generation(model, text, options, stream, stats)
+
+
+@app.command()
+def verify(
+    bundle: BundleArg,
+    prompts: Annotated[Optional[Path], typer.Option(help='Text file, one prompt a line, or JSONL with "prompt".')] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Use the first N prompts.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
+    checkpoint: Annotated[Optional[Path], typer.Option(help="Compare with this checkpoint in torch, too.")] = None,
+    draft_model: DraftModel = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the report there.")] = None,
+) -> None:
+    """Lossless? Equal to the checkpoint? Exit code 1 on a fault."""
+    from headstart.calibration.verify import verify as run
+    from headstart.runtime.prompts import read_prompts
+
+    from .screen import counted, show_report, write_json
+
+    texts = read_prompts(prompts)[:limit] if prompts else []
+    with counted() as progress:
+        report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, progress=progress)
+    show_report(report)
+    if json_file:
+        write_json(json_file, report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@heads_app.command("list")
+def heads_list(bundle: BundleArg) -> None:
+    """The draft heads of a bundle."""
+    from headstart.runtime.bundle import Bundle
+
+    from .screen import show_heads
+
+    show_heads(Bundle.load(bundle))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the exported bundle goes.")] = Path(".demo"),
+    samples: Annotated[Optional[Path], typer.Option(help="The samples folder; the repository's own by default.")] = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the table's rows there.")] = None,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.", min=1)] = 12,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 3,
+) -> None:
+    """The whole way on the shipped sample: export, verify, decode with and without heads."""
+    from .demo import run
+    from .screen import show_demo, write_json
+
+    table = run(output, samples, prompts, rounds)
+    show_demo(table)
+    if json_file:
+        write_json(json_file, table.rows)
+    raise typer.Exit(0 if table.ok else 1)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    from headstart.runtime.errors import OptionError
+
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise OptionError(f"--aux-layers {text!r}: whole numbers separated by commas are needed, e.g. 2,8,13.") from error
+
+
+def _prompt(prompt: str | None) -> str:
+    from headstart.runtime.errors import PromptError
+
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        return sys.stdin.read()
+    if prompt is None:
+        raise PromptError("There is no prompt. Give it as an argument, or on standard input.")
+    return prompt
+
+

@@ -1,0 +1,146 @@
+"""What the command line prints: progress, tables, and JSON files."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from headstart.runtime.bundle import Bundle, atomic_write
+from headstart.runtime.model import Model, Result
+
+if TYPE_CHECKING:
+    from headstart.calibration.verify import Report
+
+    from .demo import DemoTable
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """A spinner with the present stage's name and the time so far."""
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda stage: bar.update(task, description=stage)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per counted step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, of: int) -> None:
+            task = tasks.setdefault(what, bar.add_task(what, total=of)) if what not in tasks else tasks[what]
+            bar.update(task, completed=done, total=of)
+
+        yield update
+
+
+def table(title: str, *columns: str) -> Table:
+    grid = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return grid
+
+
+def show_bundle(bundle: Bundle) -> None:
+    manifest, model = bundle.manifest, bundle.manifest.model
+    size = sum((bundle.path / name).stat().st_size for name in manifest.files)
+    cache = sum(c.kv_heads * (c.key_size + c.value_size) for c in manifest.caches)
+    grid = table(f"{bundle.path}", "what", "value")
+    bytes_each = 2 if model.dtype in ("float16", "bfloat16") else 4
+    rows = {
+        "model": f"{model.architecture}, {model.parameters / 1e6:.2f} M parameters, {model.dtype}",
+        "sizes": f"{model.layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
+        "cache": f"up to {model.max_cache} tokens, {cache * bytes_each / 1024:.1f} KiB per token",
+        "graphs": ", ".join(graph.file for graph in manifest.graphs.values()),
+        "heads": ", ".join(manifest.heads) or "none",
+        "quantization": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items()) or "none",
+        "end tokens": ", ".join(map(str, manifest.generation.eos_token_ids)) or "none",
+        "source": f"{manifest.provenance.source}, exported {manifest.provenance.created}",
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.provenance.versions.items()),
+        "files": f"{len(manifest.files)} files, {size / 1e6:.1f} MB, all hashes match",
+    }
+    for name, value in rows.items():
+        grid.add_row(name, escape(value))
+    out.print(grid)
+
+
+def show_heads(bundle: Bundle) -> None:
+    grid = table(f"{bundle.path}", "head", "family", "dialect", "heads", "candidates", "shares the LM head")
+    for name in bundle.manifest.heads:
+        head = bundle.head(name)
+        grid.add_row(name, head.family, head.dialect, str(head.heads), str(head.top_k), "yes" if head.shared else "no")
+    out.print(grid if bundle.manifest.heads else "no draft heads")
+
+
+def print_generation(model: Model, prompt: str, options: dict[str, Any], stream: bool, stats: bool) -> None:
+    """The completion on standard output, the figures on standard error."""
+    from headstart.runtime.model import Generation
+
+    generation = Generation(model, [prompt], **options)
+    for pieces in generation.pieces():
+        if stream:
+            print(pieces[0], end="", flush=True)
+    result = generation.results()[0]
+    print("" if stream else result.text)
+    if stats:
+        err.print(escape(describe(result)))
+
+
+def describe(result: Result) -> str:
+    stats = result.stats
+    return (
+        f"[{stats.drafter}] {len(result.token_ids)} tokens ({result.finish_reason}), {stats.tokens_per_s:.1f} tokens/s, "
+        f"acceptance length {stats.acceptance_length:.2f} over {stats.verify_calls} verify calls, "
+        f"prompt of {result.prompt_tokens} tokens in {1000 * stats.prefill_s:.1f} ms"
+    )
+
+
+def show_report(report: "Report") -> None:
+    grid = table("logits and greedy tokens", "reference", "rows", "max |Δ|", "relative", "greedy equal", "ties", "faults")
+    for c in report.logits:
+        equal = f"{c.greedy_equal} of {c.greedy_of}"
+        numbers = (f"{c.max_abs_difference:.1e}", f"{c.max_relative_difference:.1e}", equal, str(c.ties), str(c.faults))
+        grid.add_row(escape(c.reference), str(c.rows), *numbers)
+    out.print(grid)
+    grid = table("speculative against plain, greedy", "drafter", "prompts", "tokens", "acceptance length", "ties", "faults")
+    for d in report.drafters:
+        ties = sum(x.kind == "tie" for x in d.divergences)
+        numbers = (str(d.prompts), str(d.tokens), f"{d.acceptance_length:.2f}", str(ties), str(len(d.divergences) - ties))
+        grid.add_row(d.drafter, *numbers)
+    out.print(grid)
+    for d in report.drafters:
+        for x in d.divergences:
+            out.print(
+                f"{d.drafter}: prompt {x.prompt} differs at new token {x.token}: plain {x.plain}, speculative "
+                f"{x.speculative}, top-2 margin {x.margin:.2e}: {x.kind}"
+            )
+    out.print("verified: no fault" if report.ok else "[bold red]FAULT[/]: see above")
+
+
+def show_demo(demo: "DemoTable") -> None:
+    grid = table(demo.title, "drafter", "temperature", "tokens/s", "× plain", "acceptance length", "verify calls", "equal", "distinct 4-grams")
+    for row in demo.rows:
+        equal = {True: "yes", False: "NO", None: "–"}[row.equal]
+        speed = (f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}", f"{row.acceptance_length:.2f}")
+        grid.add_row(row.drafter, f"{row.temperature:g}", *speed, str(row.verify_calls), equal, f"{row.distinct_4grams:.0%}")
+    out.print(grid)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Dataclasses, or lists of them, as one JSON document."""
+    document = [dataclasses.asdict(v) for v in value] if isinstance(value, (list, tuple)) else dataclasses.asdict(value)
+    atomic_write(file, json.dumps(document, indent=2) + "\n")
+    print(f"wrote {file}", file=sys.stderr)

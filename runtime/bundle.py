@@ -1,0 +1,275 @@
+"""The bundle: one folder that holds everything decoding needs, explained by `manifest.json`.
+
+Knows the manifest's schema, the files' hashes, and how to write both so that a crash leaves nothing half-written.
+Knows nothing of graphs' contents or of engines. Schema: frozen dataclasses below, one JSON object each.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import BundleError, OutputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a graph. Symbolic sizes are strings."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """One ONNX file, its path relative to the bundle."""
+
+    file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """Where one tensor lies inside a data file, so that another graph can use the same bytes."""
+
+    file: str
+    offset: int  # bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """The key and value cache of one attention layer."""
+
+    key_name: str
+    value_name: str
+    kv_heads: int
+    key_size: int
+    value_size: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the target model is. `aux_layers` index `hidden_states[i]` in the transformers convention."""
+
+    architecture: str
+    family: str  # "decoder"
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    max_cache: int  # tokens
+    parameters: int
+    aux_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationRules:
+    """What the checkpoint says about ending and suppressing tokens."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    suppress_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the bundle came from: command, source, package versions, hashes of the source's weight files."""
+
+    command: str
+    source: str
+    created: str  # ISO 8601, UTC
+    versions: dict[str, str]
+    source_sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """A draft head: `heads/<name>/head.json`. `shared` names head initializers that lie in the target's data file."""
+
+    name: str
+    family: str  # "medusa"
+    dialect: str  # the published format it was imported from
+    hidden_size: int
+    vocab_size: int
+    heads: int  # future tokens proposed, one head each
+    top_k: int  # candidates per head
+    graph: GraphInfo
+    shared: dict[str, WeightInfo] = field(default_factory=dict)
+    lossless: bool = True
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`."""
+
+    schema_version: int
+    model: ModelInfo
+    graphs: dict[str, GraphInfo]
+    caches: tuple[CacheInfo, ...]
+    generation: GenerationRules
+    provenance: Provenance
+    heads: tuple[str, ...] = ()
+    weights: dict[str, WeightInfo] = field(default_factory=dict)
+    quantization: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # path relative to the bundle -> sha256
+
+
+class Bundle:
+    """A bundle on disk, its manifest read and (by default) every file's hash checked."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def load(cls, path: str | Path, check_hashes: bool = True) -> "Bundle":
+        """Raises BundleError when the folder is no bundle, of another schema, or has a missing or edited file."""
+        path = Path(path)
+        bundle = cls(path, read_manifest(path))
+        if check_hashes:
+            bundle.check_hashes()
+        return bundle
+
+    def check_hashes(self) -> None:
+        for name, expected in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise BundleError(f"{file} is missing: the manifest lists it. Fix: export or copy the bundle again.")
+            found = sha256_of(file)
+            if found != expected:
+                raise BundleError(
+                    f"{file} was changed after it was written: the manifest says sha256 {expected[:16]}…, "
+                    f"the file has {found[:16]}…. Fix: export or copy the bundle again."
+                )
+
+    def head(self, name: str) -> HeadInfo:
+        """The description of one draft head. Raises BundleError when there is none of that name."""
+        if name not in self.manifest.heads:
+            known = ", ".join(self.manifest.heads) or "none"
+            raise BundleError(f"{self.path} has no draft head {name!r}. It has: {known}.")
+        return from_json(HeadInfo, (self.path / "heads" / name / "head.json").read_text("utf-8"))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises BundleError when the folder holds no manifest this version can read."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise BundleError(f"{path} is not a bundle: it holds no {MANIFEST}. Fix: headstart export CHECKPOINT -o {path}.")
+    try:
+        document = json.loads(file.read_text("utf-8"))
+        version = document["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{file} is no valid manifest ({error}). Fix: export or copy the bundle again.") from error
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{file} has schema version {version}, this Headstart reads {SCHEMA_VERSION}. Fix: export again with this version."
+        )
+    return typing.cast(Manifest, _decode(Manifest, document, str(file)))
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Hash every file of the bundle and write `manifest.json` by rename."""
+    files = {
+        file.relative_to(path).as_posix(): sha256_of(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file != path / MANIFEST and not _is_addition(file.relative_to(path))
+    }
+    atomic_write(path / MANIFEST, to_json(dataclasses.replace(manifest, files=files)))
+
+
+def _is_addition(relative: Path) -> bool:
+    # Engines and tunings are rebuilt freely and carry fingerprints of their own.
+    return relative.parts[0] in ("engines", "tuning")
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(dataclasses.asdict(value), indent=2) + "\n"
+
+
+def from_json(kind: type[T], text: str) -> T:
+    """The inverse of `to_json`. Raises BundleError on missing or unknown keys."""
+    return typing.cast(T, _decode(kind, json.loads(text), kind.__name__))
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """Rebuild dataclasses, tuples, dicts and unions of scalars from plain JSON."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        optional = {
+            n for n, f in fields.items() if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        }
+        wrong = (set(value) - set(fields)) | (set(fields) - optional - set(value))
+        if wrong:
+            raise BundleError(f"{where}: unknown or missing keys {sorted(wrong)}. Fix: export again with this version.")
+        return kind(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return tuple(_decode(args[0], item, where) for item in value)
+    if origin is dict:
+        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    scalars = args if origin in (typing.Union, types.UnionType) else (kind,)
+    if not isinstance(value, scalars):
+        raise BundleError(f"{where}: expected {kind}, found {value!r}. Fix: export or copy the bundle again.")
+    return value
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_by_block(stream)
+        )
+
+
+def _sha256_by_block(stream: typing.BinaryIO) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def atomic_write(file: Path, text: str) -> None:
+    """Write beside the file, then rename over it."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, file)
+
+
+@contextmanager
+def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends well, and is removed otherwise.
+
+    Raises OutputError when `target` exists (unless `force`) or its parent cannot be written.
+    """
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists and is not overwritten. Fix: another folder, or --force.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror}. Fix: choose a folder you can write to.") from error
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing left after a rename; also runs on Ctrl-C

@@ -1,0 +1,32 @@
+"""The graph contract's names, fixed in one place (design: decoder inputs and outputs).
+
+Axes: B batch, T new rows, S cache slots, R chosen rows, G key/value heads, D head size, H hidden size, V vocabulary.
+"""
+
+OPSET = 24  # the first with TensorScatter
+
+INPUT_IDS = "input_ids"  # [B, T] int64
+POSITION_IDS = "position_ids"  # [B, T] int64
+ATTENTION_MASK = "attention_mask"  # [B, 1, T, S] bool
+WRITE_INDEX = "write_index"  # [B] int64
+OUTPUT_ROWS = "output_rows"  # [B, R] int64
+LOGITS = "logits"  # [B, R, V]
+HIDDEN = "hidden"  # [B, T, H]
+AUX_HIDDEN = "aux_hidden"  # [B, T, n * H]
+
+STEP_INPUTS = (INPUT_IDS, POSITION_IDS, ATTENTION_MASK, WRITE_INDEX, OUTPUT_ROWS)
+
+
+def key_name(layer: int) -> str:
+    """[B, G, S, D], in and out."""
+    return f"key_cache.{layer}"
+
+
+def value_name(layer: int) -> str:
+    """[B, G, S, D], in and out."""
+    return f"value_cache.{layer}"
+
+
+def updated(name: str) -> str:
+    """The output under which a cache comes back. The runtime binds both to one buffer."""
+    return f"{name}.out"

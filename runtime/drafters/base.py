@@ -1,0 +1,47 @@
+"""What every drafter gets and gives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.runtime.sampling import SamplingOptions
+from headstart.runtime.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """One sequence that wants a draft.
+
+    Attributes:
+        row: its row in the batch; the same from round to round.
+        token_ids: prompt and output so far; the last is the root, decided but not yet verified.
+        hidden: [H] float32, the target's hidden state that decided the root.
+        max_nodes: the most nodes the tree may have.
+        max_depth: the deepest a node may stand; less than the tree could be only at the end of the text.
+        sampling: the user's options; a drafter that samples needs the temperature.
+    """
+
+    row: int
+    token_ids: Sequence[int]
+    hidden: NDArray[np.float32]
+    max_nodes: int
+    max_depth: int
+    sampling: SamplingOptions
+
+
+class Drafter(Protocol):
+    """Anything that proposes tokens."""
+
+    name: str
+    default_nodes: int  # tree size used where nothing was tuned
+
+    def open(self, batch: int) -> None:
+        """Forget all sequences and prepare for `batch` new ones."""
+        ...
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        """One tree per request; an empty tree where there is nothing to propose."""
+        ...

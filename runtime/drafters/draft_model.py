@@ -1,0 +1,92 @@
+"""A draft model: a smaller exported decoder with the target's vocabulary proposes a chain (arXiv 2211.17192, 2302.01318).
+
+Its own cache follows the text by comparing tokens: whatever the target rejected is rewound before the next draft.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.runtime.cache import KVCache
+from headstart.runtime.engine import MAX_ROWS, Engine
+from headstart.runtime.prefill import prefill
+from headstart.runtime.sampling import LogitRules
+from headstart.runtime.tree import DraftTree, chain, empty_tree
+
+from .base import DraftRequest
+
+SLOT_STEP = 256  # caches grow to multiples of this
+
+
+class DraftModelDrafter:
+    """Family C without features. Greedy requests get greedy drafts; sampled ones get samples and their distributions."""
+
+    default_nodes = 4
+
+    def __init__(self, name: str, engine: Engine, seed: int = 0) -> None:
+        self.name = name
+        self._engine = engine
+        self._generator = np.random.default_rng(seed)
+        self._caches: dict[int, KVCache] = {}
+        self._fed: dict[int, list[int]] = {}  # tokens whose keys and values stand in each row's cache
+
+    def open(self, batch: int) -> None:
+        self._caches = {}
+        self._fed = {row: [] for row in range(batch)}
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        return [self._draft(request) for request in requests]
+
+    def _draft(self, request: DraftRequest) -> DraftTree:
+        tokens = list(request.token_ids)
+        room = self._engine.model.max_cache - len(tokens)  # the draft model's own limit may be the shorter one
+        steps = min(request.max_nodes, request.max_depth, room)
+        if steps <= 0:
+            return empty_tree()
+        logits = self._catch_up(request.row, tokens)
+        rules = LogitRules(request.sampling)
+        drafted: list[int] = []
+        distributions: list[NDArray[np.float64]] = []
+        for step in range(steps):
+            probabilities = rules.probabilities(logits, tokens + drafted)
+            greedy = request.sampling.greedy
+            token = int(probabilities.argmax()) if greedy else int(self._generator.choice(len(probabilities), p=probabilities))
+            drafted.append(token)
+            distributions.append(probabilities)
+            if step + 1 < steps:
+                logits = self._feed(request.row, [token])
+        log_probs = [float(np.log(max(q[t], 1e-30))) for q, t in zip(distributions, drafted, strict=True)]
+        tree = chain(drafted, log_probs)
+        if request.sampling.greedy:
+            return tree
+        return DraftTree(tree.token_ids, tree.parents, tree.log_probs, np.stack(distributions).astype(np.float32))
+
+    def _catch_up(self, row: int, tokens: list[int]) -> NDArray[np.float32]:
+        """Make the cache hold exactly `tokens`; returns the logits [V] after the last."""
+        fed = self._fed[row]
+        common = 0
+        while common < min(len(fed), len(tokens) - 1) and fed[common] == tokens[common]:
+            common += 1
+        cache = self._cache(row, len(tokens))
+        cache.rewind(0, common)
+        del fed[common:]
+        return self._feed(row, tokens[common:])
+
+    def _cache(self, row: int, tokens: int) -> KVCache:
+        """The row's cache with room for the text and a draft behind it; grown by copying."""
+        needed = tokens + MAX_ROWS + SLOT_STEP
+        cache = self._caches.get(row)
+        if cache is None or cache.slots < tokens + MAX_ROWS:
+            grown = self._engine.new_cache(1, -(-needed // SLOT_STEP) * SLOT_STEP)
+            if cache is not None:
+                for old, new in zip(cache.buffers, grown.buffers, strict=True):
+                    new[:, :, : old.shape[2]] = old
+                grown.lengths[:] = cache.lengths
+            self._caches[row] = grown
+        return self._caches[row]
+
+    def _feed(self, row: int, tokens: list[int]) -> NDArray[np.float32]:
+        output = prefill(self._engine, self._caches[row], tokens)
+        self._fed[row].extend(tokens)
+        return np.array(output.logits[0, 0])

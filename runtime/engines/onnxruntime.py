@@ -1,0 +1,173 @@
+"""The engine on ONNX Runtime: one session per graph, caches bound in place, bindings reused.
+
+Measured facts it relies on: `OrtValue.ortvalue_from_numpy` shares the array's memory; building an IO binding costs more
+than a small model's layer; a single row takes another attention path than two, so one row is padded to two and every
+row is computed the same way however many stand beside it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.runtime import contract
+from headstart.runtime.bundle import Bundle, HeadInfo, WeightInfo
+from headstart.runtime.cache import KVCache
+from headstart.runtime.engine import StepOutput
+from headstart.runtime.errors import MissingExtraError
+
+MIN_ROWS = 2
+
+
+class OnnxRuntimeEngine:
+    """The bundle's decoder on the CPU provider."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.model = bundle.manifest.model
+        self.device = "cpu"
+        self.threads = threads or os.cpu_count() or 1
+        self._shared: dict[str, Any] = {}
+        self._session = _session(bundle.path / bundle.manifest.graphs["decoder"].file, self.threads)
+
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        return KVCache(self.bundle.manifest.caches, batch, slots + MIN_ROWS, self.model.dtype)
+
+    def forward(
+        self,
+        cache: KVCache,
+        token_ids: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        row_mask: NDArray[np.bool_],
+        output_rows: NDArray[np.int64],
+    ) -> StepOutput:
+        rows = token_ids.shape[1]
+        binding = self._binding(cache, max(rows, MIN_ROWS), output_rows.shape[1])
+        binding.fill(cache.lengths, token_ids, position_ids, row_mask, output_rows)
+        self._session.run_with_iobinding(binding.binding)
+        return binding.output(rows)
+
+    def head(self, info: HeadInfo) -> "OnnxRuntimeHead":
+        """A session for one draft head; weights it shares with the target are read once for all heads."""
+        shared = {name: self._shared_weight(weight) for name, weight in info.shared.items()}
+        return OnnxRuntimeHead(_session(self.bundle.path / info.graph.file, self.threads, shared))
+
+    def _shared_weight(self, weight: WeightInfo) -> Any:
+        import onnxruntime as ort
+
+        key = f"{weight.file}:{weight.offset}"
+        if key not in self._shared:
+            path = self.bundle.path / weight.file
+            array = np.memmap(path, dtype=weight.dtype, mode="r", offset=weight.offset, shape=weight.shape)
+            self._shared[key] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        return self._shared[key]
+
+    def _binding(self, cache: KVCache, rows: int, chosen: int) -> "_Binding":
+        key = (id(self), rows, chosen)
+        if key not in cache.engine_state:
+            cache.engine_state[key] = _Binding(self._session, self.bundle, cache, rows, chosen)
+        kept: _Binding = cache.engine_state[key]
+        return kept
+
+
+class OnnxRuntimeHead:
+    """One draft head."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def propose(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        ids, log_probs = self._session.run(["topk_ids", "topk_log_probs"], {"hidden": hidden})
+        return ids, log_probs
+
+
+class _Binding:
+    """The buffers of one shape (B, T, R), bound once to a session and a cache."""
+
+    def __init__(self, session: Any, bundle: Bundle, cache: KVCache, rows: int, chosen: int) -> None:
+        model, batch = bundle.manifest.model, cache.batch
+        self.inputs: dict[str, NDArray[Any]] = {
+            contract.INPUT_IDS: np.zeros((batch, rows), np.int64),
+            contract.POSITION_IDS: np.zeros((batch, rows), np.int64),
+            contract.ATTENTION_MASK: np.zeros((batch, 1, rows, cache.slots), np.bool_),
+            contract.WRITE_INDEX: np.zeros(batch, np.int64),
+            contract.OUTPUT_ROWS: np.zeros((batch, chosen), np.int64),
+        }
+        self.outputs: dict[str, NDArray[Any]] = {
+            contract.LOGITS: np.zeros((batch, chosen, model.vocab_size), model.dtype),
+            contract.HIDDEN: np.zeros((batch, rows, model.hidden_size), model.dtype),
+        }
+        if model.aux_layers:
+            width = model.hidden_size * len(model.aux_layers)
+            self.outputs[contract.AUX_HIDDEN] = np.zeros((batch, rows, width), model.dtype)
+        self.binding = _bind(session, self.inputs, self.outputs, cache)
+        self._seen = np.zeros(batch, np.int64)  # columns of the mask already open for all rows
+
+    def fill(
+        self,
+        lengths: NDArray[np.int64],
+        token_ids: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        row_mask: NDArray[np.bool_],
+        output_rows: NDArray[np.int64],
+    ) -> None:
+        """Write one step's inputs into the bound arrays; a missing second row is a copy of the first that none sees."""
+        rows = token_ids.shape[1]
+        ids, positions = self.inputs[contract.INPUT_IDS], self.inputs[contract.POSITION_IDS]
+        ids[:, :rows], ids[:, rows:] = token_ids, token_ids[:, -1:]
+        positions[:, :rows], positions[:, rows:] = position_ids, position_ids[:, -1:]
+        self.inputs[contract.WRITE_INDEX][:] = lengths
+        self.inputs[contract.OUTPUT_ROWS][:] = output_rows
+        self._fill_mask(lengths.tolist(), row_mask)
+
+    def _fill_mask(self, lengths: list[int], row_mask: NDArray[np.bool_]) -> None:
+        mask = self.inputs[contract.ATTENTION_MASK]
+        rows, padded = row_mask.shape[1], mask.shape[2]
+        for index, length in enumerate(lengths):
+            plane = mask[index, 0]
+            plane[:, :length] = True
+            plane[:, length:] = False
+            plane[:rows, length : length + rows] = row_mask[index]
+            if rows < padded:
+                plane[rows:, length + rows] = True  # a row that sees nothing would be 0/0
+
+    def output(self, rows: int) -> StepOutput:
+        aux = self.outputs.get(contract.AUX_HIDDEN)
+        return StepOutput(
+            self.outputs[contract.LOGITS].astype(np.float32, copy=False),
+            self.outputs[contract.HIDDEN][:, :rows].astype(np.float32, copy=False),
+            None if aux is None else aux[:, :rows].astype(np.float32, copy=False),
+        )
+
+
+def _bind(session: Any, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]], cache: KVCache) -> Any:
+    import onnxruntime as ort
+
+    value = ort.OrtValue.ortvalue_from_numpy
+    binding = session.io_binding()
+    wanted = {node.name for node in session.get_inputs()}
+    for name, array in inputs.items():
+        if name in wanted:
+            binding.bind_ortvalue_input(name, value(array))
+    for name, array in outputs.items():
+        binding.bind_ortvalue_output(name, value(array))
+    for name, buffer in zip(cache.names, cache.buffers, strict=True):
+        shared = value(buffer)  # one buffer in and out: the scatter happens in place
+        binding.bind_ortvalue_input(name, shared)
+        binding.bind_ortvalue_output(contract.updated(name), shared)
+    return binding
+
+
+def _session(file: Path, threads: int, shared: dict[str, Any] | None = None) -> Any:
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Decoding on the CPU", "cpu") from error
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if shared:
+        options.add_external_initializers(list(shared), list(shared.values()))
+    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

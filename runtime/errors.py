@@ -1,0 +1,50 @@
+"""Every error Headstart raises on purpose.
+
+    HeadstartError
+    ├── MissingExtraError        an optional package is not installed
+    ├── OptionError              an option or an argument has a value it cannot have
+    ├── PromptError              a prompt that cannot be decoded: empty, or longer than the cache
+    ├── BundleError              a bundle that is missing, incomplete, edited, or of another schema
+    ├── OutputError              an output folder that exists or cannot be written
+    ├── CheckpointError          a checkpoint that is missing, truncated, or of an unknown architecture
+    └── HeadError                a draft head that does not fit the model, or whose format is not known
+
+Each message says what was wrong, the rule, what was found, and what to do. The command line prints it without a
+traceback and exits with 2.
+"""
+
+
+class HeadstartError(Exception):
+    """Root of the tree above."""
+
+
+class MissingExtraError(HeadstartError):
+    """An optional package is missing; the message holds the line that installs it."""
+
+    def __init__(self, purpose: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs packages that are not installed. Fix: pip install 'headstart[{extra}]'.")
+        self.extra = extra
+
+
+class OptionError(HeadstartError):
+    """A value an option cannot have."""
+
+
+class PromptError(HeadstartError):
+    """A prompt that cannot be decoded."""
+
+
+class BundleError(HeadstartError):
+    """A bundle that cannot be read."""
+
+
+class OutputError(HeadstartError):
+    """An output folder that exists or cannot be written."""
+
+
+class CheckpointError(HeadstartError):
+    """A checkpoint that cannot be exported."""
+
+
+class HeadError(HeadstartError):
+    """A draft head that cannot be used with this model."""

@@ -1,0 +1,34 @@
+"""Files of prompts: plain text with one prompt a line, or JSON Lines with a "prompt" (or "text") in each object."""
+
+import json
+from pathlib import Path
+
+from .errors import PromptError
+
+KEYS = ("prompt", "text")
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """The prompts, in order. Raises PromptError for a missing, empty or malformed file; the message names the line."""
+    file = Path(file)
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{file} cannot be read as UTF-8 text ({error}).") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise PromptError(f"{file} holds no prompt: at least one line that is not blank is needed.")
+    if file.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_prompt_of(file, number, line) for number, line in numbered]
+
+
+def _prompt_of(file: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise PromptError(f"{file} line {number} is not JSON ({error}).") from error
+    for key in KEYS:
+        if isinstance(record, dict) and isinstance(record.get(key), str):
+            return str(record[key])
+    raise PromptError(f'{file} line {number}: an object with a text under "prompt" is needed, found {line[:60]!r}.')
