@@ -163,9 +163,9 @@ def _convert_tokenizer(source: Path, target: Path) -> None:
 
 
 def _add_heads(manifest: Manifest, folder: Path, heads: Sequence[str | Path], progress: Progress) -> Manifest:
-    from .heads.medusa import add_head
-
     for head in heads:
+        from .heads.medusa import add_head
+
         progress("adding heads")
         manifest = add_head(folder, manifest, Path(head))
     return manifest

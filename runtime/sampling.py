@@ -1,0 +1,121 @@
+"""From logits to the distribution the next token is drawn from.
+
+Logit rules change logits with the text so far in view (suppressed tokens, repetition penalty, no-repeat n-gram); the
+warpers (temperature, top-k, top-p, min-p) then shape the distribution. Order and meaning are those of transformers'
+processors. A verify pass applies all of them to every row it tests, so speculative decoding follows the warped target.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import OptionError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a token is chosen.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the k most probable tokens; 0 is off.
+        top_p: keep the smallest set of tokens that holds this probability; 1 is off.
+        min_p: drop tokens less probable than this share of the best one's probability; 0 is off.
+        repetition_penalty: logits of tokens already in the text are divided (or multiplied, when negative) by it; 1 is off.
+        no_repeat_ngram: no n-gram of this size occurs twice; 0 is off.
+        suppress_tokens: never chosen.
+        seed: makes sampling repeatable.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        _require(self.top_k >= 0, f"top_k must be 0 (off) or more, got {self.top_k}.")
+        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}.")
+        _require(0 <= self.min_p < 1, f"min_p must lie in [0, 1), got {self.min_p}.")
+        _require(self.repetition_penalty > 0, f"repetition_penalty must be more than 0, got {self.repetition_penalty}.")
+        _require(self.no_repeat_ngram >= 0, f"no_repeat_ngram must be 0 (off) or more, got {self.no_repeat_ngram}.")
+        _require(self.seed is None or self.seed >= 0, f"seed must be 0 or more, got {self.seed}.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise OptionError(message)
+
+
+class LogitRules:
+    """The options applied to one row of logits at a time."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self.options = options
+        self._suppressed = np.array(options.suppress_tokens, dtype=np.int64)
+        self._active = bool(options.suppress_tokens) or options.repetition_penalty != 1 or options.no_repeat_ngram > 0
+
+    def process(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float32]:
+        """[V] logits after the rules; the very input when no rule is on, never a changed input."""
+        if not self._active:
+            return logits
+        logits = logits.copy()
+        if self.options.repetition_penalty != 1:
+            seen = np.unique(np.asarray(context, dtype=np.int64))
+            scores, penalty = logits[seen], self.options.repetition_penalty
+            logits[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+        if self.options.no_repeat_ngram:
+            logits[_would_repeat(context, self.options.no_repeat_ngram)] = -np.inf
+        logits[self._suppressed] = -np.inf
+        return logits
+
+    def probabilities(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float64]:
+        """[V] the distribution the next token is drawn from; a one-hot of the best token when greedy."""
+        scores = self.process(logits, context).astype(np.float64)
+        options = self.options
+        if options.greedy:
+            result = np.zeros_like(scores)
+            result[scores.argmax()] = 1.0
+            return result
+        scores = scores / options.temperature
+        if 0 < options.top_k < len(scores):
+            scores[scores < np.partition(scores, -options.top_k)[-options.top_k]] = -np.inf
+        if options.top_p < 1:
+            scores[_outside_top_p(scores, options.top_p)] = -np.inf
+        probabilities = _softmax(scores)
+        if options.min_p > 0:
+            probabilities[probabilities < options.min_p * probabilities.max()] = 0.0
+            probabilities /= probabilities.sum()
+        return probabilities
+
+
+def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights = np.exp(scores - scores.max())
+    return np.asarray(weights / weights.sum())
+
+
+def _outside_top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Indices behind the smallest set of best tokens whose probability reaches top_p; the best token always stays."""
+    order = np.argsort(scores, kind="stable")  # rising, as transformers sorts
+    rising = np.cumsum(_softmax(scores)[order])
+    removed = rising <= 1 - top_p
+    removed[-1] = False
+    return order[removed]
+
+
+def _would_repeat(context: Sequence[int], size: int) -> list[int]:
+    """Tokens that would complete an n-gram of `size` that already stands in the context."""
+    if len(context) + 1 < size:
+        return []
+    prefix = list(context[len(context) - size + 1 :])
+    return [context[i + size - 1] for i in range(len(context) - size + 1) if list(context[i : i + size - 1]) == prefix]

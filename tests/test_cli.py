@@ -1,0 +1,155 @@
+"""The command line as a user meets it: what works, and what each mistake answers."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from headstart.runtime.bundle import Bundle
+
+BundleOf = Callable[[str], Bundle]
+CheckpointOf = Callable[[str], Path]
+COMMAND = [sys.executable, "-m", "headstart"]
+
+
+def headstart(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=300, check=False)
+
+
+def refused(*arguments: object) -> str:
+    """The message of a command that must fail as a user's mistake: exit code 2, one message, no traceback."""
+    done = headstart(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_generate_streams_the_same_text(bundle_of: BundleOf) -> None:
+    path = bundle_of("llama").path
+    whole = headstart("generate", path, "abc", "-n", 20)
+    streamed = headstart("generate", path, "-", "-n", 20, "--stream", "--stats", stdin="abc")
+    assert whole.returncode == streamed.returncode == 0, whole.stderr + streamed.stderr
+    assert whole.stdout == streamed.stdout
+    assert "acceptance length" in streamed.stderr
+
+
+def test_inspect_and_heads_list(bundle_of: BundleOf) -> None:
+    done = headstart("inspect", bundle_of("llama").path)
+    assert done.returncode == 0 and "LlamaForCausalLM" in done.stdout and "all hashes match" in done.stdout
+    assert "no draft heads" in headstart("heads", "list", bundle_of("llama").path).stdout
+
+
+def test_verify_passes_and_reports(bundle_of: BundleOf, checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
+    arguments = ("-n", 16, "--checkpoint", checkpoint_of("llama"), "--json", tmp_path / "r.json")
+    done = headstart("verify", bundle_of("llama").path, *arguments, "--draft-model", bundle_of("qwen2").path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [check["faults"] for check in report["logits"]] == [0, 0]
+    assert [check["drafter"] for check in report["drafters"]] == ["ngram", "draft_model"]
+
+
+def test_verify_fails_on_another_checkpoint(bundle_of: BundleOf, checkpoint_of: CheckpointOf) -> None:
+    done = headstart("verify", bundle_of("llama").path, "-n", 8, "--checkpoint", checkpoint_of("qwen2"))
+    assert done.returncode == 1 and "FAULT" in done.stdout
+
+
+def test_checkpoint_mistakes(tmp_path: Path, checkpoint_of: CheckpointOf) -> None:
+    out = tmp_path / "out"
+    assert "not a folder" in refused("export", tmp_path / "nothing", "-o", out)
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused("export", tmp_path / "empty", "-o", out)
+    broken = shutil.copytree(checkpoint_of("llama"), tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "cannot be read" in refused("export", broken, "-o", out)
+    weights.unlink()
+    assert "no weights" in refused("export", broken, "-o", out)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "lama"}))
+    assert "Nearest: llama" in refused("export", broken, "-o", out)
+    assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_architecture_that_does_other_things(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    BertForMaskedLM(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)).save_pretrained(tmp_path / "b")
+    assert "fill-mask" in refused("export", tmp_path / "b", "-o", tmp_path / "out")
+
+
+def test_architecture_outside_the_attention_interface(tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=300)).save_pretrained(tmp_path / "b")
+    message = refused("export", tmp_path / "b", "-o", tmp_path / "out")
+    assert "BloomForCausalLM is not supported" in message and "Nearest supported" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_and_option_mistakes(tmp_path: Path, bundle_of: BundleOf, checkpoint_of: CheckpointOf) -> None:
+    bundle = bundle_of("llama").path
+    assert "--force" in refused("export", checkpoint_of("llama"), "-o", bundle)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused("export", checkpoint_of("llama"), "-o", tmp_path / "file" / "out")
+    assert "limit of 256" in refused("export", checkpoint_of("llama"), "-o", tmp_path / "out", "--max-cache", 9999)
+    assert "hidden states 0 to 2" in refused("export", checkpoint_of("llama"), "-o", tmp_path / "out", "--aux-layers", "7")
+    assert "temperature" in refused("generate", bundle, "abc", "--temperature", -1)
+    assert "auto, none, ngram" in refused("generate", bundle, "abc", "--drafter", "medusa")
+    assert "empty" in refused("generate", bundle, "")
+    assert "at most 255" in refused("generate", bundle, "x" * 300)
+    assert "is not a bundle" in refused("inspect", tmp_path)
+    assert "vocabulary" in refused("generate", bundle, "abc", "--draft-model", _other_vocabulary(tmp_path))
+
+
+def _other_vocabulary(folder: Path) -> Path:
+    from architectures import ARCHITECTURES, save_checkpoint
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from headstart.exporter.export import export
+
+    settings = {**ARCHITECTURES["llama"][1], "vocab_size": 310}
+    save_checkpoint(LlamaForCausalLM(LlamaConfig(**settings)).eval(), folder / "other_checkpoint")
+    export(folder / "other_checkpoint", folder / "other")
+    return folder / "other"
+
+
+def test_edited_bundle_is_refused_by_file_name(tmp_path: Path, bundle_of: BundleOf) -> None:
+    copy = shutil.copytree(bundle_of("llama").path, tmp_path / "copy")
+    data = copy / "graphs/decoder.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[1000] ^= 1
+    data.write_bytes(content)
+    message = refused("generate", copy, "abc")
+    assert "decoder.onnx.data was changed" in message and "sha256" in message
+
+
+def test_interrupted_export_leaves_nothing(tmp_path: Path, checkpoint_of: CheckpointOf) -> None:
+    process = subprocess.Popen([*COMMAND, "export", str(checkpoint_of("gemma2")), "-o", str(tmp_path / "out")], stderr=subprocess.PIPE)
+    while not list(tmp_path.iterdir()):  # the temporary folder is the sign that work began
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompt_files(tmp_path: Path, bundle_of: BundleOf) -> None:
+    bundle = bundle_of("llama").path
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n{"no": 1}\n')
+    assert "line 2" in refused("verify", bundle, "--prompts", tmp_path / "p.jsonl")
+    (tmp_path / "e.txt").write_text("\n \n")
+    assert "no prompt" in refused("verify", bundle, "--prompts", tmp_path / "e.txt")
+
+
+@pytest.mark.parametrize("command", ["export", "inspect", "generate", "verify", "demo", "heads"])
+def test_every_command_has_help(command: str) -> None:
+    done = headstart(command, "--help")
+    assert done.returncode == 0 and "Usage" in done.stdout
