@@ -142,7 +142,7 @@ def accept_without_replacement(
 
     def decide(row: int, children: list[int], text: Sequence[int]) -> tuple[int, int | None]:
         target = rules.probabilities(logits[row], text)
-        draft = draft_probs[children[0]].astype(np.float64) if children else target
+        draft = draft_probs[children[0]].copy() if children else target
         for child in children:
             token = int(tree.token_ids[child])
             if chance.accept(min(1.0, target[token] / draft[token])):
@@ -178,7 +178,7 @@ def accept_block(
     tokens = _up_to_end(tree.token_ids.tolist(), end_tokens)
     text = list(context)
     targets = [rules.probabilities(logits[row], text + tokens[:row]) for row in range(len(tokens) + 1)]
-    drafts = tree.draft_probs.astype(np.float64)
+    drafts = tree.draft_probs
     weights = [1.0]
     for i, token in enumerate(tokens):
         weights.append(min(1.0, weights[-1] * targets[i][token] / drafts[i][token]))

@@ -21,7 +21,7 @@ class DraftTree:
         token_ids: [N] int64.
         parents: [N] int64, index of the parent node or ROOT.
         log_probs: [N] float32, the drafter's log-probability of the whole path from the root to this node.
-        draft_probs: [N, V] float32, the distribution that node's token was drawn from, for drafts that were sampled;
+        draft_probs: [N, V] float64, the distribution that node's token was drawn from, for drafts that were sampled;
             None when the drafts are a deterministic function of the text so far. Siblings were drawn without
             replacement, in the order in which they stand, and all carry the first one's (unmodified) distribution.
     """
@@ -29,7 +29,7 @@ class DraftTree:
     token_ids: NDArray[np.int64]
     parents: NDArray[np.int64]
     log_probs: NDArray[np.float32]
-    draft_probs: NDArray[np.float32] | None = field(default=None, repr=False)
+    draft_probs: NDArray[np.float64] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.parents) == len(self.log_probs)

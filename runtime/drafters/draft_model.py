@@ -60,7 +60,7 @@ class DraftModelDrafter:
         tree = chain(drafted, log_probs)
         if request.sampling.greedy:
             return tree
-        return DraftTree(tree.token_ids, tree.parents, tree.log_probs, np.stack(distributions).astype(np.float32))
+        return DraftTree(tree.token_ids, tree.parents, tree.log_probs, np.stack(distributions))
 
     def _catch_up(self, row: int, tokens: list[int]) -> NDArray[np.float32]:
         """Make the cache hold exactly `tokens`; returns the logits [V] after the last."""

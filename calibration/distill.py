@@ -1,0 +1,125 @@
+"""Training data for draft heads: the base model's own continuations, and its hidden states over them.
+
+Heads must predict what the base will say, so the base itself writes the text (self-distillation): prompts are cut from
+the user's files and continued, half of them greedily and half sampled. The base is frozen, so its hidden states are
+computed once and a training step costs the heads alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headstart.runtime.errors import OptionError
+
+Progress = Callable[[str, int, int], None]  # what, done, of
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """How the text is made.
+
+    Attributes:
+        prompt_tokens, new_tokens: of each sequence.
+        sequences: how many the base writes.
+        batch: sequences generated at once.
+        temperature: of the sampled half.
+        original: share of further sequences that are the files' own text.
+    """
+
+    prompt_tokens: int = 64
+    new_tokens: int = 192
+    sequences: int = 1024
+    batch: int = 32
+    temperature: float = 0.7
+    original: float = 0.25
+
+
+@dataclass(frozen=True)
+class HiddenData:
+    """[N, T] tokens and the [N, T, H] float16 hidden states the LM head read at them."""
+
+    token_ids: Tensor
+    hidden: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def read_tokens(tokenizer: Any, files: list[Path]) -> NDArray[np.int64]:
+    """All files' tokens behind one another, [tokens]. Raises OptionError for an unreadable or too small set."""
+    if not files:
+        raise OptionError("No training files were given. Fix: --data FILE, repeated, or a folder of text files.")
+    pieces = []
+    for file in files:
+        try:
+            pieces.append(np.array(tokenizer(file.read_text("utf-8"))["input_ids"], np.int64))
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(f"{file} cannot be read as UTF-8 text ({error}).") from error
+    return np.concatenate(pieces)
+
+
+def cut(tokens: NDArray[np.int64], length: int, count: int, seed: int) -> Tensor:
+    """[count, length] windows at random places."""
+    if len(tokens) < 4 * length:
+        raise OptionError(f"The training files hold {len(tokens)} tokens; at least {4 * length} are needed. Fix: more files.")
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
+    return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]))
+
+
+def distill(model: Any, tokens: NDArray[np.int64], options: DistillOptions, seed: int, progress: Progress) -> HiddenData:
+    """Let the base continue prompts cut from `tokens`, add original text, and record hidden states over all of it."""
+    written = torch.cat(list(_continuations(model, tokens, options, seed, progress)))
+    length = options.prompt_tokens + options.new_tokens
+    original = cut(tokens, length, int(options.sequences * options.original), seed + 1)
+    token_ids = torch.cat([written, original])
+    batches = token_ids.split(options.batch)
+    hidden = []
+    for done, batch in enumerate(batches):
+        hidden.append(hidden_states(model, batch).half())
+        progress("hidden states", done + 1, len(batches))
+    return HiddenData(token_ids, torch.cat(hidden))
+
+
+def _continuations(
+    model: Any, tokens: NDArray[np.int64], options: DistillOptions, seed: int, progress: Progress
+) -> Iterator[Tensor]:
+    prompts = cut(tokens, options.prompt_tokens, options.sequences, seed)
+    torch.manual_seed(seed)
+    batches = prompts.split(options.batch)
+    for done, batch in enumerate(batches):
+        yield _continue(model, batch, options, sampled=done % 2 == 1)
+        progress("self-distillation", done + 1, len(batches))
+
+
+@torch.no_grad()
+def _continue(model: Any, prompts: Tensor, options: DistillOptions, sampled: bool) -> Tensor:
+    """[B, prompt + new] tokens: a plain loop over the model's cache, which no end token cuts short."""
+    out = model(input_ids=prompts, use_cache=True)
+    tokens = [prompts]
+    for _ in range(options.new_tokens):
+        logits = out.logits[:, -1]
+        if sampled:
+            token = torch.multinomial(torch.softmax(logits / options.temperature, -1), 1)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        tokens.append(token)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    return torch.cat(tokens, dim=1)
+
+
+@torch.no_grad()
+def hidden_states(model: Any, token_ids: Tensor) -> Tensor:
+    """[B, T, H]: what the output embedding reads, after the final norm."""
+    captured: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    try:
+        model(input_ids=token_ids, use_cache=False)
+    finally:
+        hook.remove()
+    return captured[0]

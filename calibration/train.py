@@ -1,0 +1,204 @@
+"""Training Medusa heads for a checkpoint that has none (Medusa-1: the base is frozen; arXiv 2401.10774).
+
+Writes the published Medusa-1 format, so that heads trained here run elsewhere and the importer is the only way in.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.exporter.checkpoint import load_checkpoint
+from headstart.runtime.bundle import new_folder
+from headstart.runtime.errors import OptionError
+
+from .distill import DistillOptions, HiddenData, Progress, distill, read_tokens
+
+RANKS = 10  # reported accuracies: is the right token among the best 1, …, 10
+HEAD_DECAY = 0.8  # weight of head i in the loss: 0.8 ** i, since a later head only counts when the earlier are right
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How the heads are trained.
+
+    Attributes:
+        heads: future tokens, one head each.
+        layers: residual blocks per head.
+        own_projection: each head has its own projection onto the vocabulary; else all share the base's LM head, which
+            makes a head tiny and a draft cheap.
+        epochs: passes over the distilled text.
+        batch_tokens: positions per step.
+        learning_rate: peak, after 5 % of warm-up, then a cosine to zero.
+        held_out: share of the text that is only measured.
+    """
+
+    heads: int = 4
+    layers: int = 1
+    own_projection: bool = True
+    epochs: int = 4
+    batch_tokens: int = 2048
+    learning_rate: float = 1e-3
+    held_out: float = 0.05
+    seed: int = 0
+    distill: DistillOptions = field(default_factory=DistillOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "layers", "epochs", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.held_out < 1:
+            raise OptionError(f"held_out must lie between 0 and 1, got {self.held_out}.")
+
+
+class MedusaHead(nn.Module):
+    """Residual blocks and, when not shared, a projection. Starts as the base's own LM head: A = 0, W = W_base."""
+
+    def __init__(self, base: Tensor, layers: int, own_projection: bool) -> None:
+        super().__init__()
+        vocab_size, hidden = base.shape
+        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        for block in self.blocks:
+            nn.init.zeros_(block.weight)
+            nn.init.zeros_(block.bias)
+        self.projection = nn.Linear(hidden, vocab_size, bias=False) if own_projection else None
+        if self.projection is not None:
+            self.projection.weight.data.copy_(base)
+        else:
+            self.base = base  # not a parameter: frozen
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, H] to logits [N, V]."""
+        for block in self.blocks:
+            hidden = hidden + nn.functional.silu(block(hidden))
+        return self.projection(hidden) if self.projection is not None else hidden @ self.base.T
+
+
+def train_medusa(
+    checkpoint: str | Path,
+    files: list[Path],
+    output: str | Path,
+    options: TrainOptions | None = None,
+    force: bool = False,
+    progress: Progress = lambda what, done, of: None,
+) -> dict[str, Any]:
+    """Train heads on the base's own continuations of `files`; write them and `report.json` to `output`.
+
+    Returns the report: options, and held-out accuracy per head and rank.
+
+    Raises CheckpointError, OptionError, OutputError; nothing is left at `output` then.
+    """
+    options = options or TrainOptions()
+    with new_folder(Path(output), force) as folder:
+        base = load_checkpoint(checkpoint)
+        data = distill(base.model, read_tokens(_tokenizer(base.path), files), options.distill, options.seed, progress)
+        lm_head = base.model.get_output_embeddings().weight.detach().clone()
+        heads = nn.ModuleList(MedusaHead(lm_head, options.layers, options.own_projection) for _ in range(options.heads))
+        held_out, training = _split(data, options.held_out)
+        final_loss = _train(heads, training, options, progress)
+        report = {
+            "options": asdict(options),
+            "training_tokens": training.token_ids.numel(),
+            "held_out_tokens": held_out.token_ids.numel(),
+            "final_loss": round(final_loss, 4),
+            "held_out_accuracy": accuracy(heads, held_out),
+        }
+        _save(heads, folder, Path(checkpoint).name, options, report)
+    return report
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _split(data: HiddenData, share: float) -> tuple[HiddenData, HiddenData]:
+    """(held out, training), by whole sequences in a fixed random order."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    count = max(1, int(len(data) * share))
+    return (
+        HiddenData(data.token_ids[order[:count]], data.hidden[order[:count]]),
+        HiddenData(data.token_ids[order[count:]], data.hidden[order[count:]]),
+    )
+
+
+def _train(heads: nn.ModuleList, data: HiddenData, options: TrainOptions, progress: Progress) -> float:
+    """AdamW over sequences in random order; returns the mean loss of the last tenth."""
+    per_step = max(1, options.batch_tokens // data.token_ids.shape[1])
+    steps = options.epochs * math.ceil(len(data) / per_step)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=options.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    generator = torch.Generator().manual_seed(options.seed)
+    losses: list[float] = []
+    for _ in range(options.epochs):
+        for rows in torch.randperm(len(data), generator=generator).split(per_step):
+            loss = loss_of(heads, data.token_ids[rows], data.hidden[rows].float())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            progress("training", len(losses), steps)
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last)
+
+
+def _rate(step: int, steps: int) -> float:
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def loss_of(heads: nn.ModuleList, token_ids: Tensor, hidden: Tensor) -> Tensor:
+    """Σ_i 0.8^i · CE of head i at position t against token t + 2 + i, over the sum of the weights."""
+    total = hidden.new_zeros(())
+    for i, head in enumerate(heads):
+        logits = head(hidden[:, : -2 - i].flatten(0, 1))
+        total = total + HEAD_DECAY**i * nn.functional.cross_entropy(logits, token_ids[:, 2 + i :].flatten())
+    return total / sum(HEAD_DECAY**i for i in range(len(heads)))
+
+
+@torch.no_grad()
+def accuracy(heads: nn.ModuleList, data: HiddenData) -> list[list[float]]:
+    """[heads][ranks]: share of positions whose right token is among the head's best 1, …, RANKS."""
+    table = []
+    for i, head in enumerate(heads):
+        hits = torch.zeros(RANKS)
+        count = 0
+        for token_ids, hidden in zip(data.token_ids.split(8), data.hidden.split(8), strict=True):
+            best = head(hidden[:, : -2 - i].flatten(0, 1).float()).topk(RANKS).indices
+            hits += (best == token_ids[:, 2 + i :].flatten()[:, None]).sum(0)
+            count += len(best)
+        table.append([round(x, 4) for x in (hits.cumsum(0) / count).tolist()])
+    return table
+
+
+def _save(heads: nn.ModuleList, folder: Path, base: str, options: TrainOptions, report: dict[str, Any]) -> None:
+    """config.json and medusa_lm_head.safetensors (float16) as published; report.json beside them."""
+    import transformers
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for i, head in enumerate(heads):
+        for j, block in enumerate(head.blocks):
+            tensors[f"{i}.{j}.linear.weight"] = block.weight.detach().half()
+            tensors[f"{i}.{j}.linear.bias"] = block.bias.detach().half()
+        if head.projection is not None:
+            tensors[f"{i}.{options.layers}.weight"] = head.projection.weight.detach().half()
+    save_file(tensors, folder / "medusa_lm_head.safetensors")
+    config: dict[str, Any] = {
+        "base_model_name_or_path": base,
+        "medusa_num_heads": options.heads,
+        "medusa_num_layers": options.layers,
+        "transformers_version": transformers.__version__,
+    }
+    if not options.own_projection:
+        config["version"] = "2"  # residual blocks only: the base's LM head projects
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
