@@ -114,7 +114,9 @@ def train_medusa(
 def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.model_max_length = int(1e30)  # whole files are tokenized and cut afterwards; no warning is due
+    return tokenizer
 
 
 def _split(data: HiddenData, share: float) -> tuple[HiddenData, HiddenData]:

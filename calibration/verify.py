@@ -82,7 +82,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return all(check.ok for check in (*self.logits, *self.drafters))
+        return all(check.ok for check in self.logits) and all(check.ok for check in self.drafters)
 
 
 def verify(
@@ -136,8 +136,12 @@ def check_checkpoint(engine: Engine, checkpoint: str | Path, input_ids: NDArray[
     model = load_checkpoint(checkpoint).model
     reference = reference_logits(model, input_ids)
     if reference.shape[-1] != engine.model.vocab_size:
-        raise OptionError(f"{checkpoint} has {reference.shape[-1]} logits, the bundle {engine.model.vocab_size}: another model.")
-    differences = np.stack([np.abs(all_logits(engine, ids) - r).max(axis=-1) for ids, r in zip(input_ids, reference, strict=True)])
+        raise OptionError(
+            f"{checkpoint} has {reference.shape[-1]} logits, the bundle {engine.model.vocab_size}: another model."
+        )
+    differences = np.stack(
+        [np.abs(all_logits(engine, ids) - r).max(axis=-1) for ids, r in zip(input_ids, reference, strict=True)]
+    )
     tokens = min(GREEDY, engine.model.max_cache - input_ids.shape[1])
     greedy = reference_greedy(model, input_ids, tokens)
     spread = reference.max(axis=-1) - reference.min(axis=-1)
@@ -167,7 +171,7 @@ def all_logits(engine: Engine, token_ids: NDArray[np.int64]) -> NDArray[np.float
     cache = engine.new_cache(1, count)
     rows = np.arange(count)[None]
     output = engine.forward(cache, token_ids[None], rows, np.tri(count, dtype=np.bool_)[None], rows)
-    return output.logits[0].copy()
+    return np.array(output.logits[0])
 
 
 def compare_greedy(engine: Engine, prompt: list[int], wanted: list[int]) -> float | None:
@@ -222,4 +226,4 @@ def _divergence(model: Model, index: int, prompt: str, plain: list[int], specula
     tie = margin <= 2 * TOLERANCE[model.engine.model.dtype] * float(logits.max() - logits.min())
     one_ended = first >= min(len(plain), len(speculative))
     ids = [tokens[first] if first < len(tokens) else -1 for tokens in (plain, speculative)]
-    return Divergence(index, first, *ids, margin, "tie" if tie and not one_ended else "fault")
+    return Divergence(index, first, ids[0], ids[1], margin, "tie" if tie and not one_ended else "fault")

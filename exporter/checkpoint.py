@@ -55,7 +55,9 @@ def local_folder(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1 or path.exists():
-        raise CheckpointError(f"{source} is not a folder. A checkpoint is a folder with config.json and weights, or a hub name.")
+        raise CheckpointError(
+            f"{source} is not a folder. A checkpoint is a folder with config.json and weights, or a hub name."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

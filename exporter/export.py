@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from headstart.runtime.bundle import Bundle, GenerationRules, GraphInfo, Manifest, ModelInfo, Provenance, new_folder, write_manifest
+from headstart.runtime.bundle import (
+    Bundle,
+    GenerationRules,
+    GraphInfo,
+    Manifest,
+    ModelInfo,
+    Provenance,
+    new_folder,
+    write_manifest,
+)
 from headstart.runtime.errors import CheckpointError, MissingExtraError, OptionError
 
 Progress = Callable[[str], None]  # called with the name of each stage as it begins

@@ -59,7 +59,8 @@ def graph_info(model: Any, file: str) -> GraphInfo:
 
 def _tensor_infos(values: Any) -> tuple[TensorInfo, ...]:
     return tuple(
-        TensorInfo(v.name, dtype_name(v.dtype), tuple(d if isinstance(d, int) else str(d.value) for d in v.shape)) for v in values
+        TensorInfo(v.name, dtype_name(v.dtype), tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
+        for v in values
     )
 
 

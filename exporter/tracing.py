@@ -66,7 +66,9 @@ def tensor_scatter(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
         slots = write_index[:, None, None, None] + torch.arange(new.shape[2])[None, None, :, None]
         return cache.scatter(2, slots.expand(new.shape), new)
     inputs = (cache, new, write_index)
-    result: Tensor = torch.onnx.ops.symbolic("TensorScatter", inputs, {"axis": 2}, dtype=cache.dtype, shape=cache.shape, version=24)
+    result: Tensor = torch.onnx.ops.symbolic(
+        "TensorScatter", inputs, {"axis": 2}, dtype=cache.dtype, shape=cache.shape, version=24
+    )
     return result
 
 
@@ -84,7 +86,9 @@ def attention(
     """The registered attention: mask, sliding window from positions, soft cap. Returns [B, T, heads, Dv]."""
     refused = [name for name in REFUSED if others.get(name) is not None]
     if refused:
-        raise CheckpointError(f"{type(module).__name__} passes {', '.join(refused)} to its attention, which is not supported yet.")
+        raise CheckpointError(
+            f"{type(module).__name__} passes {', '.join(refused)} to its attention, which is not supported yet."
+        )
     step = _step.get()
     step.attended.add(getattr(module, "layer_idx", len(step.attended)))
     if sliding_window is not None:

@@ -5,7 +5,7 @@ Heavy packages are imported inside the commands, so that `--help` is instant and
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,8 +20,8 @@ app.add_typer(heads_app, name="heads")
 
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Threads = Annotated[Optional[int], typer.Option(help="Threads of the engine; all cores by default.", min=1)]
-DraftModel = Annotated[Optional[Path], typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
+DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
 
 
 def main() -> None:
@@ -42,9 +42,9 @@ def main() -> None:
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub name.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder.", show_default=False)],
-    head: Annotated[Optional[list[Path]], typer.Option(help="Folder of a draft head; may be repeated.")] = None,
+    head: Annotated[list[Path] | None, typer.Option(help="Folder of a draft head; may be repeated.")] = None,
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and activations.")] = "float32",
-    max_cache: Annotated[Optional[int], typer.Option(help="Longest text in tokens; the model's limit by default.")] = None,
+    max_cache: Annotated[int | None, typer.Option(help="Longest text in tokens; the model's limit by default.")] = None,
     aux_layers: Annotated[str, typer.Option(help="hidden_states indices that heads read, e.g. 2,8,13.")] = "",
     force: Force = False,
 ) -> None:
@@ -71,10 +71,10 @@ def inspect(bundle: BundleArg) -> None:
 @app.command()
 def generate(
     bundle: BundleArg,
-    prompt: Annotated[Optional[str], typer.Argument(help="The text to complete; - reads standard input.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text to complete; - reads standard input.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to add.")] = 128,
     drafter: Annotated[str, typer.Option(help="auto, none, ngram, or a head's name.")] = "auto",
-    draft_nodes: Annotated[Optional[int], typer.Option(help="Nodes of the draft tree.")] = None,
+    draft_nodes: Annotated[int | None, typer.Option(help="Nodes of the draft tree.")] = None,
     draft_model: DraftModel = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
@@ -82,8 +82,8 @@ def generate(
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[Optional[list[str]], typer.Option(help="A text that ends the completion; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
@@ -107,12 +107,12 @@ def generate(
 @app.command()
 def verify(
     bundle: BundleArg,
-    prompts: Annotated[Optional[Path], typer.Option(help='Text file, one prompt a line, or JSONL with "prompt".')] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Use the first N prompts.", min=1)] = None,
+    prompts: Annotated[Path | None, typer.Option(help='Text file, one prompt a line, or JSONL with "prompt".')] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first N prompts.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
-    checkpoint: Annotated[Optional[Path], typer.Option(help="Compare with this checkpoint in torch, too.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Compare with this checkpoint in torch, too.")] = None,
     draft_model: DraftModel = None,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the report there.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
 ) -> None:
     """Lossless? Equal to the checkpoint? Exit code 1 on a fault."""
     from headstart.calibration.verify import verify as run
@@ -139,11 +139,57 @@ def heads_list(bundle: BundleArg) -> None:
     show_heads(Bundle.load(bundle))
 
 
+@heads_app.command("import")
+def heads_import(
+    bundle: BundleArg,
+    head: Annotated[Path, typer.Argument(help="Folder of the head, in a published format.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="What to call it; its family by default.")] = None,
+    top_k: Annotated[int, typer.Option(help="Candidates per head.", min=1)] = 10,
+    force: Force = False,
+) -> None:
+    """Add a draft head to a bundle."""
+    from headstart.exporter.heads.install import import_head
+
+    from .screen import stages
+
+    with stages() as progress:
+        progress("importing the head")
+        info = import_head(bundle, head, name, top_k, force)
+    print(f"{bundle}/heads/{info.name}: {info.heads} heads, format {info.dialect}")
+
+
+@heads_app.command("train")
+def heads_train(
+    checkpoint: Annotated[str, typer.Argument(help="The base: a checkpoint folder or hub name.", show_default=False)],
+    data: Annotated[list[Path], typer.Option(help="Text file, or folder of them; may be repeated.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The heads' folder.", show_default=False)],
+    family: Annotated[Literal["medusa"], typer.Option(help="Family of heads.")] = "medusa",
+    heads: Annotated[int, typer.Option(help="Future tokens, one head each.")] = 4,
+    layers: Annotated[int, typer.Option(help="Residual blocks per head.")] = 1,
+    share_lm_head: Annotated[bool, typer.Option("--share-lm-head", help="Project with the base's LM head.")] = False,
+    sequences: Annotated[int, typer.Option(help="Texts the base writes to train on.")] = 1024,
+    epochs: Annotated[int, typer.Option(help="Passes over them.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate.")] = 1e-3,
+    force: Force = False,
+) -> None:
+    """Train draft heads on the base's own continuations of your text."""
+    from headstart.calibration.distill import DistillOptions
+    from headstart.calibration.train import TrainOptions, train_medusa
+
+    from .screen import counted, show_accuracy
+
+    distill = DistillOptions(sequences=sequences)
+    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=learning_rate, distill=distill)
+    with counted() as progress:
+        report = train_medusa(checkpoint, text_files(data), output, options, force, progress)
+    show_accuracy(report)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the exported bundle goes.")] = Path(".demo"),
-    samples: Annotated[Optional[Path], typer.Option(help="The samples folder; the repository's own by default.")] = None,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the table's rows there.")] = None,
+    samples: Annotated[Path | None, typer.Option(help="The samples folder; the repository's own by default.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table's rows there.")] = None,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.", min=1)] = 12,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 3,
 ) -> None:
@@ -156,6 +202,11 @@ def demo(
     if json_file:
         write_json(json_file, table.rows)
     raise typer.Exit(0 if table.ok else 1)
+
+
+def text_files(paths: list[Path]) -> list[Path]:
+    """Files as given; folders stand for every file below them."""
+    return [file for path in paths for file in (sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path])]
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -175,5 +226,3 @@ def _prompt(prompt: str | None) -> str:
     if prompt is None:
         raise PromptError("There is no prompt. Give it as an argument, or on standard input.")
     return prompt
-
-

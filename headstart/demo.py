@@ -61,7 +61,9 @@ def run(output: Path, samples: Path | None, prompt_count: int, rounds: int) -> D
     checkpoints = (samples or Path(__file__).parent.parent / "samples") / "checkpoints"
     checkpoint = checkpoints / SAMPLE
     if not checkpoint.is_dir():
-        raise BundleError(f"{checkpoint} is not there: the samples come with the repository. Fix: run in a clone, or --samples DIR.")
+        raise BundleError(
+            f"{checkpoint} is not there: the samples come with the repository. Fix: run in a clone, or --samples DIR."
+        )
     prompts = read_prompts(checkpoint / "held_out_prompts.jsonl")[:prompt_count]
     bundle = output / SAMPLE
     with stages() as progress:

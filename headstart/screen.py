@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from headstart.runtime.bundle import Bundle, atomic_write
-from headstart.runtime.model import Model, Result
+from headstart.runtime.model import Generation, Model, Result
 
 if TYPE_CHECKING:
     from headstart.calibration.verify import Report
@@ -85,10 +85,15 @@ def show_heads(bundle: Bundle) -> None:
     out.print(grid if bundle.manifest.heads else "no draft heads")
 
 
+def show_accuracy(report: dict[str, Any]) -> None:
+    grid = table("held-out accuracy of each head: the right token is among its best", "head", "1", "2", "3", "5", "10")
+    for index, ranks in enumerate(report["held_out_accuracy"]):
+        grid.add_row(f"{index} (token t + {index + 2})", *(f"{ranks[k - 1]:.1%}" for k in (1, 2, 3, 5, 10)))
+    out.print(grid)
+
+
 def print_generation(model: Model, prompt: str, options: dict[str, Any], stream: bool, stats: bool) -> None:
     """The completion on standard output, the figures on standard error."""
-    from headstart.runtime.model import Generation
-
     generation = Generation(model, [prompt], **options)
     for pieces in generation.pieces():
         if stream:
@@ -131,7 +136,17 @@ def show_report(report: "Report") -> None:
 
 
 def show_demo(demo: "DemoTable") -> None:
-    grid = table(demo.title, "drafter", "temperature", "tokens/s", "× plain", "acceptance length", "verify calls", "equal", "distinct 4-grams")
+    grid = table(
+        demo.title,
+        "drafter",
+        "temperature",
+        "tokens/s",
+        "× plain",
+        "acceptance length",
+        "verify calls",
+        "equal",
+        "distinct 4-grams",
+    )
     for row in demo.rows:
         equal = {True: "yes", False: "NO", None: "–"}[row.equal]
         speed = (f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}", f"{row.acceptance_length:.2f}")

@@ -7,7 +7,6 @@ Knows nothing of graphs' contents or of engines. Schema: frozen dataclasses belo
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import types
@@ -210,7 +209,7 @@ def from_json(kind: type[T], text: str) -> T:
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
     """Rebuild dataclasses, tuples, dicts and unions of scalars from plain JSON."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         fields = {f.name: f for f in dataclasses.fields(kind)}
         optional = {
@@ -249,7 +248,7 @@ def atomic_write(file: Path, text: str) -> None:
     """Write beside the file, then rename over it."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, "utf-8")
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 @contextmanager
@@ -270,6 +269,6 @@ def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
         partial.chmod(0o755)  # mkdtemp makes it private
         if target.exists():
             shutil.rmtree(target)
-        os.replace(partial, target)
+        partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing left after a rename; also runs on Ctrl-C

@@ -169,7 +169,11 @@ class Generation:
     def _result(self, text: Text) -> Result:
         assert text.finish_reason is not None
         return Result(
-            self._texts[text.row], text.token_ids[text.prompt_tokens :], text.prompt_tokens, text.finish_reason, self._stats(text)
+            self._texts[text.row],
+            text.token_ids[text.prompt_tokens :],
+            text.prompt_tokens,
+            text.finish_reason,
+            self._stats(text),
         )
 
     def _stats(self, text: Text) -> Stats:

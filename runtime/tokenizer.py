@@ -33,7 +33,9 @@ class Tokenizer:
         try:
             fast = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise BundleError(f"{file} cannot be read as a tokenizer ({error}). Fix: export or copy the bundle again.") from error
+            raise BundleError(
+                f"{file} cannot be read as a tokenizer ({error}). Fix: export or copy the bundle again."
+            ) from error
         fast.no_truncation()
         fast.no_padding()
         config = folder / "tokenizer_config.json"
@@ -64,7 +66,9 @@ class Tokenizer:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
         special = {name: _content(self._settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}

@@ -102,7 +102,9 @@ def tree_from_independent_levels(
     """
     levels, width = token_ids.shape
     table = log_probs.tolist()
-    tokens, parents, totals = [], [], []
+    tokens: list[int] = []
+    parents: list[int] = []
+    totals: list[float] = []
     heap = [(-table[0][0], 0, 0, ROOT, 0.0)] if levels else []
     while heap and len(tokens) < nodes:
         negative, level, rank, parent, above = heapq.heappop(heap)

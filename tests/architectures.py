@@ -1,6 +1,5 @@
 """Tiny random models of every supported architecture, built from configurations in code."""
 
-
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", GATED),
     "qwen3": ("Qwen3", {**GATED, "head_dim": 24}),
     "mistral": ("Mistral", WINDOWED),
-    "gemma2": ("Gemma2", {**WINDOWED, "head_dim": 16, "layer_types": MIXED, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        "Gemma2",
+        {**WINDOWED, "head_dim": 16, "layer_types": MIXED, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    ),
     "gemma3": ("Gemma3", {**WINDOWED, "head_dim": 16, "layer_types": MIXED}),
     "phi3": ("Phi3", WINDOWED),
-    "gpt2": ("GPT2", {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
+    ),
     "gpt_neox": ("GPTNeoX", {**COMMON, "intermediate_size": 128}),
     "opt": ("OPT", {**COMMON, "ffn_dim": 128, "word_embed_proj_dim": 48}),
     "stablelm": ("StableLm", GATED),
@@ -75,5 +80,3 @@ def save_checkpoint(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer(model.config.get_text_config().vocab_size).save_pretrained(folder)
     return folder
-
-

@@ -80,7 +80,9 @@ def test_checkpoint_mistakes(tmp_path: Path, checkpoint_of: CheckpointOf) -> Non
 def test_architecture_that_does_other_things(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
-    BertForMaskedLM(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)).save_pretrained(tmp_path / "b")
+    BertForMaskedLM(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)).save_pretrained(
+        tmp_path / "b"
+    )
     assert "fill-mask" in refused("export", tmp_path / "b", "-o", tmp_path / "out")
 
 
@@ -131,7 +133,9 @@ def test_edited_bundle_is_refused_by_file_name(tmp_path: Path, bundle_of: Bundle
 
 
 def test_interrupted_export_leaves_nothing(tmp_path: Path, checkpoint_of: CheckpointOf) -> None:
-    process = subprocess.Popen([*COMMAND, "export", str(checkpoint_of("gemma2")), "-o", str(tmp_path / "out")], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, "export", str(checkpoint_of("gemma2")), "-o", str(tmp_path / "out")], stderr=subprocess.PIPE
+    )
     while not list(tmp_path.iterdir()):  # the temporary folder is the sign that work began
         assert process.poll() is None
         time.sleep(0.02)

@@ -30,7 +30,12 @@ def test_every_package_is_shipped() -> None:
 
 
 def source_files() -> list[Path]:
-    return [file for part in FLOORS for file in sorted((ROOT / part).rglob("*.py")) if "headstart" not in file.parts[len(ROOT.parts) + 1 :]]
+    return [
+        file
+        for part in FLOORS
+        for file in sorted((ROOT / part).rglob("*.py"))
+        if "headstart" not in file.parts[len(ROOT.parts) + 1 :]
+    ]
 
 
 def imported_names(file: Path) -> set[str]:

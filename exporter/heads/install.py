@@ -9,7 +9,9 @@ from headstart.runtime.bundle import Bundle, HeadInfo, write_manifest
 from headstart.runtime.errors import MissingExtraError, OptionError, OutputError
 
 
-def import_head(bundle: str | Path, folder: str | Path, name: str | None = None, top_k: int = 10, force: bool = False) -> HeadInfo:
+def import_head(
+    bundle: str | Path, folder: str | Path, name: str | None = None, top_k: int = 10, force: bool = False
+) -> HeadInfo:
     """Import the head in `folder` into a finished bundle, as `heads/<name>`.
 
     The head is built beside its place and renamed into it, then the manifest is rewritten: whatever fails or interrupts

@@ -93,12 +93,15 @@ def _projections(checkpoint: HeadCheckpoint, found: dict[int, Array], heads: int
         found = dict.fromkeys(range(heads), found[0])  # vLLM's form of one projection for all
     missing = set(range(heads)) - set(found)
     if missing:
-        raise HeadError(f"{checkpoint.path}: the projection of head {min(missing)} is missing, of {len(found)} others it is there.")
+        raise HeadError(
+            f"{checkpoint.path}: the projection of head {min(missing)} is missing, of {len(found)} others it is there."
+        )
     for head in range(heads):
-        if found[head].shape != (model.vocab_size, model.hidden_size):
+        size, hidden = found[head].shape
+        if (size, hidden) != (model.vocab_size, model.hidden_size):
             raise HeadError(
-                f"{checkpoint.path}: head {head} projects onto {found[head].shape[0]} tokens from hidden size {found[head].shape[1]}, "
-                f"the target has {model.vocab_size} and {model.hidden_size}. Fix: heads trained for this very target."
+                f"{checkpoint.path}: head {head} projects from hidden size {hidden} onto {size} tokens, the target has "
+                f"{model.hidden_size} and {model.vocab_size}. Fix: heads trained for this very target."
             )
     return np.stack([found[head] for head in range(heads)])
 
@@ -122,7 +125,9 @@ def add_head(bundle: Path, manifest: Manifest, folder: Path, name: str | None = 
         vocab_size=manifest.model.vocab_size,
         heads=weights.heads,
         top_k=min(top_k, manifest.model.vocab_size),
-        graph=write_graph(weights, shared, target / "head.onnx", f"heads/{name}/head.onnx", min(top_k, manifest.model.vocab_size)),
+        graph=write_graph(
+            weights, shared, target / "head.onnx", f"heads/{name}/head.onnx", min(top_k, manifest.model.vocab_size)
+        ),
         shared=shared,
     )
     (target / "head.json").write_text(to_json(info), "utf-8")
@@ -139,7 +144,9 @@ def _shared_projection(weights: MedusaWeights, manifest: Manifest, folder: Path)
     if weights.projections is not None:
         return {}
     if "lm_head" not in manifest.weights:
-        raise HeadError(f"{folder} projects with the target's LM head, and this target's graph does not show which weight that is.")
+        raise HeadError(
+            f"{folder} projects with the target's LM head, and this target's graph does not show which weight that is."
+        )
     return {"lm_head": manifest.weights["lm_head"]}
 
 
@@ -147,22 +154,29 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
     """`hidden` [B, 1, H] to `topk_ids` [B, K, k] int64 and `topk_log_probs` [B, K, k] float32."""
     heads, _, hidden, _ = weights.block_weights.shape
     graph = _Builder()
-    source = ir.Input("hidden", ir.Shape(("batch", 1, hidden)), ir.TensorType(ir.DataType.FLOAT))
+    source = ir.val("hidden", ir.DataType.FLOAT, ("batch", 1, hidden))
     state = graph.node("Transpose", [source], perm=[1, 0, 2])  # [1, B, H]: the heads broadcast over the first axis
     for layer in range(weights.block_weights.shape[1]):
-        weight = graph.constant(f"block.{layer}.weight", np.ascontiguousarray(weights.block_weights[:, layer].transpose(0, 2, 1)))
+        weight = graph.constant(
+            f"block.{layer}.weight", np.ascontiguousarray(weights.block_weights[:, layer].transpose(0, 2, 1))
+        )
         bias = graph.constant(f"block.{layer}.bias", weights.block_biases[:, layer, None])
         inner = graph.node("Add", [graph.node("MatMul", [state, weight]), bias])  # [K, B, H]
         state = graph.node("Add", [state, graph.node("Mul", [inner, graph.node("Sigmoid", [inner])])])
     logits = graph.node("MatMul", [state, _projection(graph, weights, shared)])  # [K, B, V]
     log_probs = graph.node("LogSoftmax", [graph.node("Transpose", [logits], perm=[1, 0, 2])], axis=-1)
     values, ids = graph.nodes("TopK", [log_probs, graph.ints("k", [top_k])], 2, axis=-1, largest=1, sorted=1)
-    outputs = [_output(ids, "topk_ids", ir.DataType.INT64, heads, top_k), _output(values, "topk_log_probs", ir.DataType.FLOAT, heads, top_k)]
+    outputs = [
+        _output(ids, "topk_ids", ir.DataType.INT64, heads, top_k),
+        _output(values, "topk_log_probs", ir.DataType.FLOAT, heads, top_k),
+    ]
     graph.save([source], outputs, file)
     return GraphInfo(
         name,
         (TensorInfo("hidden", "float32", ("batch", 1, hidden)),),
-        tuple(TensorInfo(v.name, dtype, ("batch", heads, top_k)) for v, dtype in zip(outputs, ("int64", "float32"), strict=True)),
+        tuple(
+            TensorInfo(v.name, dtype, ("batch", heads, top_k)) for v, dtype in zip(outputs, ("int64", "float32"), strict=True)
+        ),
     )
 
 
@@ -219,7 +233,9 @@ class _Builder:
         return value
 
     def save(self, inputs: list[Any], outputs: list[Any], file: Path) -> None:
-        graph = ir.Graph(inputs, outputs, nodes=self._nodes, initializers=self._weights, opset_imports={"": OPSET}, name="medusa")
+        graph = ir.Graph(
+            inputs, outputs, nodes=self._nodes, initializers=self._weights, opset_imports={"": OPSET}, name="medusa"
+        )
         # By hand rather than by ir.save's own option, which would copy the shared weight in as well.
         own = [w for w in self._weights if not isinstance(w.const_value, ir.ExternalTensor) and w.const_value.nbytes > 1024]
         tensors = ir.external_data.convert_tensors_to_external([w.const_value for w in own], file.parent, f"{file.name}.data")

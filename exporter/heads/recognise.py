@@ -23,7 +23,10 @@ DIALECTS = {
     "medusa-1": (r"(\d+)\.(\d+)\.linear\.(weight|bias)", r"(\d+)\.(\d+)\.(weight)"),
     "medusa-2": (r"medusa_head\.(\d+)\.(\d+)\.linear\.(weight|bias)", r"medusa_head\.(\d+)\.(\d+)\.(weight)"),
     "modelopt": (r"medusa_heads\.(\d+)\.(\d+)\.linear\.(weight|bias)", r"medusa_heads\.(\d+)\.(\d+)\.(weight)"),
-    "vllm": (r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)", r"(?:medusa_heads\.)?lm_heads\.(\d+)()\.(weight)"),
+    "vllm": (
+        r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)",
+        r"(?:medusa_heads\.)?lm_heads\.(\d+)()\.(weight)",
+    ),
 }
 
 # Other families, by a tensor name or a configuration key that only they have; the first match names the family.
@@ -146,5 +149,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)  # never run what a pickle says
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise HeadError(f"{file} cannot be read as weights ({type(error).__name__}). Fix: download or copy it again.") from error
+        raise HeadError(
+            f"{file} cannot be read as weights ({type(error).__name__}). Fix: download or copy it again."
+        ) from error
     return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}

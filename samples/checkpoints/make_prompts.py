@@ -1,6 +1,6 @@
 """Cut held-out prompts for `pycode`: the opening of a function from a file the model never saw.
 
-    python samples/checkpoints/make_prompts.py > samples/checkpoints/pycode/held_out_prompts.jsonl
+python samples/checkpoints/make_prompts.py > samples/checkpoints/pycode/held_out_prompts.jsonl
 """
 
 import ast

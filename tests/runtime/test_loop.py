@@ -42,7 +42,10 @@ class RandomTrees:
         for parent in parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
         right = self.answers[request.row][len(request.token_ids) :]
-        tokens = [right[d - 1] if d <= len(right) and self.generator.random() < 0.7 else int(self.generator.integers(300)) for d in depths]
+        tokens = [
+            right[d - 1] if d <= len(right) and self.generator.random() < 0.7 else int(self.generator.integers(300))
+            for d in depths
+        ]
         return DraftTree(np.array(tokens, np.int64), np.array(parents, np.int64), -np.array(depths, np.float32))
 
 

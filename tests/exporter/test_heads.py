@@ -1,0 +1,217 @@
+"""Medusa heads of every published dialect, against a plain numpy reference; what does not fit is refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from headstart.exporter.heads.install import import_head
+from headstart.exporter.heads.recognise import recognise
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.errors import HeadError, OptionError, OutputError
+from headstart.runtime.model import load
+
+BundleOf = Callable[[str], Bundle]
+HEADS, LAYERS, HIDDEN, VOCAB = 3, 2, 64, 300
+WRONG_COUNT = {"medusa_num_heads": 2, "medusa_num_layers": 1}  # as published: the files hold more
+
+Blocks = list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def random_blocks() -> Blocks:
+    generator = torch.Generator().manual_seed(0)
+
+    def layer() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(HIDDEN, HIDDEN, generator=generator) / 8, torch.randn(HIDDEN, generator=generator)
+
+    return [[layer() for _ in range(LAYERS)] for _ in range(HEADS)]
+
+
+def random_projections(vocab: int = VOCAB, hidden: int = HIDDEN) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(vocab, hidden, generator=generator) for _ in range(HEADS)]
+
+
+def tensors_of(dialect: str, blocks: Blocks, projections: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same heads under each dialect's names."""
+    block_name, projection_name = {
+        "medusa-1": ("{i}.{j}.linear.", "{i}.{n}.weight"),
+        "medusa-2": ("medusa_head.{i}.{j}.linear.", "medusa_head.{i}.{n}.weight"),
+        "modelopt": ("medusa_heads.{i}.{j}.linear.", "medusa_heads.{i}.{n}.weight"),
+        "vllm": ("blocks.{i}.layers.{j}.", "lm_heads.{i}.weight"),
+    }[dialect]
+    tensors = {}
+    for i, head in enumerate(blocks):
+        for j, (weight, bias) in enumerate(head):
+            tensors[block_name.format(i=i, j=j) + "weight"] = weight
+            tensors[block_name.format(i=i, j=j) + "bias"] = bias
+    for i, projection in enumerate(projections):
+        tensors[projection_name.format(i=i, n=LAYERS)] = projection
+    return tensors
+
+
+def write_head(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None, pickled: bool = False) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(WRONG_COUNT if config is None else config))
+    if pickled:
+        torch.save(tensors, folder / "medusa_lm_head.pt")
+    else:
+        save_file(tensors, folder / "medusa_lm_head.safetensors")
+    return folder
+
+
+def reference(hidden: NDArray[np.float32], blocks: Blocks, projections: list[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """[B, K, V] log-probabilities, by the formula of the paper."""
+    rows = []
+    for head, projection in zip(blocks, projections, strict=True):
+        x = hidden.astype(np.float64)
+        for weight, bias in head:
+            inner = x @ weight.numpy().T + bias.numpy()
+            x = x + inner / (1 + np.exp(-inner))
+        logits = x @ projection.T
+        rows.append(logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True))
+    return np.stack(rows, axis=1)
+
+
+@pytest.fixture
+def bundle(bundle_of: BundleOf, tmp_path: Path) -> Path:
+    """A copy to add heads to."""
+    return Path(shutil.copytree(bundle_of("llama_tied").path, tmp_path / "bundle"))
+
+
+def assert_equals_reference(bundle: Path, name: str, blocks: Blocks, projections: list[NDArray[np.float32]]) -> None:
+    loaded = Bundle.load(bundle)
+    head = OnnxRuntimeEngine(loaded).head(loaded.head(name))
+    hidden = np.random.default_rng(0).standard_normal((2, 1, HIDDEN)).astype(np.float32)
+    ids, log_probs = head.propose(hidden)
+    wanted = reference(hidden[:, 0], blocks, projections)
+    assert ids.shape == log_probs.shape == (2, HEADS, 10)
+    assert (ids == np.argsort(-wanted, axis=-1)[..., :10]).all()
+    np.testing.assert_allclose(log_probs, -np.sort(-wanted, axis=-1)[..., :10], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("dialect", ["medusa-1", "medusa-2", "modelopt", "vllm"])
+def test_every_dialect_gives_the_same_head(dialect: str, pickled: bool, bundle: Path, tmp_path: Path) -> None:
+    blocks, projections = random_blocks(), random_projections()
+    folder = write_head(tmp_path / "head", tensors_of(dialect, blocks, projections), pickled=pickled)
+    info = import_head(bundle, folder)
+    assert (info.dialect, info.heads, info.name) == (dialect, HEADS, "medusa")
+    assert_equals_reference(bundle, "medusa", blocks, [p.numpy() for p in projections])
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied", "llama"])
+def test_blocks_alone_project_with_the_target_s_lm_head(architecture: str, bundle_of: BundleOf, tmp_path: Path) -> None:
+    from architectures import tiny_model
+
+    bundle = Path(shutil.copytree(bundle_of(architecture).path, tmp_path / "bundle"))
+    blocks = random_blocks()
+    folder = write_head(tmp_path / "head", tensors_of("medusa-1", blocks, []))
+    info = import_head(bundle, folder)
+    assert list(info.shared) == ["lm_head"]
+    lm_head = tiny_model(architecture).get_output_embeddings().weight.detach().numpy()
+    assert_equals_reference(bundle, "medusa", blocks, [lm_head] * HEADS)
+    stored = sum(file.stat().st_size for file in (bundle / "heads/medusa").iterdir())
+    assert stored < 4 * (HEADS * LAYERS * HIDDEN * (HIDDEN + 1)) + 20_000, "the LM head was copied"
+
+
+def test_medusa_2_inside_the_target_s_own_checkpoint(bundle: Path, tmp_path: Path) -> None:
+    blocks, projections = random_blocks(), random_projections()
+    others = {"model.embed_tokens.weight": torch.zeros(VOCAB, HIDDEN), "lm_head.weight": torch.zeros(VOCAB, HIDDEN)}
+    folder = write_head(tmp_path / "head", {**others, **tensors_of("medusa-2", blocks, projections)})
+    assert import_head(bundle, folder).dialect == "medusa-2"
+
+
+def test_one_projection_for_all_in_vllm_s_form(bundle: Path, tmp_path: Path) -> None:
+    blocks, projections = random_blocks(), random_projections()[:1]
+    folder = write_head(tmp_path / "head", tensors_of("vllm", blocks, projections), {"original_lm_head": True})
+    import_head(bundle, folder)
+    assert_equals_reference(bundle, "medusa", blocks, [projections[0].numpy()] * HEADS)
+
+
+def test_heads_of_another_target_are_refused(bundle: Path, tmp_path: Path) -> None:
+    wrong_vocab = write_head(tmp_path / "v", tensors_of("medusa-1", random_blocks(), random_projections(vocab=310)))
+    with pytest.raises(HeadError, match="onto 310 tokens.* 300"):
+        import_head(bundle, wrong_vocab)
+    small = [[(torch.zeros(32, 32), torch.zeros(32))]]
+    with pytest.raises(HeadError, match="hidden size 32, the target has 64"):
+        import_head(bundle, write_head(tmp_path / "h", tensors_of("medusa-1", small, [])))
+
+
+def test_missing_pieces_are_named(bundle: Path, tmp_path: Path) -> None:
+    tensors = tensors_of("medusa-1", random_blocks(), random_projections())
+    without_projection = {k: v for k, v in tensors.items() if k != f"1.{LAYERS}.weight"}
+    with pytest.raises(HeadError, match="projection of head 1 is missing"):
+        import_head(bundle, write_head(tmp_path / "a", without_projection))
+    without_head = {k: v for k, v in tensors.items() if not k.startswith("1.")}
+    with pytest.raises(HeadError, match="head 1 is missing"):
+        import_head(bundle, write_head(tmp_path / "b", without_head))
+
+
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "family"),
+    [
+        ("midlayer.mlp.up_proj.weight", {}, "EAGLE-3"),
+        ("hydra_mlp.0.1.linear.weight", {}, "Hydra"),
+        ("rnn_u.weight", {}, "ReDrafter"),
+        ("speculator.emb.0.weight", {}, "MLP speculator"),
+        ("fc.weight", {"dflash_config": {}}, "DFlash"),
+        ("fc.weight", {}, "EAGLE"),
+        ("layers.0.x", {"speculators_model_type": "eagle3"}, "vLLM speculators"),
+    ],
+)
+def test_other_families_are_refused_by_name(name: str, config: dict[str, Any], family: str, tmp_path: Path) -> None:
+    with pytest.raises(HeadError, match=f"this is a {family}"):
+        recognise(write_head(tmp_path / "head", {name: torch.zeros(2, 2)}, config))
+
+
+def test_folders_that_hold_no_head(tmp_path: Path) -> None:
+    with pytest.raises(HeadError, match="not a folder"):
+        recognise(tmp_path / "nothing")
+    with pytest.raises(HeadError, match="found model.embed"):
+        recognise(write_head(tmp_path / "plain", {"model.embed_tokens.weight": torch.zeros(2, 2)}, {}))
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_truncated_files(pickled: bool, bundle: Path, tmp_path: Path) -> None:
+    folder = write_head(tmp_path / "head", tensors_of("medusa-1", random_blocks(), []), pickled=pickled)
+    file = next(f for f in folder.iterdir() if f.suffix != ".json")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = (bundle / "manifest.json").read_text()
+    with pytest.raises(HeadError, match="cannot be read"):
+        import_head(bundle, folder)
+    assert (bundle / "manifest.json").read_text() == before
+    assert not list(bundle.parent.glob(".bundle*")) and not (bundle / "heads").exists()
+
+
+def test_names_and_force(bundle: Path, tmp_path: Path) -> None:
+    folder = write_head(tmp_path / "head", tensors_of("medusa-1", random_blocks(), []))
+    import_head(bundle, folder)
+    assert import_head(bundle, folder).name == "medusa2"
+    with pytest.raises(OutputError, match="--force"):
+        import_head(bundle, folder, name="medusa")
+    import_head(bundle, folder, name="medusa", force=True)
+    with pytest.raises(OptionError, match="cannot name a head"):
+        import_head(bundle, folder, name="../x")
+    assert sorted(Bundle.load(bundle).manifest.heads) == ["medusa", "medusa2"]
+
+
+def test_decoding_with_imported_heads_changes_nothing(bundle: Path, tmp_path: Path) -> None:
+    import_head(bundle, write_head(tmp_path / "head", tensors_of("medusa-1", random_blocks(), [])))
+    model = load(bundle)
+    assert model.drafters == ["medusa", "ngram"]
+    prompts = ["abc", "hello there"]
+    plain = model.generate(prompts, max_new_tokens=24, drafter="none")
+    drafted = model.generate(prompts, max_new_tokens=24, drafter="medusa")
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    assert drafted[0].stats.drafted_tokens > 0
