@@ -242,7 +242,9 @@ def cache_infos(model: Any) -> tuple[CacheInfo, ...]:
                 past_key_values=probe,
                 use_cache=True,
             )
-    except (AttributeError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # an architecture's code may fail in any way on a cache or a mask it does not expect
         raise CheckpointError(
             f"{type(model).__name__} is not supported: it needs more of its cache or inputs than keys, values, mask and "
             f"positions ({error}). Nearest supported: a decoder with plain attention layers, such as Llama or Qwen3."
