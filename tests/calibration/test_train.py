@@ -31,7 +31,14 @@ def test_heads_learn_what_the_base_says(
     own_projection: bool, text: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], bundle_of: Callable[[str], Bundle]
 ) -> None:
     options = TrainOptions(
-        heads=2, layers=2, own_projection=own_projection, epochs=10, batch_tokens=256, learning_rate=5e-3, held_out=0.2, distill=SMALL
+        heads=2,
+        layers=2,
+        own_projection=own_projection,
+        epochs=10,
+        batch_tokens=256,
+        learning_rate=5e-3,
+        held_out=0.2,
+        distill=SMALL,
     )
     untrained = TrainOptions(heads=2, own_projection=own_projection, epochs=1, learning_rate=0.0, held_out=0.2, distill=SMALL)
     base = train_medusa(checkpoint_of("llama"), [text], tmp_path / "untrained", untrained)
@@ -45,7 +52,10 @@ def test_heads_learn_what_the_base_says(
     bundle = Path(shutil.copytree(bundle_of("llama").path, tmp_path / "bundle"))
     assert import_head(bundle, tmp_path / "heads").heads == 2
     model = load(bundle)
-    assert model.generate("fox", max_new_tokens=16, drafter="medusa").text == model.generate("fox", max_new_tokens=16, drafter="none").text
+    assert (
+        model.generate("fox", max_new_tokens=16, drafter="medusa").text
+        == model.generate("fox", max_new_tokens=16, drafter="none").text
+    )
 
 
 def test_labels_are_two_ahead_and_further() -> None:

@@ -58,7 +58,9 @@ def tensors_of(dialect: str, blocks: Blocks, projections: list[torch.Tensor]) ->
     return tensors
 
 
-def write_head(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None, pickled: bool = False) -> Path:
+def write_head(
+    folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None, pickled: bool = False
+) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(WRONG_COUNT if config is None else config))
     if pickled:
@@ -77,7 +79,11 @@ def reference(hidden: NDArray[np.float32], blocks: Blocks, projections: list[NDA
             inner = x @ weight.numpy().T + bias.numpy()
             x = x + inner / (1 + np.exp(-inner))
         logits = x @ projection.T
-        rows.append(logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True))
+        rows.append(
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
     return np.stack(rows, axis=1)
 
 
@@ -154,8 +160,6 @@ def test_missing_pieces_are_named(bundle: Path, tmp_path: Path) -> None:
     without_head = {k: v for k, v in tensors.items() if not k.startswith("1.")}
     with pytest.raises(HeadError, match="head 1 is missing"):
         import_head(bundle, write_head(tmp_path / "b", without_head))
-
-
 
 
 @pytest.mark.parametrize(

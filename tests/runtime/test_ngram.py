@@ -1,0 +1,80 @@
+"""Prompt lookup: what is copied, in which order, and that an index kept up to date equals one built anew."""
+
+import numpy as np
+import pytest
+
+from headstart.runtime.drafters.base import DraftRequest
+from headstart.runtime.drafters.ngram import NGramDrafter, NGramIndex
+from headstart.runtime.sampling import SamplingOptions
+from headstart.runtime.tree import ROOT, DraftTree
+
+
+def paths(tree: DraftTree) -> set[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for node, parent in enumerate(tree.parents.tolist()):
+        above = () if parent == ROOT else found[parent]
+        found.append((*above, int(tree.token_ids[node])))
+    return set(found)
+
+
+def request(tokens: list[int], nodes: int = 8, depth: int = 8, row: int = 0) -> DraftRequest:
+    return DraftRequest(row, tokens, np.zeros(4, np.float32), nodes, depth, SamplingOptions())
+
+
+def propose(tokens: list[int], **limits: int) -> DraftTree:
+    drafter = NGramDrafter(max_n=3)
+    drafter.open(1)
+    return drafter.propose([request(tokens, **limits)])[0]
+
+
+def test_copies_what_followed_the_last_occurrence() -> None:
+    tree = propose([1, 2, 3, 4, 5, 9, 1, 2, 3], nodes=3)
+    assert tree.token_ids.tolist() == [4, 5, 9] and tree.parents.tolist() == [ROOT, 0, 1]
+
+
+def test_longest_match_comes_first_and_others_branch() -> None:
+    #                        a longer match ↓        a later, shorter one ↓
+    tree = propose([7, 1, 2, 3, 10, 11, 5, 3, 20, 21, 6, 1, 2, 3], nodes=4)
+    assert tree.token_ids[0] == 10
+    assert (20,) in paths(tree)
+
+
+def test_nothing_to_copy() -> None:
+    assert len(propose([1, 2, 3, 4])) == 0
+    assert len(propose([1])) == 0
+
+
+def test_limits() -> None:
+    tokens = [1, 2, 3] * 10
+    assert len(propose(tokens, nodes=5)) == 5
+    assert propose(tokens, depth=2).depths().max() == 2
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_grown_index_equals_a_new_one(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(0, 4, 60).tolist()
+    grown = NGramIndex(3, 1)
+    position = 0
+    while position < len(tokens):
+        position += int(generator.integers(1, 6))
+        grown.update(tokens[:position])
+    fresh = NGramIndex(3, 1)
+    fresh.update(tokens)
+    assert grown.matches(4) == fresh.matches(4)
+    for start, size in fresh.matches(4):
+        assert tokens[start - size : start] == tokens[len(tokens) - size :]
+    tree = fresh.propose(8, 6, 4)
+    children = tree.children()
+    for siblings in children:
+        names = [int(tree.token_ids[node]) for node in siblings]
+        assert len(set(names)) == len(names), "siblings carry different tokens"
+    for node, parent in enumerate(tree.parents.tolist()):
+        assert parent == ROOT or tree.log_probs[node] <= tree.log_probs[parent]
+
+
+def test_rows_are_separate() -> None:
+    drafter = NGramDrafter()
+    drafter.open(2)
+    first, second = drafter.propose([request([1, 2, 1], row=0), request([1, 3, 1], row=1)])
+    assert first.token_ids[0] == 2 and second.token_ids[0] == 3

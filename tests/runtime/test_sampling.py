@@ -1,0 +1,85 @@
+"""Logit rules and warpers against transformers' own processors, and the options they refuse."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation import logits_process as reference
+
+from headstart.runtime.errors import OptionError
+from headstart.runtime.sampling import LogitRules, SamplingOptions
+
+CONTEXT = [3, 7, 7, 1, 3, 7, 9, 3]
+
+CASES: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "temperature": ({"temperature": 0.6}, [reference.TemperatureLogitsWarper(0.6)]),
+    "top_k": ({"temperature": 1.0, "top_k": 4}, [reference.TopKLogitsWarper(4)]),
+    "top_p": ({"temperature": 1.0, "top_p": 0.6}, [reference.TopPLogitsWarper(0.6)]),
+    "min_p": ({"temperature": 1.0, "min_p": 0.2}, [reference.MinPLogitsWarper(0.2)]),
+    "penalty": ({"temperature": 1.0, "repetition_penalty": 1.4}, [reference.RepetitionPenaltyLogitsProcessor(1.4)]),
+    "no_repeat": ({"temperature": 1.0, "no_repeat_ngram": 2}, [reference.NoRepeatNGramLogitsProcessor(2)]),
+    "suppress": ({"temperature": 1.0, "suppress_tokens": (2, 5)}, [reference.SuppressTokensLogitsProcessor([2, 5])]),
+    "all": (
+        {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2, "no_repeat_ngram": 3},
+        [
+            reference.RepetitionPenaltyLogitsProcessor(1.2),
+            reference.NoRepeatNGramLogitsProcessor(3),
+            reference.TemperatureLogitsWarper(0.8),
+            reference.TopKLogitsWarper(9),
+            reference.TopPLogitsWarper(0.9),
+            reference.MinPLogitsWarper(0.05),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("case", CASES)
+def test_probabilities_are_those_of_transformers(case: str, seed: int) -> None:
+    options, processors = CASES[case]
+    logits = (np.random.default_rng(seed).standard_normal(12) * 3).astype(np.float32)
+    scores = torch.from_numpy(logits.copy())[None].double()
+    for processor in processors:
+        scores = processor(torch.tensor([CONTEXT]), scores)
+    ours = LogitRules(SamplingOptions(**options)).probabilities(logits, CONTEXT)
+    np.testing.assert_allclose(ours, torch.softmax(scores, -1)[0].numpy(), atol=1e-6)
+
+
+def test_logits_are_never_written_into() -> None:
+    logits = np.arange(12, dtype=np.float32)
+    rules = LogitRules(
+        SamplingOptions(temperature=0.5, top_k=3, repetition_penalty=2.0, no_repeat_ngram=2, suppress_tokens=(1,))
+    )
+    rules.probabilities(logits, CONTEXT)
+    rules.process(logits, CONTEXT)
+    assert logits.tolist() == list(range(12))
+
+
+def test_greedy_probabilities_are_one_hot_after_the_rules() -> None:
+    rules = LogitRules(SamplingOptions(suppress_tokens=(11,)))
+    assert rules.probabilities(np.arange(12, dtype=np.float32), []).argmax() == 10
+
+
+def test_no_repeat_in_a_short_text_forbids_nothing() -> None:
+    rules = LogitRules(SamplingOptions(no_repeat_ngram=4))
+    assert np.isfinite(rules.process(np.zeros(12, np.float32), [1, 2])).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0.0},
+        {"no_repeat_ngram": -2},
+        {"seed": -1},
+    ],
+)
+def test_impossible_options_are_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=next(iter(options))):
+        SamplingOptions(**options)

@@ -1,0 +1,65 @@
+"""The README's commands and its Python are run as they stand, its links lead somewhere, and the samples run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else ""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a reader has it: in the clone's root, but with nothing built yet."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "samples").symlink_to(ROOT / "samples")
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_commands_run_as_written(workplace: Path) -> None:
+    commands = [
+        line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines() if line.startswith("headstart ")
+    ]
+    assert len(commands) >= 8
+    for command in commands:
+        run([sys.executable, "-m", *shlex.split(command, comments=True)], workplace)
+
+
+def test_python_runs_as_written(workplace: Path) -> None:
+    code = blocks("python")
+    assert code
+    for block in code:
+        run([sys.executable, "-c", block], workplace)
+
+
+def test_sample_runs(workplace: Path) -> None:
+    out = run([sys.executable, "samples/01_complete_python/run.py", str(workplace / "bundle")], workplace)
+    assert "load_settings" in out and "medusa" in out
+
+
+def test_first_code_block_and_the_two_commands() -> None:
+    first = README.splitlines().index(next(line for line in README.splitlines() if line.startswith("```"))) + 1
+    assert first < 25
+    assert "make demo" in README and "make test" in README
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "samples/checkpoints/pycode/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
