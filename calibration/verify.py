@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engine import Engine
-from headstart.runtime.errors import BundleError, MissingExtraError, OptionError
+from headstart.runtime.errors import BundleError, OptionError, missing_extra
 from headstart.runtime.model import Model, load
 from headstart.runtime.prefill import prefill
 
@@ -132,7 +132,7 @@ def check_checkpoint(engine: Engine, checkpoint: str | Path, input_ids: NDArray[
         from headstart.exporter.checkpoint import load_checkpoint
         from headstart.exporter.golden import GREEDY, reference_greedy, reference_logits
     except ModuleNotFoundError as error:
-        raise MissingExtraError("Comparing with a checkpoint", "export") from error
+        raise missing_extra(error, "Comparing with a checkpoint") from error
     model = load_checkpoint(checkpoint).model
     reference = reference_logits(model, input_ids)
     if reference.shape[-1] != engine.model.vocab_size:

@@ -19,7 +19,7 @@ from headstart.runtime.bundle import (
     new_folder,
     write_manifest,
 )
-from headstart.runtime.errors import CheckpointError, MissingExtraError, OptionError
+from headstart.runtime.errors import CheckpointError, OptionError, missing_extra
 
 Progress = Callable[[str], None]  # called with the name of each stage as it begins
 DTYPES = ("float32", "float16", "bfloat16")
@@ -56,7 +56,7 @@ def export(
     try:
         from . import checkpoint as loading
     except ModuleNotFoundError as error:
-        raise MissingExtraError("Exporting", "export") from error
+        raise missing_extra(error, "Exporting") from error
     with new_folder(Path(output), force) as folder:
         progress("loading the checkpoint")
         source = loading.load_checkpoint(checkpoint, dtype)

@@ -10,6 +10,8 @@ Names are loaded on first use, so that importing the package costs nothing and n
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from headstart.runtime.errors import missing_extra
+
 if TYPE_CHECKING:
     from headstart.calibration.train import train_medusa
     from headstart.calibration.verify import verify
@@ -51,7 +53,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'headstart' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, f"headstart.{name}") from error
 
 
 def __dir__() -> list[str]:

@@ -26,10 +26,13 @@ DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
-    from headstart.runtime.errors import HeadstartError
+    from headstart.runtime.errors import HeadstartError, missing_extra
 
     try:
-        app()
+        try:
+            app()
+        except ModuleNotFoundError as error:
+            raise missing_extra(error, "This command") from error
     except HeadstartError as error:
         print(f"headstart: {error}", file=sys.stderr)
         sys.exit(2)

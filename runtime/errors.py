@@ -26,6 +26,20 @@ class MissingExtraError(HeadstartError):
         self.extra = extra
 
 
+# Which extra brings a package that the bare install lacks.
+_EXTRAS = {"onnxruntime": "cpu"} | dict.fromkeys(
+    ("torch", "transformers", "optimum", "onnx", "onnx_ir", "safetensors"), "export"
+)
+
+
+def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingExtraError:
+    """The error to raise in place of `error`, which is raised again when no extra would help."""
+    extra = _EXTRAS.get((error.name or "").split(".")[0])
+    if extra is None:
+        raise error
+    return MissingExtraError(purpose, extra)
+
+
 class OptionError(HeadstartError):
     """A value an option cannot have."""
 

@@ -52,5 +52,6 @@ def test_wheel_decodes_without_torch(empty_environment: Path, bundle_of: Callabl
     assert done.stdout == here.stdout
     listed = run(pip, "list", "--format=freeze").stdout.lower()
     assert not [name for name in HEAVY if f"\n{name}==" in f"\n{listed}"], listed
-    refused = run(empty_environment / "env/bin/headstart", "export", "x", "-o", tmp_path / "out")
-    assert refused.returncode == 2 and "headstart[export]" in refused.stderr
+    for command in (("export", "x", "-o", tmp_path / "out"), ("heads", "train", "x", "--data", copy, "-o", tmp_path / "out")):
+        refused = run(empty_environment / "env/bin/headstart", *command)
+        assert refused.returncode == 2 and "headstart[export]" in refused.stderr

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from headstart.runtime.bundle import Bundle, HeadInfo, write_manifest
-from headstart.runtime.errors import MissingExtraError, OptionError, OutputError
+from headstart.runtime.errors import OptionError, OutputError, missing_extra
 
 
 def import_head(
@@ -25,7 +25,7 @@ def import_head(
     try:
         from .medusa import add_head, default_name
     except ModuleNotFoundError as error:
-        raise MissingExtraError("Importing a head", "export") from error
+        raise missing_extra(error, "Importing a head") from error
     opened = Bundle.load(bundle)
     name = name or default_name(opened.manifest)
     if not name.isidentifier() or name in ("auto", "none", "ngram", "draft_model"):

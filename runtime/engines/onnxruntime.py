@@ -16,7 +16,7 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, HeadInfo, WeightInfo
 from headstart.runtime.cache import KVCache
 from headstart.runtime.engine import StepOutput
-from headstart.runtime.errors import MissingExtraError
+from headstart.runtime.errors import missing_extra
 
 MIN_ROWS = 2
 
@@ -164,7 +164,7 @@ def _session(file: Path, threads: int, shared: dict[str, Any] | None = None) -> 
     try:
         import onnxruntime as ort
     except ModuleNotFoundError as error:
-        raise MissingExtraError("Decoding on the CPU", "cpu") from error
+        raise missing_extra(error, "Decoding on the CPU") from error
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

@@ -145,7 +145,7 @@ def test_one_projection_for_all_in_vllm_s_form(bundle: Path, tmp_path: Path) -> 
 
 def test_heads_of_another_target_are_refused(bundle: Path, tmp_path: Path) -> None:
     wrong_vocab = write_head(tmp_path / "v", tensors_of("medusa-1", random_blocks(), random_projections(vocab=310)))
-    with pytest.raises(HeadError, match="onto 310 tokens.* 300"):
+    with pytest.raises(HeadError, match=r"onto 310 tokens.* 300"):
         import_head(bundle, wrong_vocab)
     small = [[(torch.zeros(32, 32), torch.zeros(32))]]
     with pytest.raises(HeadError, match="hidden size 32, the target has 64"):
@@ -182,7 +182,7 @@ def test_other_families_are_refused_by_name(name: str, config: dict[str, Any], f
 def test_folders_that_hold_no_head(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match="not a folder"):
         recognise(tmp_path / "nothing")
-    with pytest.raises(HeadError, match="found model.embed"):
+    with pytest.raises(HeadError, match=r"found model\.embed"):
         recognise(write_head(tmp_path / "plain", {"model.embed_tokens.weight": torch.zeros(2, 2)}, {}))
 
 
