@@ -103,7 +103,6 @@ class _Binding:
             width = model.hidden_size * len(model.aux_layers)
             self.outputs[contract.AUX_HIDDEN] = np.zeros((batch, rows, width), model.dtype)
         self.binding = _bind(session, self.inputs, self.outputs, cache)
-        self._seen = np.zeros(batch, np.int64)  # columns of the mask already open for all rows
 
     def fill(
         self,
