@@ -7,7 +7,8 @@
     ├── BundleError              a bundle that is missing, incomplete, edited, or of another schema
     ├── OutputError              an output folder that exists or cannot be written
     ├── CheckpointError          a checkpoint that is missing, truncated, or of an unknown architecture
-    └── HeadError                a draft head that does not fit the model, or whose format is not known
+    ├── HeadError                a draft head that does not fit the model, or whose format is not known
+    └── EngineError              an engine that cannot run this bundle
 
 Each message says what was wrong, the rule, what was found, and what to do. The command line prints it without a
 traceback and exits with 2.
@@ -62,3 +63,7 @@ class CheckpointError(HeadstartError):
 
 class HeadError(HeadstartError):
     """A draft head that cannot be used with this model."""
+
+
+class EngineError(HeadstartError):
+    """An engine that cannot run this bundle."""

@@ -16,9 +16,10 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, HeadInfo, WeightInfo
 from headstart.runtime.cache import KVCache
 from headstart.runtime.engine import StepOutput
-from headstart.runtime.errors import missing_extra
+from headstart.runtime.errors import EngineError, missing_extra
 
 MIN_ROWS = 2
+OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
 
 
 class OnnxRuntimeEngine:
@@ -164,6 +165,11 @@ def _session(file: Path, threads: int, shared: dict[str, Any] | None = None) -> 
         import onnxruntime as ort
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Decoding on the CPU") from error
+    if tuple(map(int, ort.__version__.split(".")[:2])) < OLDEST:
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} is too old for the bundle's operators (opset 24): 1.25 or newer is needed. "
+            "Fix: pip install -U 'headstart[cpu]', on Python 3.11 or newer."
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
