@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint build clean
+.PHONY: demo test test-slow lint build clean
 
 demo: .venv/installed
 	$(BIN)/headstart demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q
+
+test-slow: .venv/installed  # builds the wheel and installs it into an empty environment
+	$(BIN)/python -m pytest -q -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

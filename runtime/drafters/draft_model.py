@@ -24,15 +24,16 @@ class DraftModelDrafter:
 
     default_nodes = 4
 
-    def __init__(self, name: str, engine: Engine, seed: int = 0) -> None:
+    def __init__(self, name: str, engine: Engine) -> None:
         self.name = name
         self._engine = engine
-        self._generator = np.random.default_rng(seed)
+        self._generators: dict[int, np.random.Generator] = {}
         self._caches: dict[int, KVCache] = {}
         self._fed: dict[int, list[int]] = {}  # tokens whose keys and values stand in each row's cache
 
     def open(self, batch: int) -> None:
         self._caches = {}
+        self._generators = {}
         self._fed = {row: [] for row in range(batch)}
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
@@ -51,7 +52,7 @@ class DraftModelDrafter:
         for step in range(steps):
             probabilities = rules.probabilities(logits, tokens + drafted)
             greedy = request.sampling.greedy
-            token = int(probabilities.argmax()) if greedy else int(self._generator.choice(len(probabilities), p=probabilities))
+            token = int(probabilities.argmax()) if greedy else self._draw(request, probabilities)
             drafted.append(token)
             distributions.append(probabilities)
             if step + 1 < steps:
@@ -61,6 +62,13 @@ class DraftModelDrafter:
         if request.sampling.greedy:
             return tree
         return DraftTree(tree.token_ids, tree.parents, tree.log_probs, np.stack(distributions))
+
+    def _draw(self, request: DraftRequest, probabilities: NDArray[np.float64]) -> int:
+        """Repeatable with the user's seed, from a stream of its own: drafts must not share the acceptance tests' draws."""
+        if request.row not in self._generators:
+            seed = request.sampling.seed
+            self._generators[request.row] = np.random.default_rng(None if seed is None else (seed, request.row, 1))
+        return int(self._generators[request.row].choice(len(probabilities), p=probabilities))
 
     def _catch_up(self, row: int, tokens: list[int]) -> NDArray[np.float32]:
         """Make the cache hold exactly `tokens`; returns the logits [V] after the last."""

@@ -112,6 +112,12 @@ def test_sampled_runs_repeat_with_their_seed(engine: OnnxRuntimeEngine) -> None:
     assert first != tokens_of(decode(engine, PROMPTS, NGramDrafter(), **other))
 
 
+def test_sampled_drafts_repeat_with_the_seed_too(engine: OnnxRuntimeEngine, bundle_of: BundleOf) -> None:
+    drafter = DraftModelDrafter("draft_model", OnnxRuntimeEngine(bundle_of("qwen2")))
+    options = {"max_new_tokens": 30, "sampling": SamplingOptions(temperature=1.0, seed=5)}
+    assert tokens_of(decode(engine, PROMPTS, drafter, **options)) == tokens_of(decode(engine, PROMPTS, drafter, **options))
+
+
 def test_sampled_draft_model_equal_to_the_target_is_always_accepted(engine: OnnxRuntimeEngine, bundle_of: BundleOf) -> None:
     drafter = DraftModelDrafter("draft_model", OnnxRuntimeEngine(bundle_of("llama")))
     sampling = SamplingOptions(temperature=0.8, seed=1)
