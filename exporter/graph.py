@@ -54,10 +54,11 @@ def save_graph(model: Any, file: Path) -> None:
 
 
 def graph_info(model: Any, file: str) -> GraphInfo:
-    return GraphInfo(file, _tensor_infos(model.graph.inputs), _tensor_infos(model.graph.outputs))
+    return GraphInfo(file, tensor_infos(model.graph.inputs), tensor_infos(model.graph.outputs))
 
 
-def _tensor_infos(values: Any) -> tuple[TensorInfo, ...]:
+def tensor_infos(values: Any) -> tuple[TensorInfo, ...]:
+    """The manifest's description of a graph's inputs or outputs."""
     return tuple(
         TensorInfo(v.name, dtype_name(v.dtype), tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
         for v in values

@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, TensorInfo, WeightInfo, to_json
-from headstart.runtime.contract import OPSET
+from headstart.exporter.graph import tensor_infos
+from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, WeightInfo, to_json
 from headstart.runtime.errors import HeadError
 
+from .builder import GraphBuilder
 from .recognise import DIALECTS, HeadCheckpoint, recognise
 
 Array = NDArray[np.float32]
@@ -114,6 +115,7 @@ def add_head(bundle: Path, manifest: Manifest, folder: Path, name: str | None = 
     checkpoint = recognise(folder)
     weights = medusa_from_checkpoint(checkpoint, manifest.model)
     name = name or default_name(manifest)
+    top_k = min(top_k, manifest.model.vocab_size)
     target = bundle / "heads" / name
     target.mkdir(parents=True)
     shared = _shared_projection(weights, manifest, folder)
@@ -124,10 +126,8 @@ def add_head(bundle: Path, manifest: Manifest, folder: Path, name: str | None = 
         hidden_size=manifest.model.hidden_size,
         vocab_size=manifest.model.vocab_size,
         heads=weights.heads,
-        top_k=min(top_k, manifest.model.vocab_size),
-        graph=write_graph(
-            weights, shared, target / "head.onnx", f"heads/{name}/head.onnx", min(top_k, manifest.model.vocab_size)
-        ),
+        top_k=top_k,
+        graph=write_graph(weights, shared, target / "head.onnx", f"heads/{name}/head.onnx", top_k),
         shared=shared,
     )
     (target / "head.json").write_text(to_json(info), "utf-8")
@@ -153,7 +153,7 @@ def _shared_projection(weights: MedusaWeights, manifest: Manifest, folder: Path)
 def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Path, name: str, top_k: int) -> GraphInfo:
     """`hidden` [B, 1, H] to `topk_ids` [B, K, k] int64 and `topk_log_probs` [B, K, k] float32."""
     heads, _, hidden, _ = weights.block_weights.shape
-    graph = _Builder()
+    graph = GraphBuilder()
     source = ir.val("hidden", ir.DataType.FLOAT, ("batch", 1, hidden))
     state = graph.node("Transpose", [source], perm=[1, 0, 2])  # [1, B, H]: the heads broadcast over the first axis
     for layer in range(weights.block_weights.shape[1]):
@@ -171,16 +171,10 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
         _output(values, "topk_log_probs", ir.DataType.FLOAT, heads, top_k),
     ]
     graph.save([source], outputs, file)
-    return GraphInfo(
-        name,
-        (TensorInfo("hidden", "float32", ("batch", 1, hidden)),),
-        tuple(
-            TensorInfo(v.name, dtype, ("batch", heads, top_k)) for v, dtype in zip(outputs, ("int64", "float32"), strict=True)
-        ),
-    )
+    return GraphInfo(name, tensor_infos([source]), tensor_infos(outputs))
 
 
-def _projection(graph: "_Builder", weights: MedusaWeights, shared: dict[str, WeightInfo]) -> Any:
+def _projection(graph: GraphBuilder, weights: MedusaWeights, shared: dict[str, WeightInfo]) -> Any:
     """[K, H, V], or [H, V] for all heads when it is the target's."""
     if weights.projections is not None:
         return graph.constant("projection.weight", np.ascontiguousarray(weights.projections.transpose(0, 2, 1)))
@@ -196,49 +190,3 @@ def _projection(graph: "_Builder", weights: MedusaWeights, shared: dict[str, Wei
 def _output(value: Any, name: str, dtype: ir.DataType, heads: int, top_k: int) -> Any:
     value.name, value.dtype, value.shape = name, dtype, ir.Shape(("batch", heads, top_k))
     return value
-
-
-class _Builder:
-    """Collects the nodes and weights of one small graph."""
-
-    def __init__(self) -> None:
-        self._nodes: list[Any] = []
-        self._weights: list[Any] = []
-
-    def nodes(self, op: str, inputs: list[Any], outputs: int, **attributes: Any) -> list[Any]:
-        node = ir.node(op, inputs, attributes=attributes, num_outputs=outputs)
-        self._nodes.append(node)
-        return list(node.outputs)
-
-    def node(self, op: str, inputs: list[Any], **attributes: Any) -> Any:
-        return self.nodes(op, inputs, 1, **attributes)[0]
-
-    def constant(self, name: str, array: NDArray[Any]) -> Any:
-        return self._initializer(name, ir.tensor(array, name=name))
-
-    def ints(self, name: str, values: list[int]) -> Any:
-        return self.constant(name, np.array(values, np.int64))
-
-    def reference(self, name: str, info: WeightInfo) -> Any:
-        """A weight that lies in another graph's data file, two folders up."""
-        dtype = ir.DataType.from_numpy(np.dtype(info.dtype))
-        length = int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize
-        return self._initializer(
-            name, ir.ExternalTensor(f"../../{info.file}", info.offset, length, dtype, shape=ir.Shape(info.shape), name=name)
-        )
-
-    def _initializer(self, name: str, tensor: Any) -> Any:
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self._weights.append(value)
-        return value
-
-    def save(self, inputs: list[Any], outputs: list[Any], file: Path) -> None:
-        graph = ir.Graph(
-            inputs, outputs, nodes=self._nodes, initializers=self._weights, opset_imports={"": OPSET}, name="medusa"
-        )
-        # By hand rather than by ir.save's own option, which would copy the shared weight in as well.
-        own = [w for w in self._weights if not isinstance(w.const_value, ir.ExternalTensor) and w.const_value.nbytes > 1024]
-        tensors = ir.external_data.convert_tensors_to_external([w.const_value for w in own], file.parent, f"{file.name}.data")
-        for weight, tensor in zip(own, tensors, strict=True):
-            weight.const_value = tensor
-        ir.save(ir.Model(graph, ir_version=11, producer_name="headstart"), file)
