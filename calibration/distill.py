@@ -5,6 +5,7 @@ the user's files and continued, half of them greedily and half sampled. The base
 computed once and a training step costs the heads alone.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,15 @@ class DistillOptions:
     temperature: float = 0.7
     original: float = 0.25
 
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "sequences", "batch"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.temperature <= 0:
+            raise OptionError(f"temperature must be above 0, got {self.temperature}: half of the text is greedy already.")
+        if self.original < 0:
+            raise OptionError(f"original must be at least 0, got {self.original}.")
+
 
 @dataclass(frozen=True)
 class HiddenData:
@@ -68,6 +78,8 @@ def cut(tokens: NDArray[np.int64], length: int, count: int, seed: int) -> Tensor
     """[count, length] windows at random places."""
     if len(tokens) < 4 * length:
         raise OptionError(f"The training files hold {len(tokens)} tokens; at least {4 * length} are needed. Fix: more files.")
+    if count == 0:
+        return torch.empty(0, length, dtype=torch.int64)
     starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
     return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]))
 
@@ -78,12 +90,37 @@ def distill(model: Any, tokens: NDArray[np.int64], options: DistillOptions, seed
     length = options.prompt_tokens + options.new_tokens
     original = cut(tokens, length, int(options.sequences * options.original), seed + 1)
     token_ids = torch.cat([written, original])
-    batches = token_ids.split(options.batch)
-    hidden = []
-    for done, batch in enumerate(batches):
-        hidden.append(hidden_states(model, batch).half())
+    hidden = torch.empty(*token_ids.shape, hidden_size(model), dtype=torch.float16)
+    batches = range(0, len(token_ids), options.batch)
+    for done, start in enumerate(batches):
+        rows = slice(start, start + options.batch)
+        hidden[rows] = hidden_states(model, token_ids[rows])
         progress("hidden states", done + 1, len(batches))
-    return HiddenData(token_ids, torch.cat(hidden))
+    return HiddenData(token_ids, hidden)
+
+
+def hidden_size(model: Any) -> int:
+    """Of what the output embedding reads."""
+    return int(model.get_output_embeddings().weight.shape[1])
+
+
+def check_memory(model: Any, options: DistillOptions) -> None:
+    """Raises OptionError when the hidden states, all kept in memory, would not fit; before an hour is spent on them."""
+    rows = int(options.sequences * (1 + options.original)) * (options.prompt_tokens + options.new_tokens)
+    needed, free = 2 * rows * hidden_size(model), _free_memory_bytes()
+    if needed > free:
+        raise OptionError(
+            f"The hidden states of {options.sequences} sequences need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
+            f"free. Fix: --sequences {max(1, options.sequences * free // needed // 2)}."
+        )
+
+
+def _free_memory_bytes() -> int:
+    """What Linux says a new allocation can have, page cache included; without limit where there is no such file."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    kibibytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return sys.maxsize if kibibytes is None else 1024 * int(kibibytes)
 
 
 def _continuations(

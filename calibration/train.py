@@ -16,7 +16,7 @@ from headstart.exporter.checkpoint import load_checkpoint
 from headstart.runtime.bundle import new_folder
 from headstart.runtime.errors import OptionError
 
-from .distill import DistillOptions, HiddenData, Progress, distill, read_tokens
+from .distill import DistillOptions, HiddenData, Progress, check_memory, distill, read_tokens
 
 RANKS = 10  # reported accuracies: is the right token among the best 1, …, 10
 HEAD_DECAY = 0.8  # weight of head i in the loss: 0.8 ** i, since a later head only counts when the earlier are right
@@ -53,6 +53,9 @@ class TrainOptions:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.held_out < 1:
             raise OptionError(f"held_out must lie between 0 and 1, got {self.held_out}.")
+        length = self.distill.prompt_tokens + self.distill.new_tokens
+        if length < self.heads + 2:
+            raise OptionError(f"{self.heads} heads need texts of at least {self.heads + 2} tokens, got {length}.")
 
 
 class MedusaHead(nn.Module):
@@ -95,6 +98,7 @@ def train_medusa(
     options = options or TrainOptions()
     with new_folder(Path(output), force) as folder:
         base = load_checkpoint(checkpoint)
+        check_memory(base.model, options.distill)
         data = distill(base.model, read_tokens(_tokenizer(base.path), files), options.distill, options.seed, progress)
         lm_head = base.model.get_output_embeddings().weight.detach().clone()
         heads = nn.ModuleList(MedusaHead(lm_head, options.layers, options.own_projection) for _ in range(options.heads))
@@ -145,6 +149,11 @@ def _train(heads: nn.ModuleList, data: HiddenData, options: TrainOptions, progre
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise OptionError(
+                    f"Training diverged: the loss of step {len(losses)} is {losses[-1]}. "
+                    f"Fix: a learning rate below {options.learning_rate}."
+                )
             progress("training", len(losses), steps)
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)

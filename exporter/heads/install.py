@@ -3,10 +3,14 @@
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from headstart.runtime.bundle import Bundle, HeadInfo, write_manifest
+from headstart.runtime.bundle import MANIFEST, Bundle, HeadInfo, Manifest, atomic_write, write_manifest
 from headstart.runtime.errors import OptionError, OutputError, missing_extra
+
+RESERVED = ("auto", "none", "ngram", "draft_model")  # what --drafter calls other things
 
 
 def import_head(
@@ -14,8 +18,8 @@ def import_head(
 ) -> HeadInfo:
     """Import the head in `folder` into a finished bundle, as `heads/<name>`.
 
-    The head is built beside its place and renamed into it, then the manifest is rewritten: whatever fails or interrupts
-    before that leaves the bundle as it was.
+    The head is built beside the bundle and renamed into it, then the manifest is rewritten: whatever fails or interrupts
+    leaves the bundle as it was.
 
     Raises:
         BundleError: no valid bundle.
@@ -26,22 +30,60 @@ def import_head(
         from .medusa import add_head, default_name
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Importing a head") from error
-    opened = Bundle.load(bundle)
+    opened = Bundle.load(Path(bundle).resolve())  # "." has no folder beside it to work in
     name = name or default_name(opened.manifest)
-    if not name.isidentifier() or name in ("auto", "none", "ngram", "draft_model"):
-        raise OptionError(f"{name!r} cannot name a head: letters, digits and _ only, and not auto, none, ngram or draft_model.")
-    target = opened.path / "heads" / name
+    _check_name(opened, name, force)
+    others = dataclasses.replace(opened.manifest, heads=tuple(h for h in opened.manifest.heads if h != name))
+    with _workplace(opened.path) as workplace:
+        manifest = add_head(workplace, others, Path(folder), name, top_k)
+        _put_in_place(workplace, opened.path, name, manifest)
+    return Bundle(opened.path, manifest).head(name)
+
+
+def _check_name(bundle: Bundle, name: str, force: bool) -> None:
+    if not name.isidentifier() or name in RESERVED:
+        raise OptionError(f"{name!r} cannot name a head: letters, digits and _ only, and not {', '.join(RESERVED)}.")
+    target = bundle.path / "heads" / name
     if target.exists() and not force:
         raise OutputError(f"{target} exists and is not overwritten. Fix: another --name, or --force.")
-    others = dataclasses.replace(opened.manifest, heads=tuple(h for h in opened.manifest.heads if h != name))
-    workplace = Path(tempfile.mkdtemp(prefix=f".{opened.path.name}.head-", dir=opened.path.parent))
+
+
+@contextmanager
+def _workplace(bundle: Path) -> Iterator[Path]:
+    """A temporary folder beside the bundle: on the same disk, so that renaming works, and out of the manifest's sight."""
     try:
-        manifest = add_head(workplace, others, Path(folder), name, top_k)
-        if target.exists():
-            shutil.rmtree(target)
-        target.parent.mkdir(exist_ok=True)
-        (workplace / "heads" / name).replace(target)
-        write_manifest(opened.path, manifest)
+        folder = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.head-", dir=bundle.parent))
+    except OSError as error:
+        raise OutputError(
+            f"{bundle.parent} cannot be written: {error.strerror}. The head is built there before it is moved into the bundle. "
+            "Fix: a bundle in a folder you can write to."
+        ) from error
+    try:
+        yield folder
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
-    return Bundle(opened.path, manifest).head(name)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(workplace: Path, bundle: Path, name: str, manifest: Manifest) -> None:
+    """Swap `heads/<name>` and rewrite the manifest; put both back when anything, Ctrl-C included, comes between."""
+    new, target, old = workplace / "heads" / name, bundle / "heads" / name, workplace / "old"
+    before = (bundle / MANIFEST).read_text("utf-8")
+    try:
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            target.replace(old)
+        new.replace(target)
+        write_manifest(bundle, manifest)
+    except BaseException:
+        _put_back(new, target, old)
+        atomic_write(bundle / MANIFEST, before)
+        raise
+
+
+def _put_back(new: Path, target: Path, old: Path) -> None:
+    if not new.exists():  # it was moved in already
+        shutil.rmtree(target)
+    if old.exists():
+        old.replace(target)
+    if target.parent.is_dir() and not any(target.parent.iterdir()):
+        target.parent.rmdir()

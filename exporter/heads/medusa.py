@@ -32,12 +32,14 @@ class MedusaWeights:
     Attributes:
         block_weights: [K, L, H, H], applied as x @ weight.T.
         block_biases: [K, L, H]; zeros where the dialect has none.
-        projections: [K, V, H], or None when all heads project with the target's LM head.
+        projections: [K, V, H]; [1, V, H] when all heads have one of their own; None when it is the target's LM head.
+        token_map: [V'] the target's ids of the projections' rows, when these cover only a part of the vocabulary.
     """
 
     block_weights: Array
     block_biases: Array
     projections: Array | None
+    token_map: NDArray[np.int64] | None = None
 
     @property
     def heads(self) -> int:
@@ -49,62 +51,121 @@ def medusa_from_checkpoint(checkpoint: HeadCheckpoint, model: ModelInfo) -> Medu
 
     Raises HeadError when a tensor is missing, or hidden size or vocabulary are not the target's.
     """
-    block, projection = (re.compile(pattern) for pattern in DIALECTS[checkpoint.dialect])
-    blocks: dict[tuple[int, int, str], Array] = {}
-    projections: dict[int, Array] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if match := block.fullmatch(name):
-            blocks[int(match[1]), int(match[2]), match[3]] = tensor
-        elif match := projection.fullmatch(name):
-            projections[int(match[1])] = tensor
+    blocks = _blocks(checkpoint)
     heads = _count(checkpoint, "head", {head for head, _, _ in blocks})
     layers = _count(checkpoint, "block", {layer for _, layer, _ in blocks})
     grid = [[_block(checkpoint, blocks, head, layer, model.hidden_size) for layer in range(layers)] for head in range(heads)]
     weights = np.stack([np.stack([weight for weight, _ in row]) for row in grid])
     biases = np.stack([np.stack([bias for _, bias in row]) for row in grid])
-    return MedusaWeights(weights, biases, _projections(checkpoint, projections, heads, model))
+    projections = _projections(checkpoint, heads, layers)
+    if projections is None:
+        return MedusaWeights(weights, biases, None)
+    projections, token_map = _truncated(checkpoint, projections, model.vocab_size)
+    _check_projections(checkpoint, projections, token_map, model)
+    return MedusaWeights(weights, biases, projections, token_map)
+
+
+def _blocks(checkpoint: HeadCheckpoint) -> dict[tuple[int, int, str], Array]:
+    """(head, block, weight or bias) -> tensor."""
+    pattern = re.compile(DIALECTS[checkpoint.dialect].block)
+    matches = ((pattern.fullmatch(name), tensor) for name, tensor in checkpoint.tensors.items())
+    return {(int(match[1]), int(match[2]), match[3]): tensor for match, tensor in matches if match}
 
 
 def _count(checkpoint: HeadCheckpoint, what: str, indices: set[int]) -> int:
     """How many there are, by the tensors themselves: configurations are known to be wrong."""
     if indices != set(range(len(indices))):
         missing = sorted(set(range(max(indices))) - indices)
-        raise HeadError(f"{checkpoint.path}: {what} {missing[0]} is missing while {what} {max(indices)} is there.")
+        raise HeadError(
+            f"{checkpoint.path}: {what} {missing[0]} is missing while {what} {max(indices)} is there. Fix: the complete file."
+        )
     return len(indices)
 
 
 def _block(
     checkpoint: HeadCheckpoint, blocks: dict[tuple[int, int, str], Array], head: int, layer: int, hidden: int
 ) -> tuple[Array, Array]:
-    weight = blocks.get((head, layer, "weight"))
-    if weight is None:
-        raise HeadError(f"{checkpoint.path}: the weight of head {head}, block {layer} is missing.")
-    if weight.shape != (hidden, hidden):
+    weight, bias = blocks.get((head, layer, "weight")), blocks.get((head, layer, "bias"))
+    if bias is None and not any(part == "bias" for _, _, part in blocks):
+        bias = np.zeros(hidden, np.float32)  # vLLM's form without medusa_fc_bias
+    for part, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            raise HeadError(f"{checkpoint.path}: the {part} of head {head}, block {layer} is missing. Fix: the complete file.")
+    assert weight is not None and bias is not None
+    if weight.shape != (hidden, hidden) or bias.shape != (hidden,):
+        size = weight.shape[-1] if weight.shape != (hidden, hidden) else len(bias)
         raise HeadError(
-            f"{checkpoint.path}: head {head} works on hidden size {weight.shape[-1]}, the target has {hidden}. "
+            f"{checkpoint.path}: head {head} works on hidden size {size}, the target has {hidden}. "
             "Fix: heads trained for this very target."
         )
-    return weight, blocks.get((head, layer, "bias"), np.zeros(hidden, np.float32))
+    return weight, bias
 
 
-def _projections(checkpoint: HeadCheckpoint, found: dict[int, Array], heads: int, model: ModelInfo) -> Array | None:
-    if not found:  # residual blocks only: the trainer shared the target's LM head
+def _projections(checkpoint: HeadCheckpoint, heads: int, layers: int) -> Array | None:
+    """[K, rows, H], or [1, rows, H] for all heads; None when only residual blocks were saved: the target's LM head."""
+    single = _single_projection(checkpoint)
+    found = {0: single} if single is not None else _projection_per_head(checkpoint, layers)
+    if not found:
         return None
-    if len(found) == 1 and heads > 1 and checkpoint.config.get("original_lm_head"):
-        found = dict.fromkeys(range(heads), found[0])  # vLLM's form of one projection for all
-    missing = set(range(heads)) - set(found)
-    if missing:
+    if single is None and set(found) != set(range(heads)):
+        head = min(set(found) ^ set(range(heads)))
+        what = "blocks" if head in found else "projection"
+        raise HeadError(f"{checkpoint.path}: head {head} has no {what}, though others have. Fix: the complete file.")
+    if len({tensor.shape for tensor in found.values()}) > 1 or found[0].ndim != 2:
+        raise HeadError(f"{checkpoint.path}: the projections are not matrices of one shape. Fix: download the file again.")
+    stacked = np.stack([found[head] for head in sorted(found)])
+    if checkpoint.dialect == "vllm":  # the others never scale a head's logits, whatever their base does
+        stacked *= np.float32(checkpoint.config.get("logit_scale") or 1.0)
+    return stacked
+
+
+def _single_projection(checkpoint: HeadCheckpoint) -> Array | None:
+    """vLLM's `original_lm_head`: one projection, saved under one of two names."""
+    if checkpoint.dialect != "vllm" or not checkpoint.config.get("original_lm_head"):
+        return None
+    by_name = {name.removeprefix("medusa_heads."): tensor for name, tensor in checkpoint.tensors.items()}
+    return by_name.get("lm_head.weight", by_name.get("lm_heads.0.weight"))
+
+
+def _projection_per_head(checkpoint: HeadCheckpoint, layers: int) -> dict[int, Array]:
+    found: dict[int, Array] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if match := re.fullmatch(DIALECTS[checkpoint.dialect].projection, name):
+            if match[2] and int(match[2]) != layers:
+                raise HeadError(
+                    f"{checkpoint.path}: {name} stands after {match[2]} blocks, and {layers} are there. Fix: the complete file."
+                )
+            found[int(match[1])] = tensor
+    return found
+
+
+def _truncated(checkpoint: HeadCheckpoint, projections: Array, vocab_size: int) -> tuple[Array, NDArray[np.int64] | None]:
+    """Projections and the target's ids of their rows, where vLLM's form covers the most frequent tokens only."""
+    stored = next((t for name, t in checkpoint.tensors.items() if name.endswith("token_map")), None)
+    rows, size = projections.shape[1], checkpoint.config.get("truncated_vocab_size") or vocab_size
+    if stored is None or (rows == vocab_size and size >= vocab_size):
+        return projections, None
+    token_map = stored.astype(np.int64)  # exact: float32 holds every integer below 2 ** 24
+    if token_map.ndim != 1 or len(np.unique(token_map)) != token_map.size or not _within(token_map, vocab_size):
+        raise HeadError(f"{checkpoint.path}: token_map must list different tokens below {vocab_size}, the target's vocabulary.")
+    return (projections[:, token_map] if rows == vocab_size else projections), token_map
+
+
+def _within(token_map: NDArray[np.int64], vocab_size: int) -> bool:
+    return bool(token_map.size and token_map.min() >= 0 and token_map.max() < vocab_size)
+
+
+def _check_projections(
+    checkpoint: HeadCheckpoint, projections: Array, token_map: NDArray[np.int64] | None, model: ModelInfo
+) -> None:
+    _, rows, hidden = projections.shape
+    wanted = model.vocab_size if token_map is None else len(token_map)
+    if (rows, hidden) != (wanted, model.hidden_size):
+        listed = "" if token_map is None else f", of which token_map lists {wanted}"
         raise HeadError(
-            f"{checkpoint.path}: the projection of head {min(missing)} is missing, of {len(found)} others it is there."
+            f"{checkpoint.path}: the heads project from hidden size {hidden} onto {rows} tokens, the target has "
+            f"{model.hidden_size} and {model.vocab_size}{listed}. Fix: heads trained for this very target."
         )
-    for head in range(heads):
-        size, hidden = found[head].shape
-        if (size, hidden) != (model.vocab_size, model.hidden_size):
-            raise HeadError(
-                f"{checkpoint.path}: head {head} projects from hidden size {hidden} onto {size} tokens, the target has "
-                f"{model.hidden_size} and {model.vocab_size}. Fix: heads trained for this very target."
-            )
-    return np.stack([found[head] for head in range(heads)])
 
 
 def add_head(bundle: Path, manifest: Manifest, folder: Path, name: str | None = None, top_k: int = TOP_K) -> Manifest:
@@ -115,10 +176,10 @@ def add_head(bundle: Path, manifest: Manifest, folder: Path, name: str | None = 
     checkpoint = recognise(folder)
     weights = medusa_from_checkpoint(checkpoint, manifest.model)
     name = name or default_name(manifest)
-    top_k = min(top_k, manifest.model.vocab_size)
     target = bundle / "heads" / name
     target.mkdir(parents=True)
     shared = _shared_projection(weights, manifest, folder)
+    candidates = min(top_k, manifest.model.vocab_size if weights.token_map is None else len(weights.token_map))
     info = HeadInfo(
         name=name,
         family="medusa",
@@ -126,8 +187,8 @@ def add_head(bundle: Path, manifest: Manifest, folder: Path, name: str | None = 
         hidden_size=manifest.model.hidden_size,
         vocab_size=manifest.model.vocab_size,
         heads=weights.heads,
-        top_k=top_k,
-        graph=write_graph(weights, shared, target / "head.onnx", f"heads/{name}/head.onnx", top_k),
+        top_k=candidates,
+        graph=write_graph(weights, shared, target / "head.onnx", f"heads/{name}/head.onnx", candidates),
         shared=shared,
     )
     (target / "head.json").write_text(to_json(info), "utf-8")
@@ -166,6 +227,8 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
     logits = graph.node("MatMul", [state, _projection(graph, weights, shared)])  # [K, B, V]
     log_probs = graph.node("LogSoftmax", [graph.node("Transpose", [logits], perm=[1, 0, 2])], axis=-1)
     values, ids = graph.nodes("TopK", [log_probs, graph.ints("k", [top_k])], 2, axis=-1, largest=1, sorted=1)
+    if weights.token_map is not None:
+        ids = graph.node("Gather", [graph.constant("token_map", weights.token_map), ids])
     outputs = [
         _output(ids, "topk_ids", ir.DataType.INT64, heads, top_k),
         _output(values, "topk_log_probs", ir.DataType.FLOAT, heads, top_k),
@@ -175,7 +238,7 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
 
 
 def _projection(graph: GraphBuilder, weights: MedusaWeights, shared: dict[str, WeightInfo]) -> Any:
-    """[K, H, V], or [H, V] for all heads when it is the target's."""
+    """[K, H, V], [1, H, V], or [H, V] when it is the target's: the latter two serve all heads."""
     if weights.projections is not None:
         return graph.constant("projection.weight", np.ascontiguousarray(weights.projections.transpose(0, 2, 1)))
     info = shared["lm_head"]

@@ -17,39 +17,62 @@ from headstart.runtime.errors import HeadError
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
-# What each Medusa dialect calls its tensors: a head's residual block, and its projection onto the vocabulary.
-# Groups: head, then block where there are blocks, then weight or bias.
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a published format names the tensors of Medusa heads, as regular expressions of the whole name.
+
+    Attributes:
+        block: of a residual block; groups: head, block, weight or bias.
+        projection: of a head onto the vocabulary; groups: head, place after the head's blocks (may be empty).
+        extra: of tensors that belong to all heads; one group, the name without prefix.
+    """
+
+    block: str
+    projection: str
+    extra: str = r"(?!)"  # matches nothing
+
+
 DIALECTS = {
-    "medusa-1": (r"(\d+)\.(\d+)\.linear\.(weight|bias)", r"(\d+)\.(\d+)\.(weight)"),
-    "medusa-2": (r"medusa_head\.(\d+)\.(\d+)\.linear\.(weight|bias)", r"medusa_head\.(\d+)\.(\d+)\.(weight)"),
-    "modelopt": (r"medusa_heads\.(\d+)\.(\d+)\.linear\.(weight|bias)", r"medusa_heads\.(\d+)\.(\d+)\.(weight)"),
-    "vllm": (
+    "medusa-1": Dialect(r"(\d+)\.(\d+)\.linear\.(weight|bias)", r"(\d+)\.(\d+)\.weight"),
+    "medusa-2": Dialect(r"medusa_head\.(\d+)\.(\d+)\.linear\.(weight|bias)", r"medusa_head\.(\d+)\.(\d+)\.weight"),
+    "modelopt": Dialect(r"medusa_heads\.(\d+)\.(\d+)\.linear\.(weight|bias)", r"medusa_heads\.(\d+)\.(\d+)\.weight"),
+    "vllm": Dialect(  # vllm/model_executor/models/medusa.py, load_weights
         r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)",
-        r"(?:medusa_heads\.)?lm_heads\.(\d+)()\.(weight)",
+        r"(?:medusa_heads\.)?lm_heads\.(\d+)()\.weight",
+        r"(?:medusa_heads\.)?(token_map|lm_head\.weight)",
     ),
 }
 
-# Other families, by a tensor name or a configuration key that only they have; the first match names the family.
+# Other families by what only they have, the first match names the family. Configuration keys and Whisper's tensors are
+# looked at before Medusa's names, which some of these families use too.
+OTHER_KEYS = {
+    "speculators_model_type": "vLLM speculators",
+    "speculators_config": "vLLM speculators",
+    "medusa_heads_type": "Whisper-Medusa",
+    "hydra_num_heads": "Hydra",
+    "dflash_config": "DFlash",
+    "target_layer_ids": "DFlash",
+}
+OTHER_TYPES = {"mlp_speculator": "MLP speculator", "recurrent_drafting_drafter": "ReDrafter"}
+BEFORE_MEDUSA = {r"whisper_model\.|medusa_block\.": "Whisper-Medusa"}
 OTHER_TENSORS = {
+    r"mask_hidden": "P-EAGLE",
     r"midlayer\.": "EAGLE-3",
     r"layers\.0\.mlp_moe\.": "Jakiro",
-    r"medusa_block\.": "Whisper-Medusa (block)",
     r"hydra_lm_head\.|hydra_mlp\.": "Hydra",
     r"rnn_u\.": "ReDrafter",
     r"speculator\.(emb|proj|head)\.": "MLP speculator",
     r"markov_head\.": "DSpark",
     r"prefix_gru\.": "Domino",
-    r"(mtp\.|.*eh_proj|model\.mtp_layers\.)": "MTP",
-    r"(pre_projection|masked_embedding)": "Gemma assistant",
+    r"mtp\.|.*eh_proj|model\.mtp_layers\.": "MTP",
+    r"pre_projection|masked_embedding": "Gemma assistant",
     r"prompt_embeddings": "PPD prompt tokens",
-    r"fc\.weight": "EAGLE or DFlash",
+    r"hidden_norm\.": "DFlash",
+    r"embed_layernorm\.": "HASS",
+    r"fc\.weight": "EAGLE",
 }
-OTHER_KEYS = {
-    "speculators_model_type": "vLLM speculators",
-    "medusa_heads_type": "Whisper-Medusa",
-    "hydra_num_heads": "Hydra",
-    "dflash_config": "DFlash",
-}
+NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|scaler).*")  # pickles a trainer leaves beside them
 
 
 @dataclass(frozen=True)
@@ -71,32 +94,54 @@ def recognise(folder: Path) -> HeadCheckpoint:
         raise HeadError(f"{folder} is not a folder. A draft head is a folder with its weights and config.json.")
     config = _config(folder)
     names = tensor_names(folder)
-    for dialect, patterns in DIALECTS.items():
-        block, projection = (re.compile(pattern) for pattern in patterns)
-        wanted = [name for name in names if block.fullmatch(name) or projection.fullmatch(name)]
-        if any(block.fullmatch(name) for name in wanted):
-            return HeadCheckpoint(folder, dialect, read_tensors(folder, names, wanted), config)
-    raise HeadError(f"{folder}: {_other_family(names, config)}")
+    other = _named_by_config(config) or _named_by_tensors(BEFORE_MEDUSA, names)
+    dialect = None if other else _medusa_dialect(names)
+    if dialect is None:
+        raise HeadError(f"{folder}: {_not_medusa(other or _named_by_tensors(OTHER_TENSORS, names) or _kangaroo(names), names)}")
+    patterns = DIALECTS[dialect]
+    wanted = [n for n in names if any(re.fullmatch(p, n) for p in (patterns.block, patterns.projection, patterns.extra))]
+    return HeadCheckpoint(folder, dialect, read_tensors(folder, names, wanted), config)
 
 
-def _other_family(names: Mapping[str, str], config: dict[str, Any]) -> str:
-    found = [family for key, family in OTHER_KEYS.items() if key in config]
-    found += [family for pattern, family in OTHER_TENSORS.items() if any(re.match(pattern, name) for name in names)]
-    if config.get("model_type") == "mlp_speculator":
-        found.append("MLP speculator")
-    if found:
-        return f"this is a {found[0]} head, and this version imports Medusa heads only ({', '.join(DIALECTS)})."
+def _medusa_dialect(names: Mapping[str, str]) -> str | None:
+    return next((d for d, patterns in DIALECTS.items() if any(re.fullmatch(patterns.block, name) for name in names)), None)
+
+
+def _named_by_config(config: dict[str, Any]) -> str | None:
+    by_key = next((family for key, family in OTHER_KEYS.items() if key in config), None)
+    return by_key or OTHER_TYPES.get(str(config.get("model_type")))
+
+
+def _named_by_tensors(families: Mapping[str, str], names: Mapping[str, str]) -> str | None:
+    return next((family for pattern, family in families.items() if any(re.match(pattern, name) for name in names)), None)
+
+
+def _kangaroo(names: Mapping[str, str]) -> str | None:
+    """Its adapter is a decoder layer without its MLP, and nothing else has that."""
+    is_adapter = any(name.startswith("layers.0.self_attn.") for name in names) and not any(".mlp." in name for name in names)
+    return "Kangaroo" if is_adapter else None
+
+
+def _not_medusa(family: str | None, names: Mapping[str, str]) -> str:
+    if family:
+        return (
+            f"this is a {family} head, and this version imports Medusa heads only ({', '.join(DIALECTS)}). "
+            "Fix: Medusa heads for the same target; headstart heads train makes them."
+        )
     shown = ", ".join(list(names)[:3])
     return (
         "no draft head was recognised. Looked for Medusa tensors such as 0.0.linear.weight, medusa_head.0.0.linear.weight, "
-        f"medusa_heads.0.0.linear.weight and blocks.0.layers.0.weight; found {shown or 'no weights at all'}."
+        "medusa_heads.0.0.linear.weight and blocks.0.layers.0.weight, and for the names of other families; "
+        f"found {shown or 'no weights at all'}. Fix: the folder that holds the head's own weight file."
     )
 
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.is_file():
-        return {}
+    return _json(file) if file.is_file() else {}
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_text("utf-8"))
     except ValueError as error:
@@ -105,10 +150,17 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def tensor_names(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, over every weight file of the folder; safetensors win over pickles of the same tensors."""
+    """Tensor name -> file, over every weight file of the folder.
+
+    Indices of sharded checkpoints come first, so that a shard which is not there is missed; then pickles; then
+    safetensors, which win over pickles of the same tensors.
+    """
     names: dict[str, str] = {}
+    for file in sorted(folder.glob("*.index.json")):
+        names.update(_json(file).get("weight_map", {}))
     for file in sorted([*folder.glob("*.pt"), *folder.glob("*.bin")]):
-        names.update(dict.fromkeys(_load_pickle(file), file.name))
+        if not NOT_WEIGHTS.fullmatch(file.name):
+            names.update(dict.fromkeys(_load_pickle(file), file.name))
     for file in sorted(folder.glob("*.safetensors")):
         names.update(dict.fromkeys(_safetensors_names(file), file.name))
     return names
@@ -119,6 +171,8 @@ def read_tensors(folder: Path, names: Mapping[str, str], wanted: list[str]) -> T
     tensors: dict[str, NDArray[np.float32]] = {}
     for file in sorted({names[name] for name in wanted}):
         here = [name for name in wanted if names[name] == file]
+        if not (folder / file).is_file():
+            raise HeadError(f"{folder / file} is missing: the index says that it holds {here[0]}. Fix: download it too.")
         tensors.update(_read_file(folder / file, here))
     return tensors
 
@@ -127,10 +181,13 @@ def _read_file(file: Path, wanted: list[str]) -> Tensors:
     if file.suffix != ".safetensors":
         pickled = _load_pickle(file)
         return {name: pickled[name].float().numpy() for name in wanted}
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, framework="pt") as tensors:  # torch's reader knows bfloat16, numpy's does not
-        return {name: tensors.get_tensor(name).float().numpy() for name in wanted}
+    try:
+        with safe_open(file, framework="pt") as tensors:  # torch's reader knows bfloat16, numpy's does not
+            return {name: tensors.get_tensor(name).float().numpy() for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise HeadError(f"{file} cannot be read ({error}). Fix: download or copy it again.") from error
 
 
 def _safetensors_names(file: Path) -> list[str]:
@@ -152,4 +209,6 @@ def _load_pickle(file: Path) -> dict[str, Any]:
         raise HeadError(
             f"{file} cannot be read as weights ({type(error).__name__}). Fix: download or copy it again."
         ) from error
+    if not isinstance(loaded, dict):
+        raise HeadError(f"{file} cannot be read as weights: it holds a {type(loaded).__name__}, not tensors by name.")
     return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from headstart.calibration import distill as distill_module
 from headstart.calibration.distill import DistillOptions, HiddenData
 from headstart.calibration.train import MedusaHead, TrainOptions, accuracy, loss_of, train_medusa
 from headstart.exporter.heads.install import import_head
@@ -81,3 +82,31 @@ def test_wrong_data(tmp_path: Path, checkpoint_of: Callable[[str], Path]) -> Non
     with pytest.raises(OptionError, match="layers must be at least 1"):
         TrainOptions(layers=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_that_cannot_be() -> None:
+    with pytest.raises(OptionError, match="sequences must be at least 1"):
+        DistillOptions(sequences=0)
+    with pytest.raises(OptionError, match="temperature must be above 0"):
+        DistillOptions(temperature=0.0)
+    with pytest.raises(OptionError, match="at least 34 tokens, got 32"):
+        TrainOptions(heads=32, distill=SMALL)
+
+
+def test_no_original_text(text: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path]) -> None:
+    distilled = DistillOptions(prompt_tokens=8, new_tokens=8, sequences=4, batch=2, original=0.0)
+    report = train_medusa(checkpoint_of("llama"), [text], tmp_path / "heads", TrainOptions(epochs=1, distill=distilled))
+    assert report["training_tokens"] + report["held_out_tokens"] == 4 * 16
+
+
+def test_nothing_is_written_when_training_fails(
+    text: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill_module, "_free_memory_bytes", lambda: 1000)
+    with pytest.raises(OptionError, match=r"GB of memory.* Fix: --sequences 1\."):
+        train_medusa(checkpoint_of("llama"), [text], tmp_path / "heads", TrainOptions(distill=SMALL))
+    monkeypatch.undo()
+    with pytest.raises(OptionError, match="Training diverged"):
+        options = TrainOptions(learning_rate=float("inf"), epochs=2, batch_tokens=64, distill=SMALL)
+        train_medusa(checkpoint_of("llama"), [text], tmp_path / "heads", options)
+    assert not list(tmp_path.glob("*heads*"))

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from headstart.exporter.heads import install
 from headstart.exporter.heads.install import import_head
 from headstart.exporter.heads.recognise import recognise
-from headstart.runtime.bundle import Bundle
+from headstart.runtime.bundle import Bundle, Manifest, write_manifest
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import HeadError, OptionError, OutputError
 from headstart.runtime.model import load
@@ -143,6 +144,46 @@ def test_one_projection_for_all_in_vllm_s_form(bundle: Path, tmp_path: Path) -> 
     assert_equals_reference(bundle, "medusa", blocks, [projections[0].numpy()] * HEADS)
 
 
+@pytest.mark.parametrize("stored", ["lm_head.weight", "medusa_heads.lm_heads.0.weight"])
+def test_original_lm_head_under_either_name_and_scaled(stored: str, bundle: Path, tmp_path: Path) -> None:
+    blocks, projection = random_blocks(), random_projections()[0]
+    tensors = {**tensors_of("vllm", blocks, []), stored: projection}
+    import_head(bundle, write_head(tmp_path / "head", tensors, {"original_lm_head": True, "logit_scale": 0.5}))
+    assert_equals_reference(bundle, "medusa", blocks, [0.5 * projection.numpy()] * HEADS)
+    size = (bundle / "heads/medusa/head.onnx.data").stat().st_size
+    assert size < 4 * (HEADS * LAYERS * HIDDEN * (HIDDEN + 1) + VOCAB * HIDDEN) + 20_000, "the one projection was copied"
+
+
+@pytest.mark.parametrize("already_cut", [True, False])
+def test_truncated_vocabulary_proposes_the_target_s_ids(already_cut: bool, bundle: Path, tmp_path: Path) -> None:
+    blocks, projections = random_blocks(), random_projections()
+    token_map = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(2))[:40]
+    stored = [p[token_map].clone() if already_cut else p for p in projections]
+    tensors = {**tensors_of("vllm", blocks, stored), "token_map": token_map}
+    import_head(bundle, write_head(tmp_path / "head", tensors, {"truncated_vocab_size": 40, "vocab_size": VOCAB}))
+    loaded = Bundle.load(bundle)
+    hidden = np.random.default_rng(0).standard_normal((1, 1, HIDDEN)).astype(np.float32)
+    ids, log_probs = OnnxRuntimeEngine(loaded).head(loaded.head("medusa")).propose(hidden)
+    wanted = reference(hidden[:, 0], blocks, [p.numpy()[token_map] for p in projections])
+    assert (ids == token_map.numpy()[np.argsort(-wanted, axis=-1)[..., :10]]).all()
+    np.testing.assert_allclose(log_probs, -np.sort(-wanted, axis=-1)[..., :10], rtol=1e-5, atol=1e-4)
+
+
+def test_token_maps_that_cannot_be(bundle: Path, tmp_path: Path) -> None:
+    cut = [p[:3].clone() for p in random_projections()]
+    for name, ids in {"twice": [0, 1, 1], "beyond": [0, 1, VOCAB]}.items():
+        tensors = {**tensors_of("vllm", random_blocks(), cut), "token_map": torch.tensor(ids)}
+        with pytest.raises(HeadError, match=f"different tokens below {VOCAB}"):
+            import_head(bundle, write_head(tmp_path / name, tensors))
+
+
+def test_blocks_without_biases(bundle: Path, tmp_path: Path) -> None:
+    blocks = [[(weight, torch.zeros(HIDDEN)) for weight, _ in head] for head in random_blocks()]
+    tensors = {k: v for k, v in tensors_of("vllm", blocks, random_projections()).items() if not k.endswith("bias")}
+    import_head(bundle, write_head(tmp_path / "head", tensors))
+    assert_equals_reference(bundle, "medusa", blocks, [p.numpy() for p in random_projections()])
+
+
 def test_heads_of_another_target_are_refused(bundle: Path, tmp_path: Path) -> None:
     wrong_vocab = write_head(tmp_path / "v", tensors_of("medusa-1", random_blocks(), random_projections(vocab=310)))
     with pytest.raises(HeadError, match=r"onto 310 tokens.* 300"):
@@ -155,11 +196,49 @@ def test_heads_of_another_target_are_refused(bundle: Path, tmp_path: Path) -> No
 def test_missing_pieces_are_named(bundle: Path, tmp_path: Path) -> None:
     tensors = tensors_of("medusa-1", random_blocks(), random_projections())
     without_projection = {k: v for k, v in tensors.items() if k != f"1.{LAYERS}.weight"}
-    with pytest.raises(HeadError, match="projection of head 1 is missing"):
+    with pytest.raises(HeadError, match="head 1 has no projection"):
         import_head(bundle, write_head(tmp_path / "a", without_projection))
     without_head = {k: v for k, v in tensors.items() if not k.startswith("1.")}
     with pytest.raises(HeadError, match="head 1 is missing"):
         import_head(bundle, write_head(tmp_path / "b", without_head))
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        (lambda key: key == "1.0.linear.bias", "bias of head 1, block 0 is missing"),
+        (lambda key: ".1.linear" in key, "0.2.weight stands after 2 blocks, and 1 are there"),
+        (lambda key: key.startswith("2.") and "linear" in key, "head 2 has no blocks"),
+    ],
+)
+def test_what_a_lenient_loader_would_miss(gone: Callable[[str], bool], message: str, bundle: Path, tmp_path: Path) -> None:
+    tensors = tensors_of("medusa-1", random_blocks(), random_projections())
+    kept = {name: tensor for name, tensor in tensors.items() if not gone(name)}
+    with pytest.raises(HeadError, match=message):
+        import_head(bundle, write_head(tmp_path / "head", kept))
+
+
+def test_shards(bundle: Path, tmp_path: Path) -> None:
+    blocks, projections = random_blocks(), random_projections()
+    tensors = tensors_of("medusa-2", blocks, projections)
+    last = {name: tensor for name, tensor in tensors.items() if ".2." in name[:14]}
+    folder = write_head(tmp_path / "head", {name: tensor for name, tensor in tensors.items() if name not in last})
+    shards = {name: "second.safetensors" if name in last else "medusa_lm_head.safetensors" for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(HeadError, match=r"second\.safetensors is missing"):
+        import_head(bundle, folder)
+    save_file(last, folder / "second.safetensors")
+    import_head(bundle, folder)
+    assert_equals_reference(bundle, "medusa", blocks, [p.numpy() for p in projections])
+
+
+def test_pickles_that_are_no_weights(bundle: Path, tmp_path: Path) -> None:
+    folder = write_head(tmp_path / "head", tensors_of("medusa-1", random_blocks(), []))
+    torch.save(Path("x"), folder / "training_args.bin")  # what a trainer leaves; weights_only refuses its classes
+    assert import_head(bundle, folder).heads == HEADS
+    torch.save([torch.zeros(2)], folder / "medusa_lm_head.pt")
+    with pytest.raises(HeadError, match="it holds a list"):
+        import_head(bundle, folder)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +251,13 @@ def test_missing_pieces_are_named(bundle: Path, tmp_path: Path) -> None:
         ("fc.weight", {"dflash_config": {}}, "DFlash"),
         ("fc.weight", {}, "EAGLE"),
         ("layers.0.x", {"speculators_model_type": "eagle3"}, "vLLM speculators"),
+        ("medusa_heads.0.0.linear.weight", {"medusa_heads_type": "base_head"}, "Whisper-Medusa"),  # ModelOpt's names
+        ("whisper_model.proj_out.weight", {}, "Whisper-Medusa"),
+        ("layers.0.mlp.up_proj.weight", {"target_layer_ids": [1]}, "DFlash"),
+        ("embed_layernorm.weight", {}, "HASS"),
+        ("mask_hidden", {}, "P-EAGLE"),
+        ("x", {"model_type": "recurrent_drafting_drafter"}, "ReDrafter"),
+        ("layers.0.self_attn.q_proj.weight", {}, "Kangaroo"),
     ],
 )
 def test_other_families_are_refused_by_name(name: str, config: dict[str, Any], family: str, tmp_path: Path) -> None:
@@ -219,3 +305,40 @@ def test_decoding_with_imported_heads_changes_nothing(bundle: Path, tmp_path: Pa
     drafted = model.generate(prompts, max_new_tokens=24, drafter="medusa")
     assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
     assert drafted[0].stats.drafted_tokens > 0
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(bundle)): file.read_bytes() for file in bundle.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("replacing", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_an_interrupted_import_changes_nothing(
+    replacing: bool, late: bool, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_head(tmp_path / "first", tensors_of("medusa-1", random_blocks(), []))
+    second = write_head(tmp_path / "second", tensors_of("medusa-1", random_blocks(), random_projections()))
+    if replacing:
+        import_head(bundle, first, name="medusa")
+    before = contents(bundle)
+
+    def interrupted(path: Path, manifest: Manifest) -> None:
+        if late:
+            write_manifest(path, manifest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(install, "write_manifest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        import_head(bundle, second, name="medusa", force=True)
+    assert contents(bundle) == before
+    assert (bundle / "heads").exists() == replacing
+    assert not list(bundle.parent.glob(".bundle*"))
+    Bundle.load(bundle)
+
+
+def test_a_bundle_named_by_a_dot(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_head(tmp_path / "head", tensors_of("medusa-1", random_blocks(), []))
+    monkeypatch.chdir(bundle)
+    import_head(".", folder)
+    import_head(".", folder, name="medusa", force=True)
+    assert Bundle.load(".").manifest.heads == ("medusa",)
