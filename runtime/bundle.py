@@ -188,14 +188,14 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     files = {
         file.relative_to(path).as_posix(): sha256_of(file)
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file != path / MANIFEST and not _is_addition(file.relative_to(path))
+        if file.is_file() and _is_hashed(file.relative_to(path))
     }
     atomic_write(path / MANIFEST, to_json(dataclasses.replace(manifest, files=files)))
 
 
-def _is_addition(relative: Path) -> bool:
-    # Engines and tunings are rebuilt freely and carry fingerprints of their own.
-    return relative.parts[0] in ("engines", "tuning")
+def _is_hashed(relative: Path) -> bool:
+    """Not the manifest, nor one half-written; nor engines and tunings, which are rebuilt freely and carry fingerprints."""
+    return relative.parts[0] not in ("engines", "tuning", MANIFEST, f".{MANIFEST}.partial")
 
 
 def to_json(value: Any) -> str:

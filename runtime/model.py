@@ -10,7 +10,7 @@ from .drafters.base import Drafter
 from .drafters.draft_model import DraftModelDrafter
 from .drafters.medusa import MedusaDrafter
 from .drafters.ngram import NGramDrafter
-from .engines.onnxruntime import OnnxRuntimeEngine
+from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
 from .errors import OptionError, PromptError
 from .loop import DecodingLoop, FinishReason, LoopOptions, Text
 from .sampling import SamplingOptions
@@ -226,13 +226,13 @@ def load(
         drafters[name] = MedusaDrafter(name, engine.head(bundle.head(name)))
     drafters["ngram"] = NGramDrafter()
     if draft_model is not None:
-        drafters["draft_model"] = DraftModelDrafter("draft_model", _draft_engine(draft_model, bundle, threads))
+        drafters["draft_model"] = DraftModelDrafter("draft_model", _draft_engine(draft_model, bundle))
     return Model(bundle, engine, Tokenizer.load(bundle.path / "tokenizer"), drafters)
 
 
-def _draft_engine(path: str | Path, target: Bundle, threads: int | None) -> OnnxRuntimeEngine:
+def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:
     bundle = Bundle.load(path)
     ours, theirs = target.manifest.model.vocab_size, bundle.manifest.model.vocab_size
     if ours != theirs:
         raise OptionError(f"{path} has {theirs} tokens in its vocabulary, the target {ours}: a draft model must share it.")
-    return OnnxRuntimeEngine(bundle, threads)
+    return OnnxRuntimeEngine(bundle, DRAFT_THREADS)

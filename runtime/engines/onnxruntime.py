@@ -19,6 +19,9 @@ from headstart.runtime.engine import StepOutput
 from headstart.runtime.errors import EngineError, missing_extra
 
 MIN_ROWS = 2
+# Threads of anything that drafts. A second pool of spinning threads would fight the target's for the same cores, which
+# cost a verify pass 2.5 times its time on two cores; one thread needs no pool.
+DRAFT_THREADS = 1
 OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
 
 
@@ -53,7 +56,7 @@ class OnnxRuntimeEngine:
     def head(self, info: HeadInfo) -> "OnnxRuntimeHead":
         """A session for one draft head; weights it shares with the target are read once for all heads."""
         shared = {name: self._shared_weight(weight) for name, weight in info.shared.items()}
-        return OnnxRuntimeHead(_session(self.bundle.path / info.graph.file, self.threads, shared))
+        return OnnxRuntimeHead(_session(self.bundle.path / info.graph.file, DRAFT_THREADS, shared))
 
     def _shared_weight(self, weight: WeightInfo) -> Any:
         import onnxruntime as ort

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=here / "pycode")
     parser.add_argument("--output", type=Path, default=here / "pycode" / "medusa")
     parser.add_argument("--sequences", type=int, default=2048)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()
@@ -34,8 +34,9 @@ def main() -> None:
         layers=args.layers,
         own_projection=False,
         epochs=args.epochs,
+        batch_tokens=1024,
         learning_rate=args.learning_rate,
-        distill=DistillOptions(sequences=args.sequences),
+        distill=DistillOptions(sequences=args.sequences, original=0.0),
     )
     report = train_medusa(args.checkpoint, files[:600], args.output, options, force=True, progress=Printer())
     for head, ranks in enumerate(report["held_out_accuracy"]):
