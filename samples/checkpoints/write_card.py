@@ -51,7 +51,8 @@ and little of its meaning. Prompts and training text are under the PSF licence.
 **Held-out perplexity: {training["held_out_perplexity"]}** per token, on files it never saw.
 
 Four Medusa heads of {report["options"]["layers"]} residual blocks that share the LM head, by
-[train_heads.py](../train_heads.py), on the model's own continuations. Accuracy on continuations left out of training: the right token is among the head's best
+[train_heads.py](../train_heads.py), on the model's own continuations. On continuations left out of training, the right
+token is among the head's best:
 
 {accuracy_table(report)}
 
