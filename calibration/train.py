@@ -203,6 +203,7 @@ def _save(heads: nn.ModuleList, folder: Path, base: str, options: TrainOptions, 
         if head.projection is not None:
             tensors[f"{i}.{options.layers}.weight"] = head.projection.weight.detach().half()
     save_file(tensors, folder / "medusa_lm_head.safetensors")
+    (folder / "medusa_lm_head.safetensors").chmod(0o644)  # the library makes it private
     config: dict[str, Any] = {
         "base_model_name_or_path": base,
         "medusa_num_heads": options.heads,

@@ -76,7 +76,7 @@ def generate(
     bundle: BundleArg,
     prompt: Annotated[str | None, typer.Argument(help="The text to complete; - reads standard input.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to add.")] = 128,
-    drafter: Annotated[str, typer.Option(help="auto, none, ngram, or a head's name.")] = "auto",
+    drafter: Annotated[str, typer.Option(help="auto (n-gram), none, ngram, draft_model, or a head's name.")] = "auto",
     draft_nodes: Annotated[int | None, typer.Option(help="Nodes of the draft tree.")] = None,
     draft_model: DraftModel = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,

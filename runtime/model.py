@@ -96,7 +96,7 @@ class Model:
         Args:
             prompt: the text to complete.
             max_new_tokens: the most tokens to add (128).
-            drafter: "auto" (the bundle's first head, else n-gram), "none", or a name from `drafters`.
+            drafter: "auto" (n-gram, until heads are tuned to the device), "none", or a name from `drafters`.
             draft_nodes: tree size; the drafter's default when None.
             temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed: see SamplingOptions.
             stop: texts that end the completion; they are not part of it.
@@ -109,7 +109,8 @@ class Model:
     def drafter(self, name: str) -> Drafter | None:
         """The drafter of that name; None for "none". Raises OptionError for an unknown one."""
         if name == "auto":
-            return next(iter(self._drafters.values()))
+            # Heads cost a graph and a larger verify pass, which only measuring can justify; n-grams cost next to nothing.
+            return self._drafters["ngram"]
         if name == "none":
             return None
         if name not in self._drafters:
