@@ -164,7 +164,9 @@ def heads_import(
 @heads_app.command("train")
 def heads_train(
     checkpoint: Annotated[str, typer.Argument(help="The base: a checkpoint folder or hub name.", show_default=False)],
-    data: Annotated[list[Path], typer.Option(help="Text file, or folder of them; may be repeated.", show_default=False)],
+    data: Annotated[
+        list[Path], typer.Option(help="Text file, or a folder whose text files are taken; may be repeated.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The heads' folder.", show_default=False)],
     family: Annotated[Literal["medusa"], typer.Option(help="Family of heads.")] = "medusa",
     heads: Annotated[int, typer.Option(help="Future tokens, one head each.")] = 4,
@@ -208,8 +210,15 @@ def demo(
 
 
 def text_files(paths: list[Path]) -> list[Path]:
-    """Files as given; folders stand for every file below them."""
-    return [file for path in paths for file in (sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path])]
+    """Files as given; a folder stands for every text file below it (as git tells: no NUL among the first bytes)."""
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        below = sorted(file for file in path.rglob("*") if file.is_file())
+        files += [file for file in below if b"\0" not in file.read_bytes()[:8000]]
+    return files
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -157,3 +157,14 @@ def test_prompt_files(tmp_path: Path, bundle_of: BundleOf) -> None:
 def test_every_command_has_help(command: str) -> None:
     done = headstart(command, "--help")
     assert done.returncode == 0 and "Usage" in done.stdout
+
+
+def test_folders_stand_for_their_text_files(tmp_path: Path) -> None:
+    from headstart.cli import text_files
+
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/b.py").write_text("b")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "weights.bin").write_bytes(b"\x01\0\x02")
+    assert text_files([tmp_path]) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
+    assert text_files([tmp_path / "weights.bin"]) == [tmp_path / "weights.bin"], "what is named is taken"
