@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import Bundle
+from headstart.runtime.bundle import GOLDEN, Bundle
 from headstart.runtime.engine import Engine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 from headstart.runtime.model import Model, load
@@ -110,7 +110,7 @@ def verify(
 
 
 def read_golden(bundle: Bundle) -> dict[str, NDArray[Any]]:
-    file = bundle.path / "golden.npz"
+    file = bundle.path / GOLDEN
     if not file.is_file():
         raise BundleError(f"{file} is missing. Fix: export the bundle again.")
     with np.load(file) as arrays:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.runtime.bundle import (
+    SCHEMA_VERSION,
     Bundle,
     GenerationRules,
     GraphInfo,
@@ -93,7 +94,7 @@ def _write_decoder(
     progress("recording golden outputs")
     golden.write_golden(source.model, folder, model.vocab_size, model.max_cache)
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model=model,
         graphs={"decoder": info},
         caches=caches,

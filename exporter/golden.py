@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from headstart.runtime.bundle import GOLDEN
+
 SEQUENCES = 3
 LENGTH = 24  # tokens
 TOP = 64  # logits kept per row: a whole vocabulary of every row would outweigh small models
 GREEDY = 32  # tokens generated from each sequence
-FILE = "golden.npz"
 
 
 def write_golden(model: Any, folder: Path, vocab_size: int, max_cache: int) -> None:
@@ -26,7 +27,7 @@ def write_golden(model: Any, folder: Path, vocab_size: int, max_cache: int) -> N
     top = np.argsort(-logits, axis=-1, kind="stable")[..., :TOP]
     greedy = reference_greedy(model, input_ids, min(GREEDY, max_cache - length))
     np.savez_compressed(
-        folder / FILE,
+        folder / GOLDEN,
         input_ids=input_ids,
         top_ids=top.astype(np.int32),
         top_logits=np.take_along_axis(logits, top, axis=-1),

@@ -95,7 +95,7 @@ def attention(
         attention_mask = attention_mask & _inside_window(step, key.shape[2], sliding_window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if softcap is not None or not torch.onnx.is_in_onnx_export():
-        # The operator's own softcap is applied on the other side of the mask in some runtimes: spelled out, all agree.
+        # Spelled out: whether every runtime's operator caps before it masks, as the checkpoints do, was not checked.
         result = _attention_from_primitives(query, key, value, attention_mask, scale, softcap)
     else:
         shape = (*query.shape[:3], value.shape[-1])

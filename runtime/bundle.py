@@ -21,6 +21,7 @@ from .errors import BundleError, OutputError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+GOLDEN = "golden.npz"  # what the checkpoint itself says on a few inputs
 T = TypeVar("T")
 
 
