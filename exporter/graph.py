@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from headstart.exporter.passes.linear import is_lm_head, linears
 from headstart.runtime.bundle import GraphInfo, TensorInfo, WeightInfo
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # metadata the tracer leaves on each node: the module path it came from
@@ -53,6 +54,17 @@ def save_graph(model: Any, file: Path) -> None:
     ir.save(model, file, external_data=f"{file.name}.data")
 
 
+def save_sharing(model: Any, file: Path, other: Path) -> None:
+    """Write `file` so that weights which `other`, beside it, holds under the same name are read from there."""
+    stored = {name: value.const_value for name, value in ir.load(other).graph.initializers.items()}
+    for name, value in model.graph.initializers.items():
+        twin = stored.get(name)
+        if isinstance(twin, ir.ExternalTensor) and (twin.shape, twin.dtype) == (value.shape, value.dtype):
+            value.const_value = twin
+    model.producer_name = "headstart"
+    ir.save(model, file)
+
+
 def graph_info(model: Any, file: str) -> GraphInfo:
     return GraphInfo(file, tensor_infos(model.graph.inputs), tensor_infos(model.graph.outputs))
 
@@ -71,31 +83,17 @@ def dtype_name(dtype: Any) -> str:
 
 
 def weight_infos(file: Path, folder: str) -> dict[str, WeightInfo]:
-    """Where the weights that other graphs may share lie. Today: the LM head, which draft heads project with."""
+    """Where the weights that other graphs may share lie: the LM head, with its scales when it is quantized."""
     model = ir.load(file)
-    value = _lm_head(model)
-    if value is None or not isinstance(value.const_value, ir.ExternalTensor):
-        return {}
-    tensor = value.const_value
-    info = WeightInfo(f"{folder}/{tensor.location}", tensor.offset or 0, dtype_name(tensor.dtype), tuple(tensor.shape.numpy()))
-    return {"lm_head": info}
-
-
-def _lm_head(model: Any) -> Any:
-    """The initializer of the MatMul that makes the logits, looking up through element-wise ends and a Transpose."""
     vocabulary = model.graph.outputs[0].shape[2]
-    value = model.graph.outputs[0]
-    while (node := value.producer()) is not None:
-        weights = [_through_transpose(v) for v in node.inputs if v is not None]
-        for weight in weights:
-            if weight.is_initializer() and len(weight.shape) == 2 and vocabulary in tuple(weight.shape):
-                return weight
-        value = node.inputs[0]
-        if node.op_type in ("Attention", "Softmax"):
-            return None
-    return None
+    head = next((linear for linear in reversed(list(linears(model))) if is_lm_head(linear, vocabulary)), None)
+    if head is None:
+        return {}
+    named = {"lm_head": head.weight} | ({"lm_head.scale": head.scales} if head.quantized else {})
+    if not all(isinstance(value.const_value, ir.ExternalTensor) for value in named.values()):
+        return {}
+    return {name: _weight_info(value.const_value, folder) for name, value in named.items()}
 
 
-def _through_transpose(value: Any) -> Any:
-    node = value.producer()
-    return node.inputs[0] if node is not None and node.op_type == "Transpose" else value
+def _weight_info(tensor: Any, folder: str) -> WeightInfo:
+    return WeightInfo(f"{folder}/{tensor.location}", tensor.offset or 0, dtype_name(tensor.dtype), tuple(tensor.shape.numpy()))

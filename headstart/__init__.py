@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from headstart.runtime.errors import missing_extra
 
 if TYPE_CHECKING:
+    from headstart.calibration.quantize import QuantizeOptions, quantize
     from headstart.calibration.train import train_medusa
     from headstart.calibration.verify import verify
+    from headstart.exporter.build import build
     from headstart.exporter.export import export
     from headstart.exporter.heads.install import import_head
     from headstart.runtime.bundle import Bundle
@@ -27,11 +29,14 @@ _HOMES = {
     "Bundle": "headstart.runtime.bundle",
     "HeadstartError": "headstart.runtime.errors",
     "Model": "headstart.runtime.model",
+    "QuantizeOptions": "headstart.calibration.quantize",
     "Result": "headstart.runtime.model",
     "Stats": "headstart.runtime.model",
+    "build": "headstart.exporter.build",
     "export": "headstart.exporter.export",
     "import_head": "headstart.exporter.heads.install",
     "load": "headstart.runtime.model",
+    "quantize": "headstart.calibration.quantize",
     "train_medusa": "headstart.calibration.train",
     "verify": "headstart.calibration.verify",
 }
@@ -40,11 +45,14 @@ __all__ = [
     "Bundle",
     "HeadstartError",
     "Model",
+    "QuantizeOptions",
     "Result",
     "Stats",
+    "build",
     "export",
     "import_head",
     "load",
+    "quantize",
     "train_medusa",
     "verify",
 ]

@@ -62,6 +62,48 @@ def export(
 
 
 @app.command()
+def quantize(
+    bundle: BundleArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The quantized bundle's folder.", show_default=False)],
+    weights: Annotated[Literal["int8", "int4"], typer.Option(help="Of the linear layers.")] = "int8",
+    group: Annotated[int, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128.")] = 32,
+    method: Annotated[Literal["rtn", "awq", "gptq"], typer.Option(help="rtn needs no data.")] = "rtn",
+    lm_head: Annotated[Literal["int8", "none"], typer.Option(help="Of the LM head.")] = "int8",
+    embedding: Annotated[Literal["int8", "none"], typer.Option(help="Of the embedding table.")] = "int8",
+    heads: Annotated[Literal["int8", "none"], typer.Option(help="Of the draft heads.")] = "int8",
+    data: Annotated[Path | None, typer.Option(help="Calibration text, or JSONL; for awq and gptq.")] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to look at.")] = 8192,
+    force: Force = False,
+) -> None:
+    """Store a bundle's weights in 8 or 4 bits."""
+    from headstart.calibration.quantize import QuantizeOptions
+    from headstart.calibration.quantize import quantize as run
+
+    from .screen import counted
+
+    options = QuantizeOptions(weights, group, method, lm_head, embedding, heads, calibration_tokens)
+    with counted() as progress:
+        made = run(bundle, output, options, data, force, progress)
+    print(f"{made.path}: " + ", ".join(f"{key} {value}" for key, value in made.manifest.quantization.items()))
+
+
+@app.command()
+def build(
+    bundle: BundleArg,
+    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    force: Force = False,
+) -> None:
+    """Make a bundle's graphs ready for one device."""
+    from headstart.exporter.build import build as run
+
+    from .screen import show_engine, stages
+
+    with stages() as progress:
+        info = run(bundle, device, force, progress)
+    show_engine(bundle, info)
+
+
+@app.command()
 def inspect(bundle: BundleArg) -> None:
     """Show what a bundle holds, on one screen."""
     from headstart.runtime.bundle import Bundle

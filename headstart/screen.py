@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from headstart.runtime.bundle import Bundle, atomic_write
+from headstart.runtime.engines.info import EngineInfo
 from headstart.runtime.model import Generation, Model, Result
 
 if TYPE_CHECKING:
@@ -77,6 +78,17 @@ def show_bundle(bundle: Bundle) -> None:
     out.print(grid)
 
 
+def show_engine(bundle: Path, info: EngineInfo) -> None:
+    grid = table(f"{bundle}: engine for {info.device}", "what", "value")
+    for name, count in info.passes.items():
+        grid.add_row(name.replace("_", " "), str(count))
+    for name, value in info.settings.items():
+        grid.add_row(name, value)
+    grid.add_row("against the canonical graph", f"{info.relative_difference:.1e} of the logits' range")
+    grid.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.builder.items()))
+    out.print(grid)
+
+
 def show_heads(bundle: Bundle) -> None:
     grid = table(f"{bundle.path}", "head", "family", "dialect", "heads", "candidates", "shares the LM head")
     for name in bundle.manifest.heads:
@@ -132,6 +144,7 @@ def show_report(report: "Report") -> None:
                 f"{d.drafter}: prompt {x.prompt} differs at new token {x.token}: plain {x.plain}, speculative "
                 f"{x.speculative}, top-2 margin {x.margin:.2e}: {x.kind}"
             )
+    out.print(f"noise of a tree's other branches: {report.tree_noise:.1e} of the logits' range")
     out.print("verified: no fault" if report.ok else "[bold red]FAULT[/]: see above")
 
 

@@ -36,6 +36,11 @@ class Engine(Protocol):
     model: ModelInfo
     device: str
 
+    @property
+    def exact(self) -> bool:
+        """Only the order of summation differs from the canonical graph; False when activations are rounded to integers."""
+        ...
+
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """Empty caches for `batch` sequences of up to `slots` tokens."""
         ...

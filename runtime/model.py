@@ -221,7 +221,7 @@ def load(
     if device not in DEVICES:
         raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
     bundle = Bundle.load(path)
-    engine = OnnxRuntimeEngine(bundle, threads)
+    engine = OnnxRuntimeEngine.open(bundle, threads)
     drafters: dict[str, Drafter] = {}
     for name in bundle.manifest.heads:
         drafters[name] = MedusaDrafter(name, engine.head(bundle.head(name)))
@@ -236,4 +236,4 @@ def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:
     ours, theirs = target.manifest.model.vocab_size, bundle.manifest.model.vocab_size
     if ours != theirs:
         raise OptionError(f"{path} has {theirs} tokens in its vocabulary, the target {ours}: a draft model must share it.")
-    return OnnxRuntimeEngine(bundle, DRAFT_THREADS)
+    return OnnxRuntimeEngine.open(bundle, DRAFT_THREADS)

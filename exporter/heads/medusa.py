@@ -23,6 +23,7 @@ from .recognise import DIALECTS, HeadCheckpoint, recognise
 
 Array = NDArray[np.float32]
 TOP_K = 10  # candidates per head, as published
+LM_HEAD = ("lm_head", "lm_head.scale")  # the second in quantized bundles
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _shared_projection(weights: MedusaWeights, manifest: Manifest, folder: Path)
         raise HeadError(
             f"{folder} projects with the target's LM head, and this target's graph does not show which weight that is."
         )
-    return {"lm_head": manifest.weights["lm_head"]}
+    return {name: info for name, info in manifest.weights.items() if name in LM_HEAD}
 
 
 def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Path, name: str, top_k: int) -> GraphInfo:
@@ -218,12 +219,8 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
     source = ir.val("hidden", ir.DataType.FLOAT, ("batch", 1, hidden))
     state = graph.node("Transpose", [source], perm=[1, 0, 2])  # [1, B, H]: the heads broadcast over the first axis
     for layer in range(weights.block_weights.shape[1]):
-        weight = graph.constant(
-            f"block.{layer}.weight", np.ascontiguousarray(weights.block_weights[:, layer].transpose(0, 2, 1))
-        )
-        bias = graph.constant(f"block.{layer}.bias", weights.block_biases[:, layer, None])
-        inner = graph.node("Add", [graph.node("MatMul", [state, weight]), bias])  # [K, B, H]
-        state = graph.node("Add", [state, graph.node("Mul", [inner, graph.node("Sigmoid", [inner])])])
+        inner = _first_block(graph, weights, source) if layer == 0 else _later_block(graph, weights, state, layer)
+        state = graph.node("Add", [state, graph.node("Mul", [inner, graph.node("Sigmoid", [inner])])])  # [K, B, H]
     logits = graph.node("MatMul", [state, _projection(graph, weights, shared)])  # [K, B, V]
     log_probs = graph.node("LogSoftmax", [graph.node("Transpose", [logits], perm=[1, 0, 2])], axis=-1)
     values, ids = graph.nodes("TopK", [log_probs, graph.ints("k", [top_k])], 2, axis=-1, largest=1, sorted=1)
@@ -237,15 +234,36 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
     return GraphInfo(name, tensor_infos([source]), tensor_infos(outputs))
 
 
+def _first_block(graph: GraphBuilder, weights: MedusaWeights, source: Any) -> Any:
+    """[K, B, H]: all heads read the same state, so their first block is one linear layer with K · H outputs."""
+    heads, _, hidden, _ = weights.block_weights.shape
+    joined = np.ascontiguousarray(weights.block_weights[:, 0].reshape(heads * hidden, hidden).T)
+    product = graph.node("MatMul", [source, graph.constant("block.0.weight", joined)])  # [B, 1, K · H]
+    biased = graph.node("Add", [product, graph.constant("block.0.bias", weights.block_biases[:, 0].reshape(-1))])
+    split = graph.node("Reshape", [biased, graph.ints("per_head", [-1, heads, hidden])])
+    return graph.node("Transpose", [split], perm=[1, 0, 2])
+
+
+def _later_block(graph: GraphBuilder, weights: MedusaWeights, state: Any, layer: int) -> Any:
+    """[K, B, H]: each head its own matrix, in one batched product."""
+    weight = np.ascontiguousarray(weights.block_weights[:, layer].transpose(0, 2, 1))
+    product = graph.node("MatMul", [state, graph.constant(f"block.{layer}.weight", weight)])
+    return graph.node("Add", [product, graph.constant(f"block.{layer}.bias", weights.block_biases[:, layer, None])])
+
+
 def _projection(graph: GraphBuilder, weights: MedusaWeights, shared: dict[str, WeightInfo]) -> Any:
     """[K, H, V], [1, H, V], or [H, V] when it is the target's: the latter two serve all heads."""
     if weights.projections is not None:
         return graph.constant("projection.weight", np.ascontiguousarray(weights.projections.transpose(0, 2, 1)))
     info = shared["lm_head"]
     value = graph.reference("lm_head", info)
-    if info.dtype != "float32":
+    vocabulary_first = info.shape[1] == weights.block_weights.shape[2]  # [V, H], as tied weights are stored
+    if "lm_head.scale" in shared:
+        scale = graph.reference("lm_head.scale", shared["lm_head.scale"])
+        value = graph.node("DequantizeLinear", [value, scale], axis=0 if vocabulary_first else 1)
+    elif info.dtype != "float32":
         value = graph.node("Cast", [value], to=ir.DataType.FLOAT)
-    if info.shape[1] == weights.block_weights.shape[2]:  # [V, H], as tied weights are stored
+    if vocabulary_first:
         value = graph.node("Transpose", [value], perm=[1, 0])
     return value
 

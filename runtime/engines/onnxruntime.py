@@ -16,6 +16,7 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, HeadInfo, WeightInfo
 from headstart.runtime.cache import KVCache
 from headstart.runtime.engine import StepOutput
+from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, missing_extra
 
 MIN_ROWS = 2
@@ -26,15 +27,42 @@ OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
 
 
 class OnnxRuntimeEngine:
-    """The bundle's decoder on the CPU provider."""
+    """The bundle's decoder on the CPU provider: as built for it, else the canonical graph as it is."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, built: tuple[EngineInfo, Path] | None = None) -> None:
+        """`built`: an engine and its folder; None is the canonical graph."""
         self.bundle = bundle
         self.model = bundle.manifest.model
         self.device = "cpu"
         self.threads = threads or os.cpu_count() or 1
+        self.built = built
         self._shared: dict[str, Any] = {}
-        self._session = _session(bundle.path / bundle.manifest.graphs["decoder"].file, self.threads)
+        self._sessions: dict[str, Any] = {}
+        if built is not None:
+            _check_probe(*built)
+        self._session(1)
+
+    @classmethod
+    def open(cls, bundle: Bundle, threads: int | None = None) -> "OnnxRuntimeEngine":
+        """With what `headstart build --device cpu` made, when it was run. Raises EngineError when that is stale."""
+        info = built_engine(bundle, "cpu")
+        return cls(bundle, threads, None if info is None else (info, engine_folder(bundle, "cpu")))
+
+    @property
+    def exact(self) -> bool:
+        """No activation is rounded to whole numbers on the way: only the order of summation differs from the checkpoint."""
+        return self.built is None or not self.built[0].passes.get("integer_products")
+
+    def _session(self, batch: int) -> Any:
+        """The session for that many sequences; the form for batches is opened when the first batch comes."""
+        name = "decoder" if batch == 1 else "decoder_batch"
+        file = self.bundle.path / self.bundle.manifest.graphs["decoder"].file
+        if self.built is not None:
+            info, folder = self.built
+            file = folder / info.graphs[name]
+        if str(file) not in self._sessions:
+            self._sessions[str(file)] = open_session(file, self.threads)
+        return self._sessions[str(file)]
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
         return KVCache(self.bundle.manifest.caches, batch, slots + MIN_ROWS, self.model.dtype)
@@ -50,13 +78,16 @@ class OnnxRuntimeEngine:
         rows = token_ids.shape[1]
         binding = self._binding(cache, max(rows, MIN_ROWS), output_rows.shape[1])
         binding.fill(cache.lengths, token_ids, position_ids, row_mask, output_rows)
-        self._session.run_with_iobinding(binding.binding)
+        self._session(cache.batch).run_with_iobinding(binding.binding)
         return binding.output(rows)
 
     def head(self, info: HeadInfo) -> "OnnxRuntimeHead":
         """A session for one draft head; weights it shares with the target are read once for all heads."""
+        if self.built is not None:
+            engine, folder = self.built
+            return OnnxRuntimeHead(open_session(folder / engine.graphs[f"heads/{info.name}"], DRAFT_THREADS))
         shared = {name: self._shared_weight(weight) for name, weight in info.shared.items()}
-        return OnnxRuntimeHead(_session(self.bundle.path / info.graph.file, DRAFT_THREADS, shared))
+        return OnnxRuntimeHead(open_session(self.bundle.path / info.graph.file, DRAFT_THREADS, shared))
 
     def _shared_weight(self, weight: WeightInfo) -> Any:
         import onnxruntime as ort
@@ -71,7 +102,7 @@ class OnnxRuntimeEngine:
     def _binding(self, cache: KVCache, rows: int, chosen: int) -> "_Binding":
         key = (id(self), rows, chosen)
         if key not in cache.engine_state:
-            cache.engine_state[key] = _Binding(self._session, self.bundle, cache, rows, chosen)
+            cache.engine_state[key] = _Binding(self._session(cache.batch), self.bundle, cache, rows, chosen)
         kept: _Binding = cache.engine_state[key]
         return kept
 
@@ -163,7 +194,16 @@ def _bind(session: Any, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDAr
     return binding
 
 
-def _session(file: Path, threads: int, shared: dict[str, Any] | None = None) -> Any:
+def _check_probe(info: EngineInfo, folder: Path) -> None:
+    """An engine built on another machine may hold products that this CPU computes wrongly: ask it."""
+    if info.passes.get("integer_products") and float(open_session(folder / info.graphs["probe"], 1).run(None, {})[0]):
+        raise EngineError(
+            f"{folder} was built for a CPU that multiplies {info.settings['activations']} by int8 exactly; this one overflows. "
+            f"Fix, on this machine: headstart build {folder.parent.parent} --device cpu --force."
+        )
+
+
+def open_session(file: Path, threads: int, shared: dict[str, Any] | None = None) -> Any:
     try:
         import onnxruntime as ort
     except ModuleNotFoundError as error:

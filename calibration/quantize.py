@@ -1,0 +1,264 @@
+"""Bundle to a smaller bundle: weights in 8 or 4 bits, the graphs still standard ONNX.
+
+A quantized weight is a DequantizeLinear in front of the same MatMul: int8 with one scale per output channel, int4 with one
+per group of inputs. What a device makes of that is its lowering's business, so one quantized bundle serves them all.
+"""
+
+import dataclasses
+import datetime
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headstart.exporter.golden import GREEDY, golden_inputs, save_golden
+from headstart.exporter.graph import graph_info, save_graph, weight_infos
+from headstart.exporter.heads.builder import load_head, reference, save_head
+from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
+from headstart.exporter.passes.surgery import Writer, clean, put_in_place
+from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.errors import BundleError, OptionError, missing_extra
+
+from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
+from .verify import all_logits, greedy_tokens
+
+Progress = Callable[[str, int, int], None]  # what, done, of
+Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
+DECODER = "graphs/decoder.onnx"
+METHODS = ("rtn", "awq", "gptq")
+INT8 = WeightScheme(8)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What is stored how.
+
+    Attributes:
+        weights: of the linear layers inside the decoder: int8 or int4.
+        group: inputs that share an int4 scale: 32, 64 or 128.
+        method: rtn (each weight to its nearest value), awq or gptq (both want calibration text).
+        lm_head: int8 or none, whatever `weights` is: its errors go straight into the logits.
+        embedding: int8 or none.
+        heads: linear layers of the draft heads: int8 or none.
+        calibration_tokens: of the text that awq and gptq look at.
+    """
+
+    weights: str = "int8"
+    group: int = 32
+    method: str = "rtn"
+    lm_head: str = "int8"
+    embedding: str = "int8"
+    heads: str = "int8"
+    calibration_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        _one_of("--weights", self.weights, ("int8", "int4"))
+        _one_of("--method", self.method, METHODS)
+        for name in ("lm_head", "embedding", "heads"):
+            _one_of(f"--{name.replace('_', '-')}", getattr(self, name), ("int8", "none"))
+        WeightScheme(4, self.group)  # raises for an unknown group
+        if self.calibration_tokens < 256:
+            raise OptionError(f"--calibration-tokens {self.calibration_tokens} is too few: at least 256 are needed.")
+
+    @property
+    def scheme(self) -> WeightScheme:
+        return INT8 if self.weights == "int8" else WeightScheme(4, self.group)
+
+    def described(self) -> dict[str, str]:
+        """For the manifest."""
+        parts = {name: getattr(self, name) for name in ("weights", "method", "lm_head", "embedding", "heads")}
+        return parts | ({"group": str(self.group)} if self.weights == "int4" else {})
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise OptionError(f"{option} {value!r} is unknown. Choose one of: {', '.join(known)}.")
+
+
+def quantize(
+    bundle: str | Path,
+    output: str | Path,
+    options: QuantizeOptions | None = None,
+    data: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda what, done, of: None,
+) -> Bundle:
+    """Write a quantized copy of `bundle` to `output`.
+
+    Args:
+        data: text or JSONL file; awq and gptq measure on it what each layer reads.
+
+    Raises:
+        BundleError: no bundle, or one that is quantized already.
+        OptionError: a group size that does not divide a layer's inputs, a method without data, data too small.
+        OutputError: `output` exists. Nothing is left there after any error.
+    """
+    options = options or QuantizeOptions()
+    opened = Bundle.load(bundle)
+    _check(opened, options, data)
+    with new_folder(Path(output), force) as folder:
+        try:
+            manifest = _write(opened, folder, options, data, progress)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error, "Quantizing") from error
+        write_manifest(folder, manifest)
+    return Bundle.load(output, check_hashes=False)
+
+
+def _check(bundle: Bundle, options: QuantizeOptions, data: str | Path | None) -> None:
+    done = bundle.manifest.quantization
+    if done:
+        raise BundleError(
+            f"{bundle.path} is quantized already ({done.get('weights')}, {done.get('method')}); doing it twice adds the errors "
+            "up. Fix: start from the float32 bundle."
+        )
+    if bundle.manifest.model.dtype != "float32":
+        raise BundleError(f"{bundle.path} is {bundle.manifest.model.dtype}; quantization starts from float32 weights.")
+    if options.method != "rtn" and data is None:
+        raise OptionError(f"--method {options.method} measures what each layer reads. Fix: --data FILE, or --method rtn.")
+
+
+def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | Path | None, progress: Progress) -> Manifest:
+    import onnx_ir as ir
+
+    shutil.copytree(bundle.path / "tokenizer", folder / "tokenizer")
+    model = ir.load(bundle.path / bundle.manifest.graphs["decoder"].file)
+    _check_groups(model, bundle.manifest.model.vocab_size, options)
+    rounder = _rounder(bundle, model, options, data, progress)
+    quantize_decoder(model, bundle.manifest.model.vocab_size, options, rounder, progress)
+    save_graph(model, folder / DECODER)
+    manifest = dataclasses.replace(
+        bundle.manifest,
+        graphs={"decoder": graph_info(model, DECODER)},
+        weights=weight_infos(folder / DECODER, "graphs"),
+        quantization=options.described() | {"date": datetime.date.today().isoformat()},
+    )
+    for done, name in enumerate(manifest.heads):
+        _write_head(bundle, folder, manifest, name, options)
+        progress("heads", done + 1, len(manifest.heads))
+    _write_golden(Bundle(folder, manifest))
+    return manifest
+
+
+def _check_groups(model: Any, vocab_size: int, options: QuantizeOptions) -> None:
+    for linear in linears(model):
+        if not is_lm_head(linear, vocab_size) and not options.scheme.fits(linear.shape[0]):
+            raise OptionError(
+                f"--group {options.group} does not divide the {linear.shape[0]} inputs of {linear.name}. "
+                "Fix: a group that does, or --weights int8."
+            )
+
+
+def _rounder(bundle: Bundle, model: Any, options: QuantizeOptions, data: str | Path | None, progress: Progress) -> Rounder:
+    if options.method == "rtn":
+        return lambda linear, scheme: round_to_nearest(linear.dequantized(), scheme)
+    from .methods import calibrated_rounder
+
+    assert data is not None
+    rounder: Rounder = calibrated_rounder(bundle, model, options.method, Path(data), options.calibration_tokens, progress)
+    return rounder
+
+
+def quantize_decoder(model: Any, vocab_size: int, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> None:
+    """Replace every linear layer's weight, and the embedding's table, in place."""
+    found = list(linears(model))
+    for done, linear in enumerate(found):
+        if not is_lm_head(linear, vocab_size):
+            _replace(model, linear, rounder(linear, options.scheme))
+        elif options.lm_head == "int8":
+            _replace(model, linear, round_to_nearest(linear.dequantized(), INT8))
+        progress("weights", done + 1, len(found))
+    if options.embedding == "int8":
+        for gather, table in embedding_tables(model, vocab_size):
+            _replace_embedding(model, gather, table)
+    clean(model)
+
+
+def _replace(model: Any, linear: Linear, weight: QuantizedWeight) -> None:
+    """Put a DequantizeLinear in front of the MatMul, the values stored in the layout the float weight had."""
+    import ml_dtypes
+
+    write = Writer(model, linear.node)
+    grouped = weight.scales.ndim == 2
+    values, scales = (weight.values.T, weight.scales.T) if linear.transposed else (weight.values, weight.scales)
+    stored = np.ascontiguousarray(values).astype(ml_dtypes.int4 if grouped else np.int8)
+    inputs = [
+        write.constant(f"{linear.name}.quantized", stored),
+        write.constant(f"{linear.name}.scale", np.ascontiguousarray(scales)),
+    ]
+    inputs_axis = int(linear.transposed)  # where the K inputs lie
+    if grouped:
+        group = len(weight.values) // len(weight.scales)
+        result = write.node("DequantizeLinear", inputs, axis=inputs_axis, block_size=group)
+    else:
+        result = write.node("DequantizeLinear", inputs, axis=1 - inputs_axis)
+    if linear.transposed:
+        result = write.node("Transpose", [result], perm=[1, 0])
+    linear.node.replace_input_with(1, result)
+
+
+def _replace_embedding(model: Any, gather: Any, table: Any) -> None:
+    """Gather whole numbers and scales, and multiply: dequantizing the table would cost a pass over the vocabulary."""
+    import onnx_ir as ir
+
+    write = Writer(model, gather)
+    name = table.name
+    if f"{name}.quantized" not in model.graph.initializers:  # a tied LM head has made them
+        rounded = round_to_nearest(table.const_value.numpy().T, INT8)
+        write.constant(f"{name}.quantized", np.ascontiguousarray(rounded.values.T))
+        write.constant(f"{name}.scale", rounded.scales)
+    values, scales = (model.graph.initializers[f"{name}.{part}"] for part in ("quantized", "scale"))
+    ids, result = gather.inputs[1], gather.outputs[0]
+    rows = write.node("Cast", [write.node("Gather", [values, ids], axis=0)], to=ir.DataType.FLOAT)
+    scale = write.node("Unsqueeze", [write.node("Gather", [scales, ids], axis=0), write.ints([-1])])
+    put_in_place(result, write.node("Mul", [rows, scale]))
+
+
+def _write_head(bundle: Bundle, folder: Path, manifest: Manifest, name: str, options: QuantizeOptions) -> None:
+    """The head's graph over the new bundle's LM head, where it shares that, its own layers in int8."""
+    info = bundle.head(name)
+    model = load_head(bundle, name)
+    shared = {key: weight for key, weight in manifest.weights.items() if info.shared and key.startswith("lm_head")}
+    for linear in list(linears(model)):
+        if linear.weight.name in info.shared:
+            _share(model, linear, shared)
+        elif options.heads == "int8":
+            _replace(model, linear, round_to_nearest(linear.dequantized(), INT8))
+    clean(model)
+    target = folder / "heads" / name
+    target.mkdir(parents=True)
+    save_head(model, target / "head.onnx")
+    described: HeadInfo = dataclasses.replace(info, shared=shared)
+    (target / "head.json").write_text(to_json(described), "utf-8")
+
+
+def _share(model: Any, linear: Linear, shared: dict[str, WeightInfo]) -> None:
+    """Read the LM head where the quantized decoder keeps it."""
+    weight = linear.weight
+    weight.const_value = reference(weight.name, shared["lm_head"])
+    weight.dtype = weight.const_value.dtype
+    if "lm_head.scale" not in shared:
+        return
+    write = Writer(model, linear.node)
+    scale = write.constant("lm_head.scale", np.zeros(1, np.float32))
+    scale.const_value = reference("lm_head.scale", shared["lm_head.scale"])
+    scale.shape = scale.const_value.shape
+    result = write.node("DequantizeLinear", [weight, scale], axis=0 if linear.transposed else 1)
+    if linear.transposed:
+        result = write.node("Transpose", [result], perm=[1, 0])
+    linear.node.replace_input_with(1, result)
+
+
+def _write_golden(bundle: Bundle) -> None:
+    """What the quantized canonical graph says, in place of what the checkpoint said."""
+    model = bundle.manifest.model
+    engine = OnnxRuntimeEngine(bundle)
+    input_ids = golden_inputs(model.vocab_size, model.max_cache)
+    tokens = min(GREEDY, model.max_cache - input_ids.shape[1])
+    logits = np.stack([all_logits(engine, ids) for ids in input_ids])
+    greedy = np.stack([greedy_tokens(engine, ids.tolist(), tokens) for ids in input_ids])
+    save_golden(bundle.path, input_ids, logits, greedy)

@@ -1,0 +1,143 @@
+"""Bundle to engine: lower the canonical graphs for one device, prove them against the originals, write them in place.
+
+Needs onnx_ir and the device's own runtime; neither torch nor the checkpoint.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, new_folder, to_json
+from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
+from headstart.runtime.errors import EngineError, OptionError, missing_extra
+from headstart.runtime.tree import ROOT, DraftTree
+
+Progress = Callable[[str], None]
+DEVICES = ("cpu",)
+# Largest |Δlogit| of the lowered graph against the canonical one, over the logits' range. Integer products round the
+# activations to 8 bits; everything else only changes the order of summation.
+LIMITS = {"float": 1e-4, "integer": 0.1}
+PROBE_ROUNDS = 5
+
+
+def build(bundle: str | Path, device: str = "cpu", force: bool = False, progress: Progress = lambda stage: None) -> EngineInfo:
+    """Make a bundle ready for one device; the engine goes to `engines/<device>` inside the bundle.
+
+    Raises OptionError for an unknown device, OutputError when it is built already (unless `force`), EngineError when the
+    lowered graphs do not compute what the canonical ones do. Nothing is left behind then.
+    """
+    if device not in DEVICES:
+        raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
+    opened = Bundle.load(bundle)
+    if opened.manifest.model.dtype != "float32":
+        raise EngineError(
+            f"{opened.path} computes in {opened.manifest.model.dtype}, and the cpu device in float32. "
+            "Fix: headstart export --dtype float32 (weights may then be quantized)."
+        )
+    with new_folder(engine_folder(opened, device), force) as folder:
+        try:
+            info = _build_cpu(opened, folder, progress)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error, "Building an engine") from error
+        atomic_write(folder / ENGINE_FILE, to_json(info))
+    return info
+
+
+def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
+    import onnx_ir as ir
+
+    from .graph import save_graph, save_sharing
+    from .heads.builder import load_head
+    from .lowering.cpu import lower_decoder, lower_head, probe_model
+
+    progress("probing the CPU's integer products")
+    activations = fastest_exact(folder)
+    progress("lowering the decoder")
+    manifest = bundle.manifest
+    decoder = ir.load(bundle.path / manifest.graphs["decoder"].file)
+    lowered = lower_decoder(decoder, manifest.model.max_cache, activations)
+    save_graph(lowered.single, folder / "decoder.onnx")
+    save_sharing(lowered.batch, folder / "decoder_batch.onnx", folder / "decoder.onnx")
+    graphs = {"decoder": "decoder.onnx", "decoder_batch": "decoder_batch.onnx", "probe": "probe.onnx"}
+    for name in manifest.heads:
+        progress(f"lowering the head {name}")
+        save_graph(lower_head(load_head(bundle, name), activations), folder / "heads" / f"{name}.onnx")
+        graphs[f"heads/{name}"] = f"heads/{name}.onnx"
+    info = EngineInfo(
+        schema_version=ENGINE_SCHEMA,
+        device="cpu",
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        builder={name: importlib.metadata.version(name) for name in ("headstart", "onnx-ir", "onnxscript", "onnxruntime")},
+        source=engine_source(bundle),
+        graphs=graphs,
+        settings={"activations": activations},
+        passes=lowered.passes,
+    )
+    save_graph(probe_model(activations), folder / "probe.onnx")
+    progress("comparing with the canonical graph")
+    return dataclasses.replace(info, relative_difference=_compare(bundle, folder, info))
+
+
+def fastest_exact(folder: Path) -> str:
+    """uint8 or int8: the activations this CPU multiplies by int8 weights without overflow, and the faster when both are."""
+    from .graph import save_graph
+    from .lowering.cpu import probe_model
+    from .passes.per_row_int8 import ZERO_POINTS
+
+    times = {}
+    for activations in ZERO_POINTS:
+        file = folder / "probe.onnx"
+        save_graph(probe_model(activations), file)
+        session = open_session(file, 1)
+        errors, seconds = [], []
+        for _ in range(PROBE_ROUNDS):
+            started = time.perf_counter()
+            errors.append(float(session.run(None, {})[0]))
+            seconds.append(time.perf_counter() - started)
+        if not any(errors):
+            times[activations] = min(seconds)
+    if not times:
+        raise EngineError("This CPU multiplies neither uint8 nor int8 by int8 without overflow. Fix: use the float32 bundle.")
+    return min(times, key=lambda activations: times[activations])
+
+
+def _compare(bundle: Bundle, folder: Path, info: EngineInfo) -> float:
+    """Largest relative difference of both lowered forms; raises EngineError above the limit."""
+    input_ids = np.load(bundle.path / GOLDEN)["input_ids"][:1]
+    wanted = _outputs(OnnxRuntimeEngine(bundle), input_ids)
+    worst = 0.0
+    for batch in (1, 2):
+        found = _outputs(OnnxRuntimeEngine(bundle, built=(info, folder)), np.repeat(input_ids, batch, axis=0))
+        for ours, theirs in zip(found, wanted, strict=True):
+            worst = max(worst, float((np.abs(ours - theirs).max(-1) / np.ptp(theirs, axis=-1)).max()))
+    limit = LIMITS["integer" if info.passes["integer_products"] else "float"]
+    if not worst <= limit:
+        raise EngineError(
+            f"The lowered graph differs from the canonical one by {worst:.1e} of the logits' range; at most {limit:.0e} is "
+            f"allowed. This is a defect of a lowering pass; decode {bundle.path} without building it, and report this."
+        )
+    return worst
+
+
+def _outputs(engine: OnnxRuntimeEngine, input_ids: NDArray[np.int64]) -> list[NDArray[np.float32]]:
+    """Logits of a prefill, and of a tree behind it, so that history, ancestors and positions are all in play."""
+    batch, length = input_ids.shape
+    cache = engine.new_cache(batch, 2 * length)
+    rows = np.broadcast_to(np.arange(length), (batch, length))
+    causal = np.broadcast_to(np.tri(length, dtype=np.bool_), (batch, length, length))
+    first = engine.forward(cache, input_ids, rows, causal, rows).logits.copy()
+    cache.lengths[:] = length
+    parents = np.array([ROOT, ROOT, 0, 0, 1], np.int64)
+    tree = DraftTree(input_ids[0, :5], parents, np.zeros(5, np.float32))
+    ids = np.broadcast_to(input_ids[0, :6], (batch, 6))
+    mask = np.broadcast_to(tree.ancestor_mask(), (batch, 6, 6))
+    rows = np.broadcast_to(np.arange(6), (batch, 6))
+    second = engine.forward(cache, ids, length + np.broadcast_to(tree.depths(), (batch, 6)), mask, rows).logits.copy()
+    return [first[0], second[0]]

@@ -1,0 +1,206 @@
+"""TensorScatter + Attention becomes GroupQueryAttention, with the cache in place and, where it can be, fused rotary.
+
+The portable pair reads the cache's whole capacity; GroupQueryAttention reads the history alone. It takes the tree mask as
+a bias and positions for its rotary embedding (ONNX Runtime, contrib operators). It serves one sequence at a time: with
+history behind several rows it refuses batches.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from headstart.runtime import contract
+
+from .rotary import Rotary, match_rotary, rotary_table
+from .surgery import MICROSOFT, Writer, clean, in_order, producer, put_in_place
+
+TABLE_STEP = 8  # the operator takes rotary tables whose width is a multiple of this
+MASKED = np.float32(-1e30)  # added to a masked score: its exponential is zero, and no sum overflows
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One attention layer in the portable form."""
+
+    node: Any
+    query: Any  # [B, H, T, D]
+    key: Any  # [B, G, T, D]
+    value: Any
+    key_cache: Any  # graph inputs
+    value_cache: Any
+    key_scatter: Any
+    value_scatter: Any
+    mask: Any
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(query heads, key/value heads, head size)."""
+        return self.query.shape[1], self.key_cache.shape[1], self.key_cache.shape[3]
+
+
+def fuse_attention(model: Any, positions: int) -> tuple[Any, bool]:
+    """Rewrite every layer that fits. `positions` is the longest text in tokens: the rotary tables' length."""
+    layers = [layer for node in in_order(model) if (layer := _layer(node)) is not None]
+    if not layers:
+        return model, False
+    shared = _Shared(model, layers[0].node, positions)
+    for layer in layers:
+        _rewrite(model, layer, shared)
+    clean(model)
+    return model, True
+
+
+def _layer(node: Any) -> _Layer | None:
+    if node.op_type != "Attention" or len(node.inputs) != 4:
+        return None
+    query, keys, values, mask = node.inputs
+    key_scatter, value_scatter = producer(keys, "TensorScatter"), producer(values, "TensorScatter")
+    if key_scatter is None or value_scatter is None or mask is None:
+        return None
+    key_cache, value_cache = key_scatter.inputs[0], value_scatter.inputs[0]
+    same_sizes = key_cache.shape[3] == value_cache.shape[3]
+    if not (key_cache.is_graph_input() and same_sizes and key_cache.shape[3] % 8 == 0):
+        return None
+    key, value = key_scatter.inputs[1], value_scatter.inputs[1]
+    return _Layer(node, query, key, value, key_cache, value_cache, key_scatter, value_scatter, mask)
+
+
+class _Shared:
+    """What all layers read: lengths, biases per mask, rotary tables. Made once, in front of the first layer."""
+
+    def __init__(self, model: Any, anchor: Any, positions: int) -> None:
+        self.model, self.positions = model, positions
+        self._first = anchor
+        self._biases: dict[int, Any] = {}
+        self._tables: dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]] | None] = {}
+        inputs = {value.name: value for value in model.graph.inputs}
+        write = Writer(model, anchor)
+        rows = write.node("Shape", [inputs[contract.INPUT_IDS]], start=1, end=2)
+        self._total = write.node("Add", [inputs[contract.WRITE_INDEX], rows])  # [1], history and new rows
+        # The operator wants 32-bit lengths: each sequence's last index, and the total.
+        last = write.node("Sub", [self._total, write.ints([1])])
+        self.last = write.node("Cast", [last], to=ir.DataType.INT32)
+        total = write.node("Cast", [self._total], to=ir.DataType.INT32)
+        self.total = write.node("Squeeze", [total, write.ints([0])])
+        self.position_ids = inputs[contract.POSITION_IDS]
+
+    def bias(self, mask: Any, anchor: Any) -> Any:
+        """[B, 1, T, total] float: 0 where the row may look, else MASKED."""
+        key = id(mask)
+        if key not in self._biases:
+            write = Writer(self.model, anchor)
+            seen = write.node("Slice", [mask, write.ints([0]), self._total, write.ints([3])])
+            zero, masked = write.constant("zero", np.float32(0)), write.constant("masked", MASKED)
+            self._biases[key] = write.node("Where", [seen, zero, masked])
+        return self._biases[key]
+
+    def tables(self, rotary: Rotary) -> tuple[Any, Any] | None:
+        """Initializers with cosines and sines, [positions, D'/2] each."""
+        key = (id(rotary.cos), id(rotary.sin))
+        if key not in self._tables:
+            cos = rotary_table(self.model, rotary.cos, self.positions)
+            sin = rotary_table(self.model, rotary.sin, self.positions)
+            made = None if cos is None or sin is None else (cos, sin)
+            self._tables[key] = made if made is not None and made[0].shape[1] % TABLE_STEP == 0 else None
+        kept = self._tables[key]
+        if kept is None:
+            return None
+        write = Writer(self.model, self._first)
+        index = list(self._tables).index(key)
+        return write.constant(f"rotary_cos.{index}", kept[0]), write.constant(f"rotary_sin.{index}", kept[1])
+
+
+def _rewrite(model: Any, layer: _Layer, shared: _Shared) -> None:
+    heads, kv_heads, size = layer.sizes
+    query, key = layer.query, layer.key
+    rotary, tables = _rotary(layer, shared)
+    if rotary is not None:
+        query, key = rotary
+    write = Writer(model, layer.node)
+    flat = [_flat(write, v, n * size) for v, n in ((query, heads), (key, kv_heads), (layer.value, kv_heads))]
+    inputs = [*_packed(flat), layer.key_cache, layer.value_cache, shared.last, shared.total]
+    inputs += [*(tables or (None, None)), shared.position_ids if tables else None, shared.bias(layer.mask, layer.node)]
+    scale = layer.node.attributes.get("scale")
+    out, keys, values = write.nodes(
+        "GroupQueryAttention",
+        inputs,
+        3,
+        MICROSOFT,
+        num_heads=heads,
+        kv_num_heads=kv_heads,
+        do_rotary=int(tables is not None),
+        scale=size**-0.5 if scale is None else float(scale.value),
+    )
+    keys.shape, values.shape = layer.key_cache.shape, layer.value_cache.shape
+    _replace_output(write, layer.node.outputs[0], out, heads, size)
+    put_in_place(layer.key_scatter.outputs[0], keys)
+    put_in_place(layer.value_scatter.outputs[0], values)
+
+
+def _rotary(layer: _Layer, shared: _Shared) -> tuple[tuple[Any, Any] | None, tuple[Any, Any] | None]:
+    """((query, key) before their rotary embedding, (cos, sin) tables), or (None, None) when it stays outside."""
+    query, key = match_rotary(layer.query), match_rotary(layer.key)
+    if query is None or key is None or query.cos is not key.cos or query.sin is not key.sin:
+        return None, None
+    tables = shared.tables(query)
+    return ((query.source, key.source), tables) if tables is not None else (None, None)
+
+
+def _flat(write: Writer, value: Any, width: int) -> Any:
+    """[B, T, heads · D] of a [B, heads, T, D] value: what it was reshaped from, when that is how it came about."""
+    transposed = producer(value, "Transpose")
+    if transposed is not None and list(transposed.attributes["perm"].value) == [0, 2, 1, 3]:
+        reshaped = producer(transposed.inputs[0], "Reshape")
+        source = reshaped.inputs[0] if reshaped is not None else None
+        if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
+            return source
+        rows_first = transposed.inputs[0]
+    else:
+        rows_first = write.node("Transpose", [value], perm=[0, 2, 1, 3])
+    return write.node("Reshape", [rows_first, write.ints([0, 0, width])])
+
+
+def _packed(flat: list[Any]) -> list[Any]:
+    """[query-key-value, None, None] when the three are the parts of one split; else as they are."""
+    split = producer(flat[0], "Split")
+    if split is None or len(split.outputs) != 3 or any(a is not b for a, b in zip(flat, split.outputs, strict=True)):
+        return flat
+    return [split.inputs[0], None, None]
+
+
+def _replace_output(write: Writer, old: Any, new: Any, heads: int, size: int) -> None:
+    """Let readers of the portable [B, H, T, D] output read GroupQueryAttention's [B, T, H · D]."""
+    new.shape = ir.Shape([old.shape[0], old.shape[2], heads * size])
+    new.type = old.type
+    for node, _ in list(old.uses()):
+        flat = _flattened(node, heads * size)
+        if flat is not None:
+            put_in_place(flat, new)
+    if old.uses():
+        split = write.node("Reshape", [new, write.ints([0, 0, heads, size])])
+        put_in_place(old, write.node("Transpose", [split], perm=[0, 2, 1, 3]))
+
+
+def _flattened(transpose: Any, width: int) -> Any:
+    """The output of the Transpose and Reshape that make [B, T, H · D] of an attention's output."""
+    if transpose.op_type != "Transpose" or list(transpose.attributes["perm"].value) != [0, 2, 1, 3]:
+        return None
+    for node, _ in transpose.outputs[0].uses():
+        out = node.outputs[0]
+        if node.op_type == "Reshape" and out.shape is not None and len(out.shape) == 3 and out.shape[2] == width:
+            return out
+    return None
+
+
+def fused_layers(model: Any) -> int:
+    """How many attention layers are GroupQueryAttention."""
+    return sum(node.op_type == "GroupQueryAttention" for node in model.graph)
+
+
+def portable_layers(model: Any) -> int:
+    """How many cached attention layers are left in the portable form."""
+    scatters = [node for node in model.graph if node.op_type == "TensorScatter" and node.inputs[0].is_graph_input()]
+    return len(scatters) // 2

@@ -1,0 +1,124 @@
+"""Find rotary embeddings, and tabulate their cosines and sines over all positions.
+
+A rotary embedding arrives as  x · cos + concat(-x[half:], x[:half]) · sin,  with cos and sin computed from the positions
+in whatever way the checkpoint asks for (scaled frequencies, attention factors). The way is not recognised but run: the part
+of the graph between `position_ids` and the cosines is evaluated over all positions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.convenience import extract
+
+from headstart.runtime import contract
+
+from .surgery import integers, producer
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """`source` [B, heads, T, D] before, and the [B, T, D'] cosines and sines it is turned by; D' ≤ D when partial."""
+
+    source: Any
+    cos: Any
+    sin: Any
+
+
+def match_rotary(value: Any) -> Rotary | None:
+    """The rotary embedding that makes `value` [B, heads, T, D]; None when it is made in another way."""
+    joined = producer(value, "Concat")
+    if joined is None:
+        return _match_full(value)
+    if len(joined.inputs) != 2:
+        return None
+    inner, rest = _match_full(joined.inputs[0]), producer(joined.inputs[1], "Slice")
+    turned = producer(inner.source, "Slice") if inner is not None else None
+    if inner is None or rest is None or turned is None or turned.inputs[0] is not rest.inputs[0]:
+        return None
+    return Rotary(rest.inputs[0], inner.cos, inner.sin)
+
+
+def _match_full(value: Any) -> Rotary | None:
+    add = producer(value, "Add")
+    products = [producer(v, "Mul") for v in add.inputs] if add is not None else []
+    if len(products) != 2 or None in products:
+        return None
+    for plain, turned in (products, products[::-1]):
+        for i, j in ((0, 1), (1, 0)):
+            source = _half_turned(turned.inputs[i])
+            if source is None:
+                continue
+            k = next((k for k in (0, 1) if plain.inputs[k] is source), None)
+            cos = _unsqueezed(plain.inputs[1 - k]) if k is not None else None
+            sin = _unsqueezed(turned.inputs[j])
+            if cos is not None and sin is not None:
+                return Rotary(source, cos, sin)
+    return None
+
+
+def _half_turned(value: Any) -> Any:
+    """x, when `value` is concat(-x[half:], x[:half]) on the last axis."""
+    joined = producer(value, "Concat")
+    if joined is None or len(joined.inputs) != 2:
+        return None
+    negated, first = producer(joined.inputs[0], "Neg"), joined.inputs[1]
+    pieces = [_piece(negated.inputs[0] if negated is not None else None), _piece(first)]
+    if pieces[0] is None or pieces[1] is None or pieces[0][0] is not pieces[1][0]:
+        return None
+    source, size = pieces[0][0], pieces[0][0].shape[-1] if pieces[0][0].shape is not None else None
+    if not isinstance(size, int) or pieces[0][1] != size // 2 or pieces[1][1] != 0:
+        return None
+    return source
+
+
+def _piece(value: Any) -> tuple[Any, int] | None:
+    """(whole, start) of a slice of the last axis, or of one half of an even split."""
+    cut = producer(value, "Slice")
+    if cut is not None:
+        start = integers(cut.inputs[1])
+        return (cut.inputs[0], start[0]) if start is not None and len(start) == 1 else None
+    split = producer(value, "Split")
+    if split is None or len(split.outputs) != 2:
+        return None
+    half = split.inputs[0].shape[-1] // 2
+    return split.inputs[0], 0 if value is split.outputs[0] else half
+
+
+def _unsqueezed(value: Any) -> Any:
+    """[B, T, D] when `value` is its [B, 1, T, D]."""
+    node = producer(value, "Unsqueeze")
+    return node.inputs[0] if node is not None and integers(node.inputs[1]) == [1] else None
+
+
+def rotary_table(model: Any, value: Any, positions: int) -> NDArray[np.float32] | None:
+    """[positions, D'/2]: cosines (or sines) at positions 0, 1, …; None when they are no function of each position alone.
+
+    The second half repeats the first, as in all checkpoints that turn halves against each other; otherwise None.
+    """
+    import onnxruntime as ort
+
+    try:
+        part = extract(model.graph, inputs=[contract.POSITION_IDS], outputs=[value.name])
+    except ValueError:  # it also depends on another input
+        return None
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        ir.to_proto(ir.Model(part, ir_version=model.ir_version)).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+    table = _run(session, np.arange(positions))
+    half = table.shape[-1] // 2
+    probe = [0, positions // 2, positions - 1]
+    alone = np.concatenate([_run(session, np.array([p])) for p in probe])
+    same_halves = np.array_equal(table[:, :half], table[:, half:])
+    return np.ascontiguousarray(table[:, :half]) if same_halves and np.allclose(alone, table[probe], atol=1e-6) else None
+
+
+def _run(session: Any, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = session.run(None, {contract.POSITION_IDS: positions[None].astype(np.int64)})[0][0]
+    return result
