@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from headstart.runtime.errors import missing_extra
 
 if TYPE_CHECKING:
+    from headstart.calibration.bench import bench
     from headstart.calibration.quantize import QuantizeOptions, quantize
     from headstart.calibration.train import train_medusa
+    from headstart.calibration.tune import TuneOptions, tune
     from headstart.calibration.verify import verify
     from headstart.exporter.build import build
     from headstart.exporter.export import export
@@ -32,12 +34,15 @@ _HOMES = {
     "QuantizeOptions": "headstart.calibration.quantize",
     "Result": "headstart.runtime.model",
     "Stats": "headstart.runtime.model",
+    "TuneOptions": "headstart.calibration.tune",
+    "bench": "headstart.calibration.bench",
     "build": "headstart.exporter.build",
     "export": "headstart.exporter.export",
     "import_head": "headstart.exporter.heads.install",
     "load": "headstart.runtime.model",
     "quantize": "headstart.calibration.quantize",
     "train_medusa": "headstart.calibration.train",
+    "tune": "headstart.calibration.tune",
     "verify": "headstart.calibration.verify",
 }
 
@@ -48,12 +53,15 @@ __all__ = [
     "QuantizeOptions",
     "Result",
     "Stats",
+    "TuneOptions",
+    "bench",
     "build",
     "export",
     "import_head",
     "load",
     "quantize",
     "train_medusa",
+    "tune",
     "verify",
 ]
 

@@ -21,6 +21,7 @@ app.add_typer(heads_app, name="heads")
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
+Untuned = Annotated[bool, typer.Option("--untuned", help="Leave aside what headstart tune found.")]
 DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
 
 
@@ -118,7 +119,9 @@ def generate(
     bundle: BundleArg,
     prompt: Annotated[str | None, typer.Argument(help="The text to complete; - reads standard input.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to add.")] = 128,
-    drafter: Annotated[str, typer.Option(help="auto (n-gram), none, ngram, draft_model, or a head's name.")] = "auto",
+    drafter: Annotated[
+        str, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
+    ] = "auto",
     draft_nodes: Annotated[int | None, typer.Option(help="Nodes of the draft tree.")] = None,
     draft_model: DraftModel = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -133,13 +136,14 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
     threads: Threads = None,
+    untuned: Untuned = False,
 ) -> None:
     """Complete a prompt."""
     from headstart.runtime.model import load
 
     from .screen import print_generation
 
-    model = load(bundle, threads=threads, draft_model=draft_model)
+    model = load(bundle, threads=threads, draft_model=draft_model, tuned=not untuned)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
     options = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes, **sampling, **rules}
@@ -147,6 +151,66 @@ def generate(
     if chat:
         text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
     print_generation(model, text, options, stream, stats)
+
+
+@app.command()
+def tune(
+    bundle: BundleArg,
+    data: Annotated[Path, typer.Option(help="Prompts of the kind that will be decoded.", show_default=False)],
+    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    limit: Annotated[int | None, typer.Option(help="Use the first N prompts.", min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
+    max_nodes: Annotated[int, typer.Option(help="The most nodes of a tree.")] = 47,
+    threads: Threads = None,
+    force: Force = False,
+) -> None:
+    """Measure this machine and choose the drafter and its trees; or none."""
+    from headstart.calibration.tune import TuneOptions
+    from headstart.calibration.tune import tune as run
+    from headstart.runtime.prompts import read_prompts
+
+    from .screen import counted, show_tuning
+
+    options = TuneOptions(max_new_tokens, max_nodes)
+    with counted() as progress:
+        found = run(bundle, read_prompts(data)[:limit], device, threads, options, force, progress)
+    show_tuning(bundle, found)
+
+
+@app.command()
+def bench(
+    bundle: BundleArg,
+    prompts: Annotated[Path, typer.Option(help='Prompts; JSONL may name a "class" for each.', show_default=False)],
+    limit: Annotated[int | None, typer.Option(help="Use the first N prompts of each class.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.")] = 5,
+    drafter: Annotated[list[str] | None, typer.Option(help="Measure this one; may be repeated. All by default.")] = None,
+    untuned: Untuned = False,
+    threads: Threads = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw them there; needs the bench extra.")] = None,
+) -> None:
+    """Prefill and decode speed, acceptance length, round cost and verify cost of a bundle."""
+    import time
+
+    from headstart.calibration.bench import bench as run
+    from headstart.calibration.bench import draw
+    from headstart.runtime.model import load
+    from headstart.runtime.prompts import read_prompt_classes
+
+    from .screen import counted, show_bench, write_json
+
+    classes = {kind: texts[:limit] for kind, texts in read_prompt_classes(prompts).items()}
+    started = time.perf_counter()
+    model = load(bundle, threads=threads, tuned=not untuned)
+    load_s = time.perf_counter() - started
+    with counted() as progress:
+        result = run(model, classes, max_new_tokens, rounds, drafter or (), load_s, progress)
+    show_bench(result)
+    if json_file:
+        write_json(json_file, result)
+    if png:
+        draw(result, png)
 
 
 @app.command()

@@ -16,8 +16,10 @@ from rich.table import Table
 from headstart.runtime.bundle import Bundle, atomic_write
 from headstart.runtime.engines.info import EngineInfo
 from headstart.runtime.model import Generation, Model, Result
+from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:
+    from headstart.calibration.bench import Bench
     from headstart.calibration.verify import Report
 
     from .demo import DemoTable
@@ -87,6 +89,33 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
     grid.add_row("against the canonical graph", f"{info.relative_difference:.1e} of the logits' range")
     grid.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.builder.items()))
     out.print(grid)
+
+
+def show_tuning(bundle: Path, tuning: Tuning) -> None:
+    grid = table(f"{bundle}: verify pass in ms", "history", *map(str, tuning.verify.rows))
+    for history, line in zip(tuning.verify.histories, tuning.verify.milliseconds, strict=True):
+        grid.add_row(str(history), *(f"{ms:.2f}" for ms in line))
+    out.print(grid)
+    grid = table(f"{tuning.prompts} prompts, each drafter with its budget", "drafter", "draft ms", "acceptance", "× plain")
+    for name, one in tuning.drafters.items():
+        grid.add_row(name, f"{one.draft_ms:.2f}", f"{one.acceptance_length:.2f}", f"{one.speedup:.2f}")
+    out.print(grid)
+    out.print(f"chosen: {tuning.chosen}. {tuning.reason}")
+
+
+def show_bench(bench: "Bench") -> None:
+    columns = ("prefill tok/s", "first token ms", "tok/s", "slowest – fastest", "× plain", "acceptance", "round cost")
+    grid = table(f"{bench.bundle}: {bench.quantization}", "class", "drafter", *columns)
+    for row in bench.rows:
+        speed = (f"{row.decode_tokens_per_s:.1f}", f"{row.slowest:.1f} – {row.fastest:.1f}", f"{row.speedup:.2f}")
+        start = (f"{row.prefill_tokens_per_s:.0f}", f"{row.ttft_ms:.1f}")
+        grid.add_row(row.prompt_class, row.drafter, *start, *speed, f"{row.acceptance_length:.2f}", f"{row.round_cost:.2f}")
+    out.print(grid)
+    for history, line in bench.verify_ms.items():
+        out.print(f"verify behind {history} tokens, ms by rows: " + ", ".join(f"{n}: {ms:.2f}" for n, ms in line.items()))
+    out.print(
+        f"loaded in {bench.load_s:.2f} s, peak memory {bench.peak_memory_mb:.0f} MB; " + ", ".join(bench.machine.values())
+    )
 
 
 def show_heads(bundle: Bundle) -> None:

@@ -7,7 +7,7 @@ Invariant: a sequence's cache holds all its tokens but the last. The last, the r
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .acceptance import Accepted, RandomChance, accept
+from .budget import Budget
 from .cache import KVCache
 from .drafters.base import Drafter, DraftRequest
 from .engine import MAX_ROWS, Engine, StepOutput
@@ -29,12 +30,17 @@ SLOT_STEP = 64  # cache sizes are multiples of this, so that equal requests get 
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How a batch is decoded. `draft_nodes` None means the drafter's own default."""
+    """How a batch is decoded.
+
+    `draft_nodes` None leaves the tree's size to the tuned budget, of which `budgets` makes one per sequence, or to the
+    drafter's own default where it makes none.
+    """
 
     max_new_tokens: int = 128
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     end_tokens: frozenset[int] = frozenset()
     draft_nodes: int | None = None
+    budgets: Callable[[], Budget | None] = lambda: None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -53,6 +59,7 @@ class Text:
     rules: LogitRules
     chance: RandomChance
     hidden: NDArray[np.float32]
+    budget: Budget | None = None
     finish_reason: FinishReason | None = None
     verify_calls: int = 0
     drafted_tokens: int = 0
@@ -115,7 +122,9 @@ class DecodingLoop:
         output = prefill(self._engine, self._cache.row(row), prompt)
         options = self._options.sampling
         seed = None if options.seed is None else options.seed + row
-        sequence = Text(row, prompt, len(prompt), LogitRules(options), RandomChance(seed), output.hidden[0, -1].copy())
+        budget = self._options.budgets() if self._options.draft_nodes is None else None
+        hidden = output.hidden[0, -1].copy()
+        sequence = Text(row, prompt, len(prompt), LogitRules(options), RandomChance(seed), hidden, budget)
         first = accept(empty_tree(), output.logits[0], sequence.rules, prompt, sequence.chance, self._options.end_tokens)
         self._append(sequence, first.token_ids)
         return sequence
@@ -138,17 +147,20 @@ class DecodingLoop:
         if self._drafter is None or self._options.draft_nodes == 0:
             return trees
         started = time.perf_counter()
-        requests = [self._request(s) for s in self.sequences if s.finish_reason is None]
-        requests = [request for request in requests if request.max_depth > 0]
+        active = [s for s in self.sequences if s.finish_reason is None and not (s.budget is not None and s.budget.resting)]
+        requests = [request for request in map(self._request, active) if request.max_depth > 0]
         if requests:
             for request, tree in zip(requests, self._drafter.propose(requests), strict=True):
-                trees[request.row] = tree
+                budget = self.sequences[request.row].budget
+                trees[request.row] = tree if budget is None else budget.cut(tree, len(request.token_ids))
         self.clock.draft_s += time.perf_counter() - started
         return trees
 
     def _request(self, sequence: Text) -> DraftRequest:
         assert self._drafter is not None
-        nodes = self._options.draft_nodes if self._options.draft_nodes is not None else self._drafter.default_nodes
+        nodes = self._options.draft_nodes
+        if nodes is None:
+            nodes = self._drafter.default_nodes if sequence.budget is None else sequence.budget.max_nodes
         # The target adds one token of its own behind the path, so a deeper path than this could not be used.
         tokens_left = min(self._limit - len(sequence.token_ids), self._options.max_new_tokens - sequence.new_tokens) - 1
         return DraftRequest(sequence.row, sequence.token_ids, sequence.hidden, nodes, tokens_left, self._options.sampling)
@@ -175,6 +187,9 @@ class DecodingLoop:
     def _take(self, sequence: Text, tree: DraftTree, path: Accepted, output: StepOutput) -> list[int]:
         """Commit the accepted rows and append their tokens; returns the tokens that were appended."""
         rows = [0, *(node + 1 for node in path.nodes)]
+        if sequence.budget is not None:
+            drafted = not sequence.budget.resting
+            sequence.budget.observe(len(path.token_ids), len(tree), len(sequence.token_ids), drafted)
         self._cache.commit(sequence.row, rows)
         sequence.hidden = output.hidden[sequence.row, rows[-1]].copy()
         sequence.verify_calls += 1

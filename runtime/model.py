@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from .budget import Budget
 from .bundle import Bundle
-from .drafters.base import Drafter
+from .drafters.base import Drafter, TunedDrafter
 from .drafters.draft_model import DraftModelDrafter
+from .drafters.first_that_pays import FirstThatPays
 from .drafters.medusa import MedusaDrafter
 from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
@@ -15,6 +17,7 @@ from .errors import OptionError, PromptError
 from .loop import DecodingLoop, FinishReason, LoopOptions, Text
 from .sampling import SamplingOptions
 from .tokenizer import TextStream, Tokenizer
+from .tuning import Tuning, read_tuning
 
 DEVICES = ("cpu",)
 
@@ -55,10 +58,18 @@ class Result:
 class Model:
     """A bundle on a device. One generation at a time: buffers are reused."""
 
-    def __init__(self, bundle: Bundle, engine: OnnxRuntimeEngine, tokenizer: Tokenizer, drafters: dict[str, Drafter]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: OnnxRuntimeEngine,
+        tokenizer: Tokenizer,
+        drafters: dict[str, Drafter],
+        tuning: Tuning | None = None,
+    ) -> None:
         self.bundle = bundle
         self.engine = engine
         self.tokenizer = tokenizer
+        self.tuning = tuning
         self._drafters = drafters
 
     @property
@@ -110,12 +121,16 @@ class Model:
         """The drafter of that name; None for "none". Raises OptionError for an unknown one."""
         if name == "auto":
             # Heads cost a graph and a larger verify pass, which only measuring can justify; n-grams cost next to nothing.
-            return self._drafters["ngram"]
+            name = "ngram" if self.tuning is None else self.tuning.chosen
         if name == "none":
             return None
         if name not in self._drafters:
             raise OptionError(f"drafter {name!r} is unknown. Choose one of: auto, none, {', '.join(self._drafters)}.")
         return self._drafters[name]
+
+    def budget(self, drafter: Drafter | None) -> Budget | None:
+        """A sequence's budget for that drafter; None where nothing was tuned."""
+        return None if drafter is None or self.tuning is None else self.tuning.budget(drafter.name)
 
 
 class Generation:
@@ -136,8 +151,9 @@ class Generation:
             raise PromptError("The prompt is empty: decoding needs some text to start from.")
         rules = model.bundle.manifest.generation
         ends = frozenset() if ignore_end else frozenset(rules.eos_token_ids)
-        options = LoopOptions(max_new_tokens, _sampling_options(sampling, rules.suppress_tokens), ends, draft_nodes)
         self._drafter = model.drafter(drafter)
+        chosen = _sampling_options(sampling, rules.suppress_tokens)
+        options = LoopOptions(max_new_tokens, chosen, ends, draft_nodes, lambda: model.budget(self._drafter))
         self._tokenizer = model.tokenizer
         self._stop = [stop] if isinstance(stop, str) else list(stop)
         token_ids = [model.tokenizer.encode(prompt) for prompt in prompts]
@@ -204,6 +220,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     draft_model: str | Path | None = None,
+    tuned: bool = True,
 ) -> Model:
     """Load a bundle for decoding.
 
@@ -212,23 +229,38 @@ def load(
         device: "cpu".
         threads: of the engine; all cores when None.
         draft_model: another bundle with the same vocabulary, offered as the drafter "draft_model".
+        tuned: use what `headstart tune` found; False takes fixed trees and n-grams for "auto".
 
     Raises:
         BundleError: no bundle, another schema, or a file that was edited.
         MissingExtraError: no engine is installed.
         OptionError: unknown device, or a draft model with another vocabulary.
+        EngineError: the built engine or the tuning is of another bundle, machine or number of threads.
     """
     if device not in DEVICES:
         raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
     bundle = Bundle.load(path)
     engine = OnnxRuntimeEngine.open(bundle, threads)
-    drafters: dict[str, Drafter] = {}
-    for name in bundle.manifest.heads:
-        drafters[name] = MedusaDrafter(name, engine.head(bundle.head(name)))
-    drafters["ngram"] = NGramDrafter()
+    tuning = read_tuning(bundle, device, engine.built[0] if engine.built else None, engine.threads) if tuned else None
+    drafters = _drafters(bundle, engine, tuning)
     if draft_model is not None:
         drafters["draft_model"] = DraftModelDrafter("draft_model", _draft_engine(draft_model, bundle))
-    return Model(bundle, engine, Tokenizer.load(bundle.path / "tokenizer"), drafters)
+    return Model(bundle, engine, Tokenizer.load(bundle.path / "tokenizer"), drafters, tuning)
+
+
+def _drafters(bundle: Bundle, engine: OnnxRuntimeEngine, tuning: Tuning | None) -> dict[str, Drafter]:
+    """The bundle's heads, n-grams, and the pairs that tuning measured; each believing its measured rates."""
+    tuned: dict[str, TunedDrafter] = {}
+    for name in bundle.manifest.heads:
+        info = bundle.head(name)
+        tuned[name] = MedusaDrafter(name, engine.head(info), info.heads)
+    tuned["ngram"] = NGramDrafter()
+    for name, found in (tuning.drafters if tuning else {}).items():
+        if name not in tuned:
+            first, second = name.split("+")
+            tuned[name] = FirstThatPays(tuned[first], tuned[second], found.enough)
+        tuned[name].use_rates(found.rates)
+    return dict(tuned)
 
 
 def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:

@@ -23,6 +23,18 @@ def read_prompts(file: str | Path) -> list[str]:
     return [_prompt_of(file, number, line) for number, line in numbered]
 
 
+def read_prompt_classes(file: str | Path) -> dict[str, list[str]]:
+    """The prompts by the "class" that each JSON object names; where it names none, by the file's own name."""
+    file = Path(file)
+    texts = read_prompts(file)
+    classes: dict[str, list[str]] = {}
+    lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    for line, text in zip(lines, texts, strict=True):
+        name = json.loads(line).get("class", file.stem) if file.suffix == ".jsonl" else file.stem
+        classes.setdefault(str(name), []).append(text)
+    return classes
+
+
 def _prompt_of(file: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)

@@ -24,12 +24,14 @@ class DraftTree:
         draft_probs: [N, V] float64, the distribution that node's token was drawn from, for drafts that were sampled;
             None when the drafts are a deterministic function of the text so far. Siblings were drawn without
             replacement, in the order in which they stand, and all carry the first one's (unmodified) distribution.
+        classes: [N] int64, the drafter's own classes of nodes, whose acceptance rates tuning measures.
     """
 
     token_ids: NDArray[np.int64]
     parents: NDArray[np.int64]
     log_probs: NDArray[np.float32]
     draft_probs: NDArray[np.float64] | None = field(default=None, repr=False)
+    classes: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.parents) == len(self.log_probs)
@@ -74,7 +76,8 @@ class DraftTree:
         renumbered = np.full(len(self) + 1, ROOT)  # the last entry serves parent -1
         renumbered[kept] = np.arange(len(kept))
         probs = None if self.draft_probs is None else self.draft_probs[kept]
-        return DraftTree(self.token_ids[kept], renumbered[self.parents[kept]], self.log_probs[kept], probs)
+        classes = None if self.classes is None else self.classes[kept]
+        return DraftTree(self.token_ids[kept], renumbered[self.parents[kept]], self.log_probs[kept], probs, classes)
 
 
 def empty_tree() -> DraftTree:
@@ -94,6 +97,7 @@ def tree_from_independent_levels(
     token_ids: NDArray[np.int64],  # [K, k] candidates of each depth, best first
     log_probs: NDArray[np.float32],  # [K, k]
     nodes: int,
+    classes: NDArray[np.int64] | None = None,  # [K, k]
 ) -> DraftTree:
     """The `nodes` most probable paths through K independent levels, taken best first (OPT-Tree, arXiv 2406.17276).
 
@@ -105,6 +109,7 @@ def tree_from_independent_levels(
     tokens: list[int] = []
     parents: list[int] = []
     totals: list[float] = []
+    places: list[tuple[int, int]] = []
     heap = [(-table[0][0], 0, 0, ROOT, 0.0)] if levels else []
     while heap and len(tokens) < nodes:
         negative, level, rank, parent, above = heapq.heappop(heap)
@@ -112,8 +117,11 @@ def tree_from_independent_levels(
         tokens.append(int(token_ids[level, rank]))
         parents.append(parent)
         totals.append(-negative)
+        places.append((level, rank))
         if rank + 1 < width:
             heapq.heappush(heap, (-(above + table[level][rank + 1]), level, rank + 1, parent, above))
         if level + 1 < levels:
             heapq.heappush(heap, (negative - table[level + 1][0], level + 1, 0, node, -negative))
-    return DraftTree(np.array(tokens, np.int64), np.array(parents, np.int64), np.array(totals, np.float32))
+    kept = None if classes is None else np.array([classes[place] for place in places], np.int64)
+    arrays = np.array(tokens, np.int64), np.array(parents, np.int64), np.array(totals, np.float32)
+    return DraftTree(*arrays, classes=kept)

@@ -52,13 +52,17 @@ class Linear:
     def dequantized(self) -> NDArray[np.float32]:
         """[K, N] float32."""
         values: NDArray[np.float32] = self.values().astype(np.float32)
-        if not self.quantized:
-            return values
+        if self.quantized:
+            values *= self._scale_of_each()
+        return values
+
+    def _scale_of_each(self) -> NDArray[np.float32]:
+        """[N] or [K, N]."""
         scales: NDArray[np.float32] = np.asarray(self.scales.const_value.numpy(), np.float32)
         if scales.ndim == 1:
-            return np.multiply(values, scales)
+            return scales
         scales = scales.T if self.transposed else scales
-        return np.multiply(values, np.repeat(scales, values.shape[0] // scales.shape[0], axis=0))
+        return np.repeat(scales, self.shape[0] // scales.shape[0], axis=0)
 
 
 def linears(model: Any) -> Iterator[Linear]:

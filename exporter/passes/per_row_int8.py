@@ -40,7 +40,7 @@ def _rewrite(model: Any, linear: Linear, activations: str, rows: dict[int, tuple
     quantized, scales = rows[id(source)]
     values, channel_scales = per_channel(linear)
     weight = write.constant(f"{linear.name}.int8", np.ascontiguousarray(values))
-    channel = write.constant(f"{linear.name}.scale", channel_scales)
+    channel = write.constant(f"{linear.name}.channel_scale", channel_scales)
     one, zero_point = _quantization_constants(write, activations)
     inputs = [quantized, weight, one, channel, zero_point]
     product = write.node("MatMulIntegerToFloat", inputs, MICROSOFT)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,4 +44,19 @@ class Drafter(Protocol):
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         """One tree per request; an empty tree where there is nothing to propose."""
+        ...
+
+
+@runtime_checkable
+class TunedDrafter(Drafter, Protocol):
+    """A drafter that sorts its nodes into classes, and believes the acceptance rates measured for them."""
+
+    class_count: int
+
+    def prior_rates(self) -> list[float]:
+        """[class_count] rates believed where nothing was measured."""
+        ...
+
+    def use_rates(self, rates: Sequence[float]) -> None:
+        """Believe these [class_count] rates from now on: chance of acceptance given that the parent was accepted."""
         ...

@@ -1,21 +1,27 @@
 """Prompt lookup: what followed the last few tokens the last time they stood in the text.
 
 No training, no graph: an index from n-grams to where they ended, kept up to date as the text grows (PLD, and CopySpec,
-arXiv 2502.08923). Several earlier occurrences become branches of one tree.
+arXiv 2502.08923). Several earlier occurrences become branches of one tree. The longer the match, the longer the copy:
+tuning measures how often copies of each length of match and depth are right.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headstart.runtime.tree import ROOT, DraftTree, empty_tree
 
 from .base import DraftRequest
 
 KEPT_ENDS = 8  # most recent occurrences remembered per n-gram
-# Chance that the next copied token is right, by length of the match: priors for ordering, not measurements. Tuning
-# replaces them. They fall with rank, so that the most recent occurrence of the longest match comes first.
-PRIOR = (0.0, 0.3, 0.5, 0.65, 0.75)
+LONGEST_MATCH = 32  # tokens a match is followed back
+# A node's class: length of the match, depth of the node, rank of the branch. Each list holds the lowest of each step.
+MATCHES = (1, 2, 3, 4, 6, 10, 16, 32)
+DEPTHS = (1, 2, 3, 5, 9, 17)
+RANKS = (0, 1, 2)
+# Chance that a copied token is right, by length of the match: priors for ordering, which tuning replaces.
+PRIOR = (0.3, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9, 0.95)
 RANK_DISCOUNT = 0.6
 
 
@@ -39,35 +45,27 @@ class NGramIndex:
                     del ends[:-KEPT_ENDS]
 
     def matches(self, branches: int) -> list[tuple[int, int]]:
-        """Up to `branches` (position of the continuation, size of the match): longest match, then most recent, first."""
+        """Up to `branches` (position of the continuation, length of the match): longest match, then most recent, first."""
         found: dict[int, int] = {}
         for size in self._sizes:
             for end in reversed(self._ends.get(tuple(self._tokens[-size:]), ())):
                 if size <= len(self._tokens) and len(found) < branches:
                     found.setdefault(end, size)
-        return list(found.items())
+        lengths = {end: self._length(end, size) for end, size in found.items()}
+        return sorted(lengths.items(), key=lambda item: (-item[1], -item[0]))
 
-    def propose(self, nodes: int, max_depth: int, branches: int) -> DraftTree:
-        """Continuations of the matches, merged into a trie of at most `nodes` nodes, the most probable kept."""
-        tokens: list[int] = []
-        parents: list[int] = []
-        log_probs: list[float] = []
-        known: dict[tuple[int, int], int] = {}
-        for rank, (start, size) in enumerate(self.matches(branches)):
-            step = float(np.log(PRIOR[min(size, len(PRIOR) - 1)]))
-            parent, total = ROOT, rank * float(np.log(RANK_DISCOUNT))
-            for token in self._tokens[start : start + min(nodes, max_depth)]:
-                total += step
-                node = known.setdefault((parent, token), len(tokens))
-                if node == len(tokens):
-                    tokens.append(token)
-                    parents.append(parent)
-                    log_probs.append(min(total, 0.0 if parent == ROOT else log_probs[parent]))
-                parent = node
-        if not tokens:
-            return empty_tree()
-        whole = DraftTree(np.array(tokens, np.int64), np.array(parents, np.int64), np.array(log_probs, np.float32))
-        return whole.best(nodes, max_depth)
+    def _length(self, end: int, known: int) -> int:
+        """How many tokens before `end` equal those before the end of the text, up to LONGEST_MATCH."""
+        tokens, length = self._tokens, known
+        while length < min(end, LONGEST_MATCH) and tokens[end - 1 - length] == tokens[-1 - length]:
+            length += 1
+        return length
+
+    def continuation(self, start: int, count: int) -> list[int]:
+        """`count` tokens from `start`; past the end of the text the copy goes on with what it has itself copied."""
+        tokens = self._tokens
+        period = len(tokens) - start
+        return [tokens[start + i % period] for i in range(count)]
 
 
 class NGramDrafter:
@@ -75,10 +73,23 @@ class NGramDrafter:
 
     name = "ngram"
     default_nodes = 8
+    class_count = len(MATCHES) * len(DEPTHS) * len(RANKS)
 
     def __init__(self, max_n: int = 4, min_n: int = 1, branches: int = 4) -> None:
         self._max_n, self._min_n, self._branches = max_n, min_n, branches
         self._indexes: list[NGramIndex] = []
+        self.use_rates(self.prior_rates())
+
+    def prior_rates(self) -> list[float]:
+        return [
+            PRIOR[match] * (RANK_DISCOUNT**rank if depth == 0 else 1.0)
+            for match in range(len(MATCHES))
+            for depth in range(len(DEPTHS))
+            for rank in range(len(RANKS))
+        ]
+
+    def use_rates(self, rates: Sequence[float]) -> None:
+        self._log_rates: NDArray[np.float64] = np.log(np.clip(np.array(rates), 1e-4, 1.0))
 
     def open(self, batch: int) -> None:
         self._indexes = [NGramIndex(self._max_n, self._min_n) for _ in range(batch)]
@@ -88,5 +99,38 @@ class NGramDrafter:
         for request in requests:
             index = self._indexes[request.row]
             index.update(request.token_ids)
-            trees.append(index.propose(request.max_nodes, request.max_depth, self._branches))
+            trees.append(self._tree(index, request.max_nodes, request.max_depth))
         return trees
+
+    def _tree(self, index: NGramIndex, nodes: int, max_depth: int) -> DraftTree:
+        """Continuations of the matches, merged into a trie of at most `nodes` nodes, the most probable kept."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        log_probs: list[float] = []
+        classes: list[int] = []
+        known: dict[tuple[int, int], int] = {}
+        for rank, (start, length) in enumerate(index.matches(self._branches)):
+            parent, total = ROOT, 0.0
+            for depth, token in enumerate(index.continuation(start, min(nodes, max_depth)), 1):
+                kind = node_class(length, depth, rank)
+                total += float(self._log_rates[kind])
+                node = known.setdefault((parent, token), len(tokens))
+                if node == len(tokens):
+                    tokens.append(token)
+                    parents.append(parent)
+                    log_probs.append(min(total, 0.0 if parent == ROOT else log_probs[parent]))
+                    classes.append(kind)
+                parent, total = node, log_probs[node]
+        if not tokens:
+            return empty_tree()
+        arrays = np.array(tokens, np.int64), np.array(parents, np.int64), np.array(log_probs, np.float32)
+        return DraftTree(*arrays, classes=np.array(classes, np.int64)).best(nodes, max_depth)
+
+
+def node_class(match: int, depth: int, rank: int) -> int:
+    """The class of a node that copies behind a match of that length."""
+    return (_step(MATCHES, match) * len(DEPTHS) + _step(DEPTHS, depth)) * len(RANKS) + _step(RANKS, rank)
+
+
+def _step(steps: tuple[int, ...], value: int) -> int:
+    return sum(value >= lowest for lowest in steps) - 1

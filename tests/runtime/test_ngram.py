@@ -64,13 +64,26 @@ def test_grown_index_equals_a_new_one(seed: int) -> None:
     assert grown.matches(4) == fresh.matches(4)
     for start, size in fresh.matches(4):
         assert tokens[start - size : start] == tokens[len(tokens) - size :]
-    tree = fresh.propose(8, 6, 4)
+    tree = propose(tokens, nodes=8, depth=6)
     children = tree.children()
     for siblings in children:
         names = [int(tree.token_ids[node]) for node in siblings]
         assert len(set(names)) == len(names), "siblings carry different tokens"
     for node, parent in enumerate(tree.parents.tolist()):
         assert parent == ROOT or tree.log_probs[node] <= tree.log_probs[parent]
+
+
+def test_a_loop_is_copied_past_the_end_of_the_text() -> None:
+    tree = propose([9, 1, 2, 1, 2, 1, 2], nodes=7)
+    assert tree.token_ids.tolist()[:7] == [1, 2, 1, 2, 1, 2, 1]
+
+
+def test_measured_rates_replace_the_priors() -> None:
+    drafter = NGramDrafter()
+    drafter.use_rates([0.125] * drafter.class_count)
+    drafter.open(1)
+    tree = drafter.propose([request([5, 6, 7, 5, 6], nodes=2)])[0]
+    np.testing.assert_allclose(np.exp(tree.log_probs), [0.125, 0.125**2], rtol=1e-5)
 
 
 def test_rows_are_separate() -> None:

@@ -1,0 +1,54 @@
+"""Several drafters, cheapest first: the first whose draft promises enough is used.
+
+A copy out of the text costs next to nothing, and is right either often or hardly ever; a head costs a graph and is right
+about as often everywhere. So the head is asked only where the copy is unsure of itself.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from headstart.runtime.tree import DraftTree
+
+from .base import DraftRequest, TunedDrafter
+
+
+class FirstThatPays:
+    """Family F with A (or any other) behind it.
+
+    `enough` is the number of tokens the first drafter's tree must promise, 1 + Σ path probability over its best nodes, for
+    the second not to be asked. Tuning sets it to what the second brings on average.
+    """
+
+    default_nodes = 12
+
+    def __init__(self, first: TunedDrafter, second: TunedDrafter, enough: float) -> None:
+        self.name = f"{first.name}+{second.name}"
+        self._first, self._second = first, second
+        self._enough = enough
+        self.class_count = first.class_count + second.class_count
+
+    def prior_rates(self) -> list[float]:
+        return [*self._first.prior_rates(), *self._second.prior_rates()]
+
+    def use_rates(self, rates: Sequence[float]) -> None:
+        self._first.use_rates(rates[: self._first.class_count])
+        self._second.use_rates(rates[self._first.class_count :])
+
+    def open(self, batch: int) -> None:
+        self._first.open(batch)
+        self._second.open(batch)
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        trees = self._first.propose(requests)
+        unsure = [i for i, tree in enumerate(trees) if promised(tree) < self._enough]
+        if unsure:
+            for i, tree in zip(unsure, self._second.propose([requests[i] for i in unsure]), strict=True):
+                if promised(tree) > promised(trees[i]):
+                    trees[i] = tree
+        return trees
+
+
+def promised(tree: DraftTree) -> float:
+    """Expected tokens of verifying the whole tree: one of the target's own, and each node with its path's probability."""
+    return 1.0 + float(np.exp(tree.log_probs).sum())

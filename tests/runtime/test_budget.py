@@ -1,0 +1,63 @@
+"""The budget: the best part of a tree under a cost curve, and rest where drafting does not pay."""
+
+import numpy as np
+import pytest
+
+from headstart.runtime.budget import SHORTEST_REST, WINDOW, Budget, VerifyCost
+from headstart.runtime.tree import DraftTree, chain
+
+FLAT = VerifyCost((1, 64), (0, 1000), ((1.0, 1.0), (1.0, 1.0)))
+LINEAR = VerifyCost((1, 64), (0, 1000), ((1.0, 64.0), (1.0, 64.0)))
+
+
+def sure_chain(probability: float, nodes: int) -> DraftTree:
+    return chain(list(range(nodes)), [float(np.log(probability))] * nodes)
+
+
+def test_free_rows_are_all_taken_and_dear_ones_are_not() -> None:
+    tree = sure_chain(0.5, 8)
+    assert len(Budget(FLAT, 0.0, 16).cut(tree, 10)) == 8
+    assert len(Budget(LINEAR, 0.0, 16).cut(tree, 10)) == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cut_is_the_best_prefix_by_exhaustion(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    milliseconds = np.maximum.accumulate(generator.uniform(1, 4, 6))
+    cost = VerifyCost((1, 2, 4, 8, 16, 64), (0, 1000), (tuple(milliseconds), tuple(milliseconds)))
+    tree = sure_chain(float(generator.uniform(0.3, 0.95)), 20)
+    draft_ms = float(generator.uniform(0, 1))
+    curve, probabilities = cost.curve(0), np.exp(tree.log_probs.astype(np.float64))
+    rates = [(1 + probabilities[:n].sum()) / (curve[1 + n] + draft_ms) for n in range(21)]
+    assert len(Budget(cost, draft_ms, 32).cut(tree, 0)) == int(np.argmax(rates))
+
+
+def test_cost_follows_the_history() -> None:
+    cost = VerifyCost((1, 2), (0, 100), ((1.0, 2.0), (3.0, 4.0)))
+    assert cost.curve(50)[1] == pytest.approx(2.0) and cost.curve(1000)[2] == pytest.approx(4.0)
+
+
+def test_rests_when_drafting_does_not_pay_and_tries_again_later() -> None:
+    budget = Budget(LINEAR, 0.5, 16)
+    for _ in range(WINDOW):
+        assert not budget.resting
+        budget.observe(1, 4, 10, drafted=True)
+    rounds = 0
+    while budget.resting:
+        budget.observe(1, 0, 10, drafted=False)
+        rounds += 1
+    assert rounds == SHORTEST_REST
+    for _ in range(WINDOW):
+        budget.observe(1, 4, 10, drafted=True)
+    rounds = 0
+    while budget.resting:
+        budget.observe(1, 0, 10, drafted=False)
+        rounds += 1
+    assert rounds == 2 * SHORTEST_REST, "the second rest in a row is longer"
+
+
+def test_a_drafter_that_pays_never_rests() -> None:
+    budget = Budget(FLAT, 0.1, 16)
+    for _ in range(10 * WINDOW):
+        budget.observe(3, 4, 10, drafted=True)
+        assert not budget.resting
