@@ -55,9 +55,7 @@ class QuantizedWeight:
 
     def dequantized(self) -> NDArray[np.float32]:
         """[K, N] float32."""
-        if self.scales.ndim == 1:
-            return self.values * self.scales
-        return self.values * np.repeat(self.scales, len(self.values) // len(self.scales), axis=0)
+        return np.multiply(self.values, spread(self.scales, len(self.values)), dtype=np.float32)
 
 
 def round_to_nearest(weight: NDArray[np.float32], scheme: WeightScheme) -> QuantizedWeight:

@@ -41,7 +41,7 @@ def kinds(model: ir.Model) -> list[str]:
 
 @pytest.fixture(scope="module")
 def built(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
-    """(architecture, float32 | int8 | int4) -> a bundle built for the CPU, which includes comparing with the canonical graph."""
+    """(architecture, float32 | int8 | int4) -> a bundle built for the CPU, compared with the canonical graph by that."""
     folder = tmp_path_factory.mktemp("built")
 
     def make(name: str, weights: str) -> Bundle:

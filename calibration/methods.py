@@ -1,0 +1,181 @@
+"""Rounding that looks at what a layer reads: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978).
+
+Both are asked for one layer after the other and see the layers before already quantized. AWQ scales inputs up where that is
+exact, which is behind a norm: its weight takes the inverse. Elsewhere it only searches the scales.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.exporter.passes.linear import Linear, linears
+from headstart.exporter.passes.surgery import constant_of, producer
+from headstart.runtime.bundle import Bundle
+
+from .observers import Statistics, calibration_windows, layer_of, observe
+from .rounding import QuantizedWeight, WeightScheme, round_to_nearest, scales_of, spread
+
+Progress = Callable[[str, int, int], None]
+DAMPING = 0.01  # of the mean diagonal, added to the Hessian: it has to be invertible
+BLOCK = 128  # inputs whose errors are passed on together
+CLIPS = np.linspace(1.0, 0.6, 17)  # shares of a group's largest magnitude tried as its range
+POWERS = np.linspace(0.0, 1.0, 21)  # of the mean magnitude, tried as an input's scale
+
+
+def calibrated_rounder(
+    bundle: Bundle, model: Any, method: str, data: Path, tokens: int, progress: Progress
+) -> Callable[[Linear, WeightScheme], QuantizedWeight]:
+    """A rounder for the layers of `model`, to be asked in the order of computation while it is quantized in place.
+
+    Raises OptionError when `data` holds no or too little text.
+    """
+    return CalibratedRounder(bundle, model, method, calibration_windows(bundle, data, tokens), progress)
+
+
+class CalibratedRounder:
+    """Observes a decoder layer when its first weight is asked for, and rounds each weight by what it reads."""
+
+    def __init__(self, bundle: Bundle, model: Any, method: str, windows: NDArray[np.int64], progress: Progress) -> None:
+        self._bundle, self._model, self._method, self._windows, self._progress = bundle, model, method, windows, progress
+        self._order = list(dict.fromkeys(layer_of(linear) for linear in self._own()))
+        self._layer = ""
+        self._statistics: dict[str, Statistics] = {}
+
+    def _own(self) -> list[Linear]:
+        vocab_size = self._bundle.manifest.model.vocab_size
+        return [linear for linear in linears(self._model) if linear.shape[1] != vocab_size]
+
+    def __call__(self, linear: Linear, scheme: WeightScheme) -> QuantizedWeight:
+        if layer_of(linear) != self._layer:
+            self._enter(layer_of(linear), scheme)
+        statistics = self._statistics[linear.node.inputs[0].name]
+        weight = linear.dequantized()  # read now: entering the layer may have rescaled it
+        if self._method == "gptq":
+            return gptq(weight, statistics.gram / statistics.rows, scheme)
+        return round_clipped(weight, np.diag(statistics.gram) / statistics.rows, scheme)
+
+    def _enter(self, layer: str, scheme: WeightScheme) -> None:
+        self._layer = layer
+        own = [linear for linear in self._own() if layer_of(linear) == layer and not linear.quantized]
+        self._statistics = observe(self._model, own, self._bundle, self._windows)
+        if self._method == "awq":
+            for name, statistics in self._statistics.items():
+                scale_inputs([linear for linear in own if linear.node.inputs[0].name == name], statistics, scheme)
+        self._progress("calibration", self._order.index(layer) + 1, len(self._order))
+
+
+def gptq(weight: NDArray[np.float32], hessian: NDArray[np.float64], scheme: WeightScheme) -> QuantizedWeight:
+    """[K, N] rounded input by input; each input's error is made up for by the inputs that are still to come.
+
+    `hessian`: [K, K], E[xᵀx]. Scales of a group are found when it begins, on the weights as corrected so far.
+    """
+    inputs, group = len(weight), scheme.group or len(weight)
+    dead = np.diag(hessian) == 0
+    work = np.where(dead[:, None], 0, weight).astype(np.float32)
+    importance = np.diag(hessian).copy()
+    upper = _inverse_root(hessian, dead)
+    values = np.zeros(weight.shape, np.int8)
+    scales: list[NDArray[np.float32]] = []
+    step = min(BLOCK, group)
+    for start in range(0, inputs, step):
+        stop = min(start + step, inputs)
+        if start % group == 0:
+            rows = slice(start, start + group)
+            scales.append(clipped_scales(work[rows], importance[rows], WeightScheme(scheme.bits)))
+        errors = np.zeros((stop - start, weight.shape[1]), np.float32)
+        for i in range(start, stop):
+            values[i] = np.clip(np.rint(work[i] / scales[-1]), -scheme.largest, scheme.largest)
+            errors[i - start] = (work[i] - values[i] * scales[-1]) / upper[i, i]
+            work[i + 1 : stop] -= np.outer(upper[i, i + 1 : stop], errors[i - start])
+        work[stop:] -= upper[start:stop, stop:].T @ errors
+    return QuantizedWeight(values, np.stack(scales) if scheme.group else scales[0])
+
+
+def _inverse_root(hessian: NDArray[np.float64], dead: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """[K, K] upper triangular U with UᵀU = H⁻¹ (its rows are what GPTQ passes errors on by)."""
+    damped = hessian.copy()
+    damped[dead, dead] = 1
+    damped[np.diag_indices_from(damped)] += DAMPING * np.diag(damped).mean()
+    inverse = np.linalg.inv(damped)
+    return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T, np.float32)
+
+
+def round_clipped(weight: NDArray[np.float32], importance: NDArray[np.float64], scheme: WeightScheme) -> QuantizedWeight:
+    """To the nearest value of scales that were searched; `importance`: [K], E[x²] of each input."""
+    scales = clipped_scales(weight, importance, scheme)
+    values = np.clip(np.rint(weight / spread(scales, len(weight))), -scheme.largest, scheme.largest)
+    return QuantizedWeight(values.astype(np.int8), scales)
+
+
+def clipped_scales(weight: NDArray[np.float32], importance: NDArray[np.float64], scheme: WeightScheme) -> NDArray[np.float32]:
+    """[N] or [K / group, N]: of each group, the range whose rounding errs least, weighed by importance. int8 keeps it whole."""
+    whole = scales_of(weight, scheme)
+    if scheme.bits == 8:
+        return whole
+    best, least = whole, np.full(whole.shape, np.inf, np.float32)
+    weighed = importance.astype(np.float32)[:, None]
+    for clip in CLIPS:
+        tried = (whole * clip).astype(np.float32)
+        rows = spread(tried, len(weight))
+        error = weighed * (weight - rows * np.clip(np.rint(weight / rows), -scheme.largest, scheme.largest)) ** 2
+        total = error.reshape(-1, scheme.group, weight.shape[1]).sum(axis=1) if scheme.group else error.sum(axis=0)
+        best, least = np.where(total < least, tried, best), np.minimum(total, least)
+    return best
+
+
+def scale_inputs(group: Sequence[Linear], statistics: Statistics, scheme: WeightScheme) -> bool:
+    """AWQ's scales for layers that read one value, folded into the norm that makes it; False where no norm does.
+
+    The inputs that matter are made larger by s before rounding and smaller by 1/s in the norm: in float nothing changes.
+    """
+    norm = _norm_parameters(group[0].node.inputs[0], len(group))
+    if norm is None or any(linear.transposed for linear in group):
+        return False
+    weight = np.concatenate([linear.dequantized() for linear in group], axis=1)
+    scale = best_input_scale(weight, statistics, scheme)
+    for parameter in norm:
+        _rewrite(parameter, parameter.const_value.numpy() / scale)
+    for linear in group:
+        _rewrite(linear.weight, linear.weight.const_value.numpy() * scale[:, None])
+    statistics.gram /= np.outer(scale, scale)
+    statistics.magnitude /= scale
+    return True
+
+
+def best_input_scale(weight: NDArray[np.float32], statistics: Statistics, scheme: WeightScheme) -> NDArray[np.float32]:
+    """[K]: the power of the mean magnitude under which rounding disturbs the outputs least: ‖X ΔW‖², by the Gram matrix."""
+    magnitude = np.maximum(statistics.magnitude / statistics.rows, 1e-8)
+    gram = (statistics.gram / statistics.rows).astype(np.float32)
+    best, least = np.ones(len(weight), np.float32), np.inf
+    for power in POWERS:
+        scale = magnitude**power
+        scale = (scale / np.sqrt(scale.max() * scale.min())).astype(np.float32)
+        rounded = round_to_nearest(weight * scale[:, None], scheme).dequantized() / scale[:, None]
+        difference = weight - rounded
+        loss = float(np.einsum("kn,kn->", difference, gram @ difference))
+        if loss < least:
+            best, least = scale, loss
+    return best
+
+
+def _norm_parameters(value: Any, readers: int) -> list[Any] | None:
+    """The initializers to divide: an RMSNorm's weight, or a LayerNorm's weight and bias. None when others read `value` too."""
+    if len(value.uses()) != readers or value.is_graph_output():
+        return None
+    layer_norm = producer(value, "LayerNormalization")
+    if layer_norm is not None:
+        found = [v for v in layer_norm.inputs[1:] if v is not None]
+    else:
+        product = producer(value, "Mul")
+        found = [v for v in product.inputs if v.is_initializer() and len(v.shape) == 1] if product is not None else []
+    own = bool(found) and all(constant_of(v) is not None and len(v.uses()) == 1 for v in found)
+    return found if own else None
+
+
+def _rewrite(value: Any, array: NDArray[Any]) -> None:
+    import onnx_ir as ir
+
+    value.const_value = ir.tensor(np.ascontiguousarray(array, np.float32), name=value.name)

@@ -1,0 +1,250 @@
+"""Grow a small Llama checkpoint and its Medusa heads to realistic size without changing what they compute.
+
+    python samples/bench/grow.py samples/checkpoints/pycode -o grown --size 0.25b
+
+Speed depends on sizes, acceptance on what was learned. A model that computes the small one's function with a large one's
+work has the acceptance of the first and the cost of the second (function-preserving growth: Net2Net, arXiv 1511.05641;
+bert2BERT, arXiv 2110.07143). Everything added is multiplied by zeros on its way out:
+
+- the residual stream's new dimensions stay zero, for no output projection writes to them; RMSNorm divides by the root of a
+  mean over more dimensions, which its weight and epsilon make up for;
+- new attention heads and MLP neurons compute, and their columns of the output projections are zero;
+- new layers compute, and both their output projections are zero;
+- a wider head spreads its rotary pairs so that each keeps its frequency.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headstart.runtime.bundle import new_folder
+from headstart.runtime.errors import CheckpointError, HeadstartError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The grown model's shape."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+
+
+SIZES = {"0.25b": Size(1024, 4096, 16, 16, 4, 64), "0.5b": Size(1280, 5120, 21, 20, 4, 64)}
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Where each index of the small model goes in the grown one; all maps are lists of target indices."""
+
+    small: LlamaConfig
+    size: Size
+
+    def __post_init__(self) -> None:
+        small = self.small
+        checks = (
+            ("hidden size", small.hidden_size, self.size.hidden),
+            ("MLP", small.intermediate_size, self.size.mlp),
+            ("layers", small.num_hidden_layers, self.size.layers),
+            ("key/value heads", small.num_key_value_heads, self.size.kv_heads),
+            ("heads per key/value head", self._per_group(small.num_attention_heads, small.num_key_value_heads), self.per_group),
+        )
+        for what, now, then in checks:
+            if then < now:
+                raise CheckpointError(
+                    f"The checkpoint's {what} is {now}, the target's {then}: growing only adds. Fix: a larger --size."
+                )
+        if self.size.head_size % small.head_dim:
+            raise CheckpointError(
+                f"Head size {small.head_dim} does not divide the target's {self.size.head_size}, so the rotary "
+                "frequencies have no place there. Fix: another --size."
+            )
+
+    @staticmethod
+    def _per_group(heads: int, groups: int) -> int:
+        return heads // groups
+
+    @property
+    def per_group(self) -> int:
+        """Query heads that share a key/value head in the grown model."""
+        return self._per_group(self.size.heads, self.size.kv_heads)
+
+    @property
+    def hidden(self) -> list[int]:
+        return list(range(self.small.hidden_size))
+
+    @property
+    def mlp(self) -> list[int]:
+        return list(range(self.small.intermediate_size))
+
+    @property
+    def layers(self) -> list[int]:
+        """The old layers, evenly among the new."""
+        count = self.small.num_hidden_layers
+        return [i * self.size.layers // count for i in range(count)]
+
+    def head_dims(self) -> list[int]:
+        """Rotary pair i of a small head is pair i · m of a grown one, where that frequency stands. Both lie in halves."""
+        old, new = self.small.head_dim, self.size.head_size
+        factor = new // old
+        return [i * factor for i in range(old // 2)] + [new // 2 + i * factor for i in range(old // 2)]
+
+    def key_rows(self) -> list[int]:
+        return [g * self.size.head_size + d for g in range(self.small.num_key_value_heads) for d in self.head_dims()]
+
+    def query_rows(self) -> list[int]:
+        """A query head stays with its key/value head."""
+        old = self._per_group(self.small.num_attention_heads, self.small.num_key_value_heads)
+        heads = [h // old * self.per_group + h % old for h in range(self.small.num_attention_heads)]
+        return [h * self.size.head_size + d for h in heads for d in self.head_dims()]
+
+
+def place(old: Tensor, shape: tuple[int, ...], rows: list[int], columns: list[int], noise: torch.Generator | None) -> Tensor:
+    """`old` at rows × columns of a matrix of `shape`; around it noise of its own spread, or zeros without `noise`."""
+    new = torch.zeros(shape) if noise is None else torch.randn(shape, generator=noise) * old.float().std()
+    new[torch.tensor(rows)[:, None], torch.tensor(columns)] = old.float()
+    return new
+
+
+def grown_layer(old: dict[str, Tensor], growth: Growth, noise: torch.Generator, silent: bool) -> dict[str, Tensor]:
+    """One layer's tensors by their names within the layer; a silent one adds nothing to the residual stream."""
+    size, hidden, mlp = growth.size, growth.hidden, growth.mlp
+    q, kv, width = size.heads * size.head_size, size.kv_heads * size.head_size, size.hidden
+    queries, keys = growth.query_rows(), growth.key_rows()
+    louder = (size.head_size / growth.small.head_dim) ** 0.5  # the attention's scale falls with the head's size
+    new = {
+        "self_attn.q_proj.weight": place(old["self_attn.q_proj.weight"].float() * louder, (q, width), queries, hidden, noise),
+        "self_attn.k_proj.weight": place(old["self_attn.k_proj.weight"], (kv, width), keys, hidden, noise),
+        "self_attn.v_proj.weight": place(old["self_attn.v_proj.weight"], (kv, width), keys, hidden, noise),
+        "self_attn.o_proj.weight": place(old["self_attn.o_proj.weight"], (width, q), hidden, queries, None),
+        "mlp.gate_proj.weight": place(old["mlp.gate_proj.weight"], (size.mlp, width), mlp, hidden, noise),
+        "mlp.up_proj.weight": place(old["mlp.up_proj.weight"], (size.mlp, width), mlp, hidden, noise),
+        "mlp.down_proj.weight": place(old["mlp.down_proj.weight"], (width, size.mlp), hidden, mlp, None),
+    }
+    # Query and key of an old head must be zero where the head grew: noise there would enter its scores.
+    for name, rows in (("self_attn.q_proj.weight", queries), ("self_attn.k_proj.weight", keys)):
+        _silence_grown_dims(new[name], rows, size.head_size)
+    for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        new[name] = grown_norm(old[name], growth)
+    if silent:
+        new["self_attn.o_proj.weight"].zero_()
+        new["mlp.down_proj.weight"].zero_()
+    return new
+
+
+def _silence_grown_dims(weight: Tensor, kept: list[int], head_size: int) -> None:
+    """Zero the rows of the old heads that are not old rows."""
+    heads = {row // head_size for row in kept}
+    rows = {head * head_size + d for head in heads for d in range(head_size)} - set(kept)
+    weight[sorted(rows)] = 0
+
+
+def grown_norm(old: Tensor, growth: Growth) -> Tensor:
+    """The mean square falls by old/new dimensions, so that the weight must fall by the root of it."""
+    new = torch.ones(growth.size.hidden)
+    new[: len(old)] = old.float() * (growth.small.hidden_size / growth.size.hidden) ** 0.5
+    return new
+
+
+def grow(checkpoint: Path, size: Size, seed: int = 0) -> LlamaForCausalLM:
+    """The grown model in float32. Raises CheckpointError when the checkpoint is no Llama or does not fit into `size`."""
+    config = _config(checkpoint)
+    growth = Growth(config, size)
+    small = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+    noise = torch.Generator().manual_seed(seed)
+    columns, vocabulary = growth.hidden, list(range(config.vocab_size))
+    table = (config.vocab_size, size.hidden)
+    state = {"model.embed_tokens.weight": place(small["model.embed_tokens.weight"], table, vocabulary, columns, None)}
+    state["lm_head.weight"] = place(small["lm_head.weight"], table, vocabulary, columns, None)
+    state["model.norm.weight"] = grown_norm(small["model.norm.weight"], growth)
+    places = growth.layers
+    for index in range(size.layers):
+        source = max(i for i, place_ in enumerate(places) if place_ <= index)
+        prefix = f"model.layers.{source}."
+        old = {name.removeprefix(prefix): tensor for name, tensor in small.items() if name.startswith(prefix)}
+        new = grown_layer(old, growth, noise, silent=index not in places)
+        state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(_grown_config(config, size))
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _config(checkpoint: Path) -> LlamaConfig:
+    file = checkpoint / "config.json"
+    found = json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    if found != "llama":
+        raise CheckpointError(
+            f"{checkpoint} is no Llama checkpoint: its model_type is {found!r}. Fix: a LlamaForCausalLM folder."
+        )
+    return LlamaConfig.from_pretrained(checkpoint)
+
+
+def _grown_config(small: LlamaConfig, size: Size) -> LlamaConfig:
+    settings: dict[str, Any] = small.to_dict()
+    settings |= {
+        "hidden_size": size.hidden,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_size,
+        "rms_norm_eps": small.rms_norm_eps * small.hidden_size / size.hidden,
+    }
+    return LlamaConfig(**settings)
+
+
+def grow_heads(heads: Path, target: Path, small: int, hidden: int) -> None:
+    """Medusa heads in the published format, their blocks and projections padded with zeros: SiLU(0) is 0."""
+    target.mkdir()
+    shutil.copyfile(heads / "config.json", target / "config.json")
+    grown = {}
+    for name, tensor in load_file(heads / "medusa_lm_head.safetensors").items():
+        shape = tuple(hidden if extent == small else extent for extent in tensor.shape)
+        new = torch.zeros(shape)
+        new[tuple(slice(extent) for extent in tensor.shape)] = tensor.float()
+        grown[name] = new
+    save_file(grown, target / "medusa_lm_head.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default="0.25b")
+    parser.add_argument("--heads", type=Path, help="folder of Medusa heads; CHECKPOINT/medusa when it is there")
+    parser.add_argument("--force", action="store_true")
+    args = parser.parse_args()
+    heads = args.heads or (args.checkpoint / "medusa" if (args.checkpoint / "medusa").is_dir() else None)
+    try:
+        with new_folder(args.output, args.force) as folder:
+            model = grow(args.checkpoint, SIZES[args.size])
+            model.save_pretrained(folder)
+            for name in TOKENIZER_FILES:
+                if (args.checkpoint / name).is_file():
+                    shutil.copyfile(args.checkpoint / name, folder / name)
+            if heads is not None:
+                grow_heads(heads, folder / "medusa", _config(args.checkpoint).hidden_size, SIZES[args.size].hidden)
+    except HeadstartError as error:
+        print(f"grow.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One module per rival of ../rivals.py, and the protocol they share."""

@@ -1,0 +1,155 @@
+"""Figures of each configuration, as rows of a Markdown table and of the JSON file.
+
+Rules:
+    1. A round's decode figure is all new tokens after the first, over all their seconds: what somebody who has every
+       prompt completed waits for. The row shows the median round, and the slowest and fastest.
+    2. "own plain" compares token ids with the same program's plain decoding of the same weights.
+    3. "fp32" is the share of the new tokens before the first one that differs from transformers' fp32 greedy decoding.
+"""
+
+from dataclasses import asdict, dataclass
+from statistics import mean, median
+from typing import Any
+
+from measurement import Configuration
+
+CONTAMINATED = 0.10  # of all cores, used by others
+HEADINGS = (
+    *("program", "version", "weights", "mode", "prefill ms", "decode tok/s", "min..max", "tok/forward"),
+    *("= own plain", "= fp32", "MB", "load s", "other CPU"),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a configuration that was measured comes to."""
+
+    prefill_ms: float
+    tokens_per_s: float
+    tokens_per_s_min: float
+    tokens_per_s_max: float
+    tokens_per_s_rounds: list[float]
+    tokens_per_s_prompts: list[float]
+    tokens_per_forward: float | None
+    equal_prompts: int | None
+    prompts: int
+    agreement: float | None
+    repeatable: bool
+    others_share: float
+    contaminated_rounds: int
+
+
+def figures(row: Configuration, rows: list[Configuration], reference: list[list[int]] | None) -> Figures:
+    """Rules 1 to 3."""
+    rounds = [_decoded(p.token_ids) / sum(p.decode_s) for p in row.passes]
+    token_ids = row.passes[0].token_ids
+    plain = _plain(row, rows)
+    return Figures(
+        prefill_ms=1000 * median(seconds for p in row.passes for seconds in p.prefill_s),
+        tokens_per_s=median(rounds),
+        tokens_per_s_min=min(rounds),
+        tokens_per_s_max=max(rounds),
+        tokens_per_s_rounds=rounds,
+        tokens_per_s_prompts=_per_prompt(row),
+        tokens_per_forward=_tokens_per_forward(row),
+        equal_prompts=sum(a == b for a, b in zip(token_ids, plain, strict=True)) if plain else None,
+        prompts=len(token_ids),
+        agreement=mean(_agreement(a, b) for a, b in zip(token_ids, reference, strict=True)) if reference else None,
+        repeatable=all(p.token_ids == token_ids for p in row.passes),
+        others_share=mean(p.others_share for p in row.passes),
+        contaminated_rounds=sum(p.others_share > CONTAMINATED for p in row.passes),
+    )
+
+
+def markdown(rows: list[Configuration], reference: list[list[int]] | None) -> str:
+    """The table, then what is to be said about some rows."""
+    lines = [_line(HEADINGS), _line("---" for _ in HEADINGS)]
+    lines += [_line(_cells(row, rows, reference)) for row in rows]
+    warnings = [f"- {text}" for row in rows for text in _warnings(row, rows, reference)] + _contaminated(rows)
+    return "\n".join([*lines, *([""] if warnings else []), *warnings])
+
+
+def as_json(rows: list[Configuration], reference: list[list[int]] | None) -> list[dict[str, Any]]:
+    """Every row with its figures and every pass it comes from."""
+    return [
+        {**asdict(row), "figures": asdict(figures(row, rows, reference)) if row.passes else None, "name": row.name}
+        for row in rows
+    ]
+
+
+def _cells(row: Configuration, rows: list[Configuration], reference: list[list[int]] | None) -> list[str]:
+    start = [row.program, row.version, row.weights, row.mode]
+    if row.error is not None or not row.passes:
+        return [*start, "", f"**failed**: {row.error or 'not measured'}".replace("|", "/"), *[""] * (len(HEADINGS) - 6)]
+    found = figures(row, rows, reference)
+    return [
+        *start,
+        f"{found.prefill_ms:.0f}",
+        f"{found.tokens_per_s:.1f}",
+        f"{found.tokens_per_s_min:.1f}..{found.tokens_per_s_max:.1f}",
+        _or_unknown(found.tokens_per_forward, "{:.2f}"),
+        _equality(found),
+        _or_unknown(found.agreement, "{:.0%}"),
+        _or_unknown(row.resident_mb, "{:.0f}"),
+        _or_unknown(row.load_s, "{:.1f}"),
+        f"{found.others_share:.0%}" + (" !" if found.contaminated_rounds else ""),
+    ]
+
+
+def _warnings(row: Configuration, rows: list[Configuration], reference: list[list[int]] | None) -> list[str]:
+    found = [f"{row.name}: {note}" for note in row.notes]
+    if not row.passes or row.error is not None:
+        return found
+    if not figures(row, rows, reference).repeatable:
+        found.append(f"{row.name}: its token ids changed from round to round")
+    return found
+
+
+def _contaminated(rows: list[Configuration]) -> list[str]:
+    """One line for all rows that others disturbed."""
+    counts = {row.name: sum(p.others_share > CONTAMINATED for p in row.passes) for row in rows}
+    disturbed = [f"{row.name} ({counts[row.name]}/{len(row.passes)})" for row in rows if counts[row.name]]
+    text = f"- WARNING: others used more than {CONTAMINATED:.0%} of the processor (rounds): {', '.join(disturbed)}"
+    return [text] if disturbed else []
+
+
+def _plain(row: Configuration, rows: list[Configuration]) -> list[list[int]] | None:
+    """Token ids of the plain mode with the same numbers: "draft k=5 exact" is compared with "plain exact"."""
+    mode = "plain exact" if row.mode.endswith("exact") else "plain"
+    same = (other for other in rows if (other.rival, other.weights, other.mode) == (row.rival, row.weights, mode))
+    plain = next((other for other in same if other.passes), None)
+    return plain.passes[0].token_ids if plain else None
+
+
+def _decoded(token_ids: list[list[int]]) -> int:
+    return sum(len(ids) - 1 for ids in token_ids)
+
+
+def _per_prompt(row: Configuration) -> list[float]:
+    lengths = [len(ids) - 1 for ids in row.passes[0].token_ids]
+    seconds = [median(values) for values in zip(*(p.decode_s for p in row.passes), strict=True)]
+    return [length / s if s > 0 else 0.0 for length, s in zip(lengths, seconds, strict=True)]
+
+
+def _tokens_per_forward(row: Configuration) -> float | None:
+    forwards = [count for p in row.passes for count in p.forwards if count is not None]
+    return sum(_decoded(p.token_ids) for p in row.passes) / sum(forwards) if sum(forwards) else None
+
+
+def _agreement(token_ids: list[int], reference: list[int]) -> float:
+    pairs = enumerate(zip(token_ids, reference, strict=True))
+    return next((i for i, (a, b) in pairs if a != b), len(token_ids)) / len(token_ids)
+
+
+def _equality(found: Figures) -> str:
+    if found.equal_prompts is None:
+        return "?"
+    return "yes" if found.equal_prompts == found.prompts else f"no ({found.equal_prompts}/{found.prompts})"
+
+
+def _or_unknown(value: float | None, text: str) -> str:
+    return "?" if value is None else text.format(value)
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,146 @@
+"""Tuning: what the recorder counts, what is written and chosen, and that a tuning of another engine is refused."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from headstart.calibration.bench import bench, draw
+from headstart.calibration.quantize import quantize
+from headstart.calibration.tune import PRIOR_WEIGHT, Recorder, TuneOptions, tune
+from headstart.exporter.build import build
+from headstart.exporter.export import export
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.drafters.base import DraftRequest
+from headstart.runtime.errors import EngineError, OptionError, OutputError
+from headstart.runtime.model import Model, load
+from headstart.runtime.prompts import read_prompt_classes
+from headstart.runtime.sampling import SamplingOptions
+from headstart.runtime.tree import ROOT, DraftTree
+from headstart.runtime.tuning import tuning_file
+
+BundleOf = Callable[[str], Bundle]
+SAMPLE = Path(__file__).parent.parent.parent / "samples" / "checkpoints" / "pycode"
+PROMPTS = ["def f(x):\n    return ", "import os\nimport sys\n", "class A:\n    def __init__(self):\n"]
+SHORT = TuneOptions(max_new_tokens=24)
+
+
+class Scripted:
+    """A drafter of one fixed tree."""
+
+    name = "scripted"
+    default_nodes = 4
+    class_count = 3
+
+    def open(self, batch: int) -> None: ...
+
+    def prior_rates(self) -> list[float]:
+        return [0.5] * 3
+
+    def use_rates(self, rates: Sequence[float]) -> None: ...
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        ids, parents, classes = np.array([10, 11, 12, 13]), np.array([ROOT, ROOT, 0, 2]), np.array([0, 0, 1, 2])
+        return [DraftTree(ids, parents, np.zeros(4, np.float32), classes=classes) for _ in requests]
+
+
+def request(tokens: list[int]) -> DraftRequest:
+    return DraftRequest(0, tokens, np.zeros(1, np.float32), 8, 8, SamplingOptions())
+
+
+def test_recorder_counts_nodes_whose_parent_was_accepted() -> None:
+    recorder = Recorder(Scripted())
+    recorder.propose([request([1])])
+    recorder.propose([request([1, 10, 99])])  # 10 of class 0 accepted, 11 of it not; 12 of class 1 not; 13 never reached
+    assert recorder.seen.tolist() == [2, 1, 0] and recorder.accepted.tolist() == [1, 0, 0]
+    recorder.settle(0, [1, 10, 99, 10, 12, 13, 5])
+    assert recorder.seen.tolist() == [4, 2, 1] and recorder.accepted.tolist() == [2, 1, 1]
+    assert recorder.rates()[2] == pytest.approx((1 + PRIOR_WEIGHT * 0.5) / (1 + PRIOR_WEIGHT))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    export(SAMPLE, folder / "float", [SAMPLE / "medusa"])
+    bundle = quantize(folder / "float", folder / "int8").path
+    build(bundle)
+    tune(bundle, PROMPTS, threads=2, options=SHORT)
+    return bundle
+
+
+def test_tuning_is_read_back_and_decides_auto(tuned: Path) -> None:
+    model = load(tuned, threads=2)
+    assert model.tuning is not None and model.tuning.chosen in ("none", "medusa", "ngram", "ngram+medusa")
+    assert set(model.tuning.drafters) == {"medusa", "ngram", "ngram+medusa"}
+    assert all(0 < rate < 1 for one in model.tuning.drafters.values() for rate in one.rates)
+    drafter = model.drafter("auto")
+    assert (drafter.name if drafter else "none") == model.tuning.chosen
+    curve = model.tuning.verify.curve(100)
+    assert (np.diff(curve[1:]) >= 0).all() and curve[1] > 0
+
+
+@pytest.mark.parametrize("drafter", ["medusa", "ngram", "ngram+medusa", "auto"])
+def test_budgets_change_no_token(tuned: Path, drafter: str) -> None:
+    model = load(tuned, threads=2)
+    for prompt in PROMPTS:
+        plain = model.generate(prompt, max_new_tokens=40, drafter="none", ignore_end=True)
+        assert model.generate(prompt, max_new_tokens=40, drafter=drafter, ignore_end=True).token_ids == plain.token_ids
+
+
+def test_resting_is_seen_in_the_stats(tuned: Path) -> None:
+    """A drafter whose rows are dear beyond measure proposes nothing at all."""
+    import dataclasses
+
+    model = load(tuned, threads=2)
+    assert model.tuning is not None
+    cost = dataclasses.replace(model.tuning.verify, milliseconds=((*range(1, 1000, 90),), (*range(1, 1000, 90),)))
+    dear = Model(model.bundle, model.engine, model.tokenizer, model._drafters, dataclasses.replace(model.tuning, verify=cost))
+    result = dear.generate(PROMPTS[0], max_new_tokens=40, drafter="medusa", ignore_end=True)
+    assert result.stats.drafted_tokens == 0 and result.stats.acceptance_length == 1.0
+
+
+def test_a_tuning_of_another_engine_is_refused(tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="its threads is '2', here '1'"):
+        load(tuned, threads=1)
+    assert load(tuned, threads=1, tuned=False).tuning is None
+    copy = tmp_path / "copy"
+    shutil.copytree(tuned, copy)
+    file = tuning_file(Bundle.load(copy), "cpu")
+    found = json.loads(file.read_text())
+    for key, value in (("engine", "canonical"), ("processor", "another"), ("graphs", "0" * 16)):
+        file.write_text(json.dumps(found | {"fingerprint": found["fingerprint"] | {key: value}}))
+        with pytest.raises(EngineError, match=f"its {key} is"):
+            load(copy, threads=2)
+    file.write_text("{}")
+    with pytest.raises(EngineError, match="no valid tuning file"):
+        load(copy, threads=2)
+
+
+def test_bad_input(tuned: Path, bundle_of: BundleOf) -> None:
+    with pytest.raises(OutputError, match="is not overwritten"):
+        tune(tuned, PROMPTS, threads=2)
+    with pytest.raises(OptionError, match="Tuning needs prompts"):
+        tune(bundle_of("llama").path, [])
+    with pytest.raises(OptionError, match="--max-nodes must lie between"):
+        TuneOptions(max_nodes=64)
+
+
+def test_bench_measures_every_drafter_and_class(tuned: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": text, "class": kind} for text, kind in zip(PROMPTS, ("short", "short", "long"), strict=True)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    classes = read_prompt_classes(file)
+    assert {kind: len(texts) for kind, texts in classes.items()} == {"short": 2, "long": 1}
+    result = bench(load(tuned, threads=2), classes, max_new_tokens=16, rounds=2)
+    wanted = {(d, c) for d in ("none", "medusa", "ngram", "ngram+medusa", "auto") for c in ("short", "long")}
+    assert {(row.drafter, row.prompt_class) for row in result.rows} == wanted
+    plain = next(row for row in result.rows if row.drafter == "none")
+    assert plain.acceptance_length == 1.0 and plain.round_cost == pytest.approx(1.0) and plain.speedup == pytest.approx(1.0)
+    assert all(row.slowest <= row.decode_tokens_per_s <= row.fastest for row in result.rows)
+    assert set(result.verify_ms) and all(len(line) == 12 for line in result.verify_ms.values())
+    pytest.importorskip("matplotlib")
+    draw(result, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
