@@ -188,6 +188,14 @@ def peak_memory_mb() -> float:
     return kibibytes_or_bytes / (1e6 if sys.platform == "darwin" else 1e3)
 
 
+def resident_memory_mb() -> float:
+    """What this process holds now, in MB, where the system tells (Linux); else the most it ever held."""
+    file = Path("/proc/self/status")
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    held = next((line.split()[1] for line in lines if line.startswith("VmRSS:")), None)
+    return peak_memory_mb() if held is None else int(held) / 1e3
+
+
 def draw(result: Bench, file: Path) -> None:
     """A picture: tokens/s per drafter and class, and the verify cost over rows. Raises MissingExtraError without matplotlib."""
     try:

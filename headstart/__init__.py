@@ -15,6 +15,7 @@ from headstart.runtime.errors import missing_extra
 if TYPE_CHECKING:
     from headstart.calibration.bench import bench
     from headstart.calibration.quantize import QuantizeOptions, quantize
+    from headstart.calibration.report import compare
     from headstart.calibration.train import train_medusa
     from headstart.calibration.tune import TuneOptions, tune
     from headstart.calibration.verify import verify
@@ -37,6 +38,7 @@ _HOMES = {
     "TuneOptions": "headstart.calibration.tune",
     "bench": "headstart.calibration.bench",
     "build": "headstart.exporter.build",
+    "compare": "headstart.calibration.report",
     "export": "headstart.exporter.export",
     "import_head": "headstart.exporter.heads.install",
     "load": "headstart.runtime.model",
@@ -56,6 +58,7 @@ __all__ = [
     "TuneOptions",
     "bench",
     "build",
+    "compare",
     "export",
     "import_head",
     "load",

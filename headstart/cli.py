@@ -214,6 +214,32 @@ def bench(
 
 
 @app.command()
+def compare(
+    bundles: Annotated[list[Path], typer.Argument(help="The reference, then quantized bundles.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Held-out text, or JSONL.", show_default=False)],
+    prompts: Annotated[Path, typer.Option(help="Prompts for the acceptance lengths.", show_default=False)],
+    limit: Annotated[int, typer.Option(help="Use the first N prompts.", min=1)] = 12,
+    tokens: Annotated[int, typer.Option(help="Of the text.", min=256)] = 16384,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw it there; needs the bench extra.")] = None,
+) -> None:
+    """What quantization costs: perplexity, agreement, KL, acceptance length, size."""
+    from headstart.calibration.report import compare as run
+    from headstart.calibration.report import draw
+    from headstart.runtime.prompts import read_prompts
+
+    from .screen import counted, show_quantization, write_json
+
+    with counted() as progress:
+        report = run(bundles, data, read_prompts(prompts)[:limit], tokens, progress=progress)
+    show_quantization(report)
+    if json_file:
+        write_json(json_file, report)
+    if png:
+        draw(report, png)
+
+
+@app.command()
 def verify(
     bundle: BundleArg,
     prompts: Annotated[Path | None, typer.Option(help='Text file, one prompt a line, or JSONL with "prompt".')] = None,

@@ -1,8 +1,10 @@
 """`headstart demo`: the shipped sample goes the whole way, and a table says what came of it.
 
-Export, verify, then decode held-out prompts with every drafter, greedy and sampled, in interleaved rounds.
+Export, quantize, build, tune, verify; then decode held-out prompts with every drafter, greedy and sampled, in interleaved
+rounds.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +15,22 @@ from headstart.runtime.errors import BundleError
 from headstart.runtime.model import Model, Result
 from headstart.runtime.prompts import read_prompts
 
-from .screen import counted, show_report, stages
+from .screen import counted, show_report, show_tuning, stages
 
 SAMPLE = "pycode"
 NEW_TOKENS = 128
 VERIFIED_PROMPTS = 8
+TUNING_PROMPTS = 16  # the file's last, which are not measured
 TEMPERATURES = (0.0, 0.7)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One column of the interleaved rounds."""
+
+    weights: str
+    temperature: float
+    drafter: str
 
 
 @dataclass(frozen=True)
@@ -29,11 +41,13 @@ class DemoRow:
         tokens_per_s: median over rounds.
         speedup: tokens_per_s over plain decoding's at the same temperature.
         acceptance_length: new tokens per verify call.
-        equal: the tokens are those of plain decoding; None where sampling makes texts differ.
+        equal: prompts whose tokens are those of plain decoding; None where sampling makes texts differ.
+        prompts: of how many.
         distinct_4grams: share of the outputs' 4-grams that are distinct, so that loops cannot flatter the drafter.
     """
 
     sample: str
+    weights: str
     drafter: str
     device: str
     temperature: float
@@ -41,7 +55,8 @@ class DemoRow:
     speedup: float
     acceptance_length: float
     verify_calls: int
-    equal: bool | None
+    equal: int | None
+    prompts: int
     distinct_4grams: float
 
 
@@ -53,61 +68,84 @@ class DemoTable:
 
     @property
     def ok(self) -> bool:
-        return self.verified and all(row.equal is not False for row in self.rows)
+        """No fault; where integers round, `verify` has named what a tree's near-ties may change."""
+        exact = [row for row in self.rows if row.weights == "float32" and row.equal is not None]
+        return self.verified and all(row.equal == row.prompts for row in exact)
 
 
 def run(output: Path, samples: Path | None, prompt_count: int, rounds: int) -> DemoTable:
-    """Export, verify and measure the sample. The bundle goes to `output`/pycode, anew each time."""
+    """Take the sample the whole way. Its bundles go to `output`/pycode and pycode-int8, anew each time."""
     checkpoints = (samples or Path(__file__).parent.parent / "samples") / "checkpoints"
     checkpoint = checkpoints / SAMPLE
     if not checkpoint.is_dir():
         raise BundleError(
             f"{checkpoint} is not there: the samples come with the repository. Fix: run in a clone, or --samples DIR."
         )
-    prompts = read_prompts(checkpoint / "held_out_prompts.jsonl")[:prompt_count]
-    bundle = output / SAMPLE
+    prompts = read_prompts(checkpoint / "held_out_prompts.jsonl")
+    measured, tuning = prompts[:prompt_count], prompts[-TUNING_PROMPTS:]
+    bundles = {"float32": output / SAMPLE, "int8": output / f"{SAMPLE}-int8"}
+    prepare(checkpoint, bundles, tuning)
+    reports = []
+    for weights, bundle in bundles.items():
+        source = checkpoint if weights == "float32" else None
+        with counted() as progress_of:
+            reports.append(headstart.verify(bundle, measured[:VERIFIED_PROMPTS], NEW_TOKENS, source, progress=progress_of))
+        show_report(reports[-1])
+    rows = measure({weights: headstart.load(bundle) for weights, bundle in bundles.items()}, measured, rounds)
+    title = f"{SAMPLE}: {len(measured)} held-out prompts, {NEW_TOKENS} new tokens each, median of {rounds} interleaved rounds"
+    return DemoTable(title, rows, all(report.ok for report in reports))
+
+
+def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[str]) -> None:
+    """Export, quantize, build for the CPU, and tune on prompts that are not measured afterwards."""
     with stages() as progress:
-        headstart.export(checkpoint, bundle, [checkpoint / "medusa"], force=True, progress=progress)
+        headstart.export(checkpoint, bundles["float32"], [checkpoint / "medusa"], force=True, progress=progress)
     with counted() as progress_of:
-        report = headstart.verify(bundle, prompts[:VERIFIED_PROMPTS], NEW_TOKENS, checkpoint, progress=progress_of)
-    show_report(report)
-    rows = measure(headstart.load(bundle), prompts, rounds)
-    title = f"{SAMPLE}: {len(prompts)} held-out prompts, {NEW_TOKENS} new tokens each, median of {rounds} interleaved rounds"
-    return DemoTable(title, rows, report.ok)
+        headstart.quantize(bundles["float32"], bundles["int8"], force=True, progress=progress_of)
+    for bundle in bundles.values():
+        with stages() as progress:
+            headstart.build(bundle, progress=progress)
+        with counted() as progress_of:
+            show_tuning(bundle, headstart.tune(bundle, tuning, progress=progress_of))
 
 
-def measure(model: Model, prompts: Sequence[str], rounds: int) -> tuple[DemoRow, ...]:
-    """Every drafter at every temperature, interleaved so that a noisy moment hits all alike."""
-    settings = [(temperature, drafter) for temperature in TEMPERATURES for drafter in ("none", *model.drafters)]
-    results: dict[tuple[float, str], list[list[Result]]] = {setting: [] for setting in settings}
-    model.generate(prompts[0], max_new_tokens=8)  # the first forward of a process allocates
+def measure(models: dict[str, Model], prompts: Sequence[str], rounds: int) -> tuple[DemoRow, ...]:
+    """Every bundle, drafter and temperature, interleaved so that a noisy moment hits all alike."""
+    settings = [
+        Setting(weights, temperature, drafter)
+        for temperature in TEMPERATURES
+        for weights, model in models.items()
+        for drafter in ("none", *model.drafters)
+    ]
+    results: dict[Setting, list[list[Result]]] = {setting: [] for setting in settings}
     with counted() as progress:
         for done in range(rounds):
-            for temperature, drafter in settings:
-                options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": done, "ignore_end": True}
-                batch = [model.generate(prompt, drafter=drafter, **options) for prompt in prompts]
-                results[temperature, drafter].append(batch)
+            for setting in settings:
+                options = {"temperature": setting.temperature, "seed": done, "ignore_end": True, "max_new_tokens": NEW_TOKENS}
+                model = models[setting.weights]
+                results[setting].append([model.generate(prompt, drafter=setting.drafter, **options) for prompt in prompts])
             progress("decoding", done + 1, rounds)
-    return tuple(_row(model, setting, results) for setting in settings)
+    return tuple(_row(models[setting.weights], setting, results) for setting in settings)
 
 
-def _row(model: Model, setting: tuple[float, str], results: dict[tuple[float, str], list[list[Result]]]) -> DemoRow:
-    temperature, drafter = setting
-    runs, plain = results[setting], results[temperature, "none"]
+def _row(model: Model, setting: Setting, results: dict[Setting, list[list[Result]]]) -> DemoRow:
+    runs, plain = results[setting], results[dataclasses.replace(setting, drafter="none")]
     speed, plain_speed = median_speed(runs), median_speed(plain)
     calls = sum(r.stats.verify_calls for r in runs[0])
     tokens = sum(len(r.token_ids) - 1 for r in runs[0])
-    equal = [r.token_ids for r in runs[0]] == [r.token_ids for r in plain[0]] if temperature == 0 else None
+    greedy = setting.temperature == 0
     return DemoRow(
         sample=SAMPLE,
-        drafter=drafter,
+        weights=setting.weights,
+        drafter=setting.drafter,
         device=model.engine.device,
-        temperature=temperature,
+        temperature=setting.temperature,
         tokens_per_s=round(speed, 1),
         speedup=round(speed / plain_speed, 3),
         acceptance_length=round(tokens / calls, 3),
         verify_calls=calls,
-        equal=equal,
+        equal=sum(r.token_ids == p.token_ids for r, p in zip(runs[0], plain[0], strict=True)) if greedy else None,
+        prompts=len(runs[0]),
         distinct_4grams=round(distinct_4grams(runs[0]), 3),
     )
 

@@ -20,11 +20,13 @@ from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:
     from headstart.calibration.bench import Bench
+    from headstart.calibration.report import QuantizationReport
     from headstart.calibration.verify import Report
 
     from .demo import DemoTable
 
-out = Console(soft_wrap=True)
+WIDE = 132  # columns, where the output is no terminal and nobody says how wide it is
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 err = Console(stderr=True)
 
 
@@ -94,7 +96,7 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
 def show_tuning(bundle: Path, tuning: Tuning) -> None:
     grid = table(f"{bundle}: verify pass in ms", "history", *map(str, tuning.verify.rows))
     for history, line in zip(tuning.verify.histories, tuning.verify.milliseconds, strict=True):
-        grid.add_row(str(history), *(f"{ms:.2f}" for ms in line))
+        grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
     out.print(grid)
     grid = table(f"{tuning.prompts} prompts, each drafter with its budget", "drafter", "draft ms", "acceptance", "× plain")
     for name, one in tuning.drafters.items():
@@ -116,6 +118,20 @@ def show_bench(bench: "Bench") -> None:
     out.print(
         f"loaded in {bench.load_s:.2f} s, peak memory {bench.peak_memory_mb:.0f} MB; " + ", ".join(bench.machine.values())
     )
+
+
+def show_quantization(report: "QuantizationReport") -> None:
+    drafters = list(report.schemes[0].acceptance)
+    columns = ("perplexity", "agreement", "KL, nats", *drafters, "disk MB", "memory MB")
+    title = f"{report.text}: {report.tokens} tokens; acceptance length on {report.prompts} prompts"
+    grid = table(title, "bundle", "scheme", *columns)
+    for one in report.schemes:
+        quality = (f"{one.perplexity:.3f}", f"{one.agreement:.1%}", f"{one.kl:.4f}")
+        lengths = (f"{one.acceptance[name]:.2f}" for name in drafters)
+        grid.add_row(one.bundle, one.scheme, *quality, *lengths, f"{one.disk_mb:.1f}", f"{one.memory_mb:.0f}")
+    out.print(grid)
+    if not all(one.built for one in report.schemes):
+        out.print("Not all bundles are built for this device: unbuilt ones computed their canonical graph, in float32.")
 
 
 def show_heads(bundle: Bundle) -> None:
@@ -178,12 +194,13 @@ def show_report(report: "Report") -> None:
 
 
 def show_demo(demo: "DemoTable") -> None:
-    columns = ("T", "drafter", "tokens/s", "× plain", "acceptance", "verify calls", "equal", "distinct")
+    columns = ("T", "weights", "drafter", "tokens/s", "× plain", "acceptance", "verify calls", "equal", "distinct")
     grid = table(demo.title, *columns)
     for row in demo.rows:
-        equal = {True: "yes", False: "NO", None: "–"}[row.equal]
+        equal = "–" if row.equal is None else f"{row.equal} of {row.prompts}"
         speed = (f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}", f"{row.acceptance_length:.2f}")
-        grid.add_row(f"{row.temperature:g}", row.drafter, *speed, str(row.verify_calls), equal, f"{row.distinct_4grams:.0%}")
+        counts = (str(row.verify_calls), equal, f"{row.distinct_4grams:.0%}")
+        grid.add_row(f"{row.temperature:g}", row.weights, row.drafter, *speed, *counts)
     out.print(grid)
     out.print(
         "acceptance: new tokens per verify call. distinct: different 4-grams of the outputs over all of them; loops lower it."

@@ -123,7 +123,7 @@ class Worker:
     def resident_mb(self) -> float:
         assert self._process is not None
         status = Path(f"/proc/{self._process.pid}/status").read_text("utf-8")
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+        return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")), 0) / 1024
 
     def _read(self, timeout_s: float) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None

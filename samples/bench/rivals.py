@@ -36,7 +36,7 @@ from measurement import Configuration, Prompt, Worker, WorkerError, available_mb
 from preparation import PreparationError, Workshop, fingerprint, say
 from rival_workers.protocol import Rival, Setup
 from table import as_json, markdown
-from task import RIVALS, InputError, Task, pair, parser, task_from_arguments
+from task import RIVALS, InputError, Task, parser, pythons_from, task_from_arguments
 
 SPINNING = 0.05  # of a core, by a worker that is not asked
 LOW_MEMORY_MB = 2000  # below this, workers are stopped after each pass instead of kept
@@ -56,9 +56,10 @@ def main() -> int:
     arguments = parser().parse_args()
     try:
         task = task_from_arguments(arguments)
-        pythons = {name: Path(path) for name, path in map(pair, arguments.python)}
-        shop = Workshop(arguments.work, pythons, arguments.threads)
+        shop = Workshop(arguments.work, pythons_from(arguments.python), arguments.threads)
         stations, failed = _stations(task, shop)
+        if not stations and not failed:
+            raise InputError("--only and --skip leave nothing to measure")
         if arguments.prepare_only:
             return _report_failures(failed)
         return _run(task, shop, stations, failed, arguments)
@@ -174,11 +175,11 @@ def _discover(station: Station, task: Task) -> None:
 
 def _round(number: int, rounds: int, stations: list[Station], task: Task, keep: bool) -> None:
     start = time.perf_counter()
-    turn = number % len(stations)
+    turn = number % max(1, len(stations))
     for station in stations[turn:] + stations[:turn]:
-        if any(row.error is None for row in station.rows):
-            _start(station, task)
         for row in station.rows:
+            if row.error is None:
+                _start(station, task)  # also after a mode before it brought the worker down
             if row.error is None:
                 _guarded(row, lambda row=row, worker=station.worker: _pass(row, worker, task))
         if not keep:
@@ -195,7 +196,7 @@ def _pass(row: Configuration, worker: Worker, task: Task) -> None:
 def _guarded(row: Configuration, action: Any) -> None:
     try:
         action()
-    except WorkerError as error:
+    except (WorkerError, OSError) as error:  # OSError: it ended just before its use was read
         _failed([row], error)
 
 

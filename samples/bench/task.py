@@ -1,6 +1,7 @@
 """What was asked for: the command line of rivals.py, checked before anything is prepared."""
 
 import argparse
+import hashlib
 import importlib
 import json
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from measurement import Prompt
 from rival_workers.protocol import Rival
 
 HERE = Path(__file__).parent
+WEIGHTS = "model.safetensors"
 PYCODE = HERE.parent / "checkpoints" / "pycode"
 NAMES = ("onnxruntime_genai", "openvino_genai", "llama_cpp", "transformers_torch", "headstart_bundle")
 RIVALS: dict[str, Rival] = {name: importlib.import_module(f"rival_workers.{name}").RIVAL for name in NAMES}
@@ -74,11 +76,13 @@ def task_from_arguments(arguments: argparse.Namespace) -> Task:
     longest = max(len(prompt.token_ids) for prompt in prompts) + arguments.new_tokens
     if longest > config["max_position_embeddings"]:
         raise InputError(f"prompt and new tokens are up to {longest}, the model takes {config['max_position_embeddings']}")
-    _check_patterns([*arguments.only, *arguments.skip, *(name for name, _ in map(pair, arguments.python))])
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise InputError(f"{arguments.json.parent} is no folder to write a report to")
+    _check_patterns([*arguments.only, *arguments.skip])
     return Task(
         checkpoint=arguments.checkpoint,
         draft=arguments.draft,
-        bundles=_bundles(arguments.headstart, arguments.headstart_draft),
+        bundles=_bundles(arguments.headstart, arguments.headstart_draft, arguments.checkpoint),
         prompts=prompts,
         new_tokens=arguments.new_tokens,
         threads=arguments.threads,
@@ -88,7 +92,7 @@ def task_from_arguments(arguments: argparse.Namespace) -> Task:
 
 
 def _check_checkpoint(folder: Path) -> None:
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+    for name in ("config.json", "tokenizer.json", WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}: give a Hugging Face checkpoint with its weights in one file")
     family = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
@@ -113,16 +117,37 @@ def _prompts(file: Path, count: int, checkpoint: Path) -> list[Prompt]:
     return [Prompt(text, tokenizer.encode(text).ids) for text in chosen]
 
 
-def _bundles(given: list[str], draft: Path | None) -> dict[str, tuple[Path, Path | None]]:
+def _bundles(given: list[str], draft: Path | None, checkpoint: Path) -> dict[str, tuple[Path, Path | None]]:
     bundles: dict[str, tuple[Path, Path | None]] = {}
     for label, path in map(pair, given):
-        for folder in [Path(path), *([draft] if draft else [])]:
-            if not (folder / "manifest.json").is_file():
-                raise InputError(f"{folder} is no bundle: it has no manifest.json")
         if label in bundles:
             raise InputError(f"--headstart {label} is given twice")
+        source = _source(Path(path))
+        if draft:
+            _source(draft)
+        with (checkpoint / WEIGHTS).open("rb") as file:
+            if source not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+                raise InputError(f"{path} was exported from other weights than {checkpoint / WEIGHTS}")
         bundles[label] = (Path(path), draft)
     return bundles
+
+
+def _source(bundle: Path) -> str | None:
+    """The hash of the weights a bundle was exported from, None where it does not say."""
+    manifest = bundle / "manifest.json"
+    if not manifest.is_file():
+        raise InputError(f"{bundle} is no bundle: it has no manifest.json")
+    source = json.loads(manifest.read_text("utf-8")).get("provenance", {}).get("source_sha256", {})
+    return source.get(WEIGHTS)
+
+
+def pythons_from(given: list[str]) -> dict[str, Path]:
+    """Interpreters that stand in for environments of our own."""
+    pythons = {name: Path(path) for name, path in map(pair, given)}
+    for name, path in pythons.items():
+        if name not in RIVALS or not path.is_file():
+            raise InputError(f"--python {name}={path}: no such rival or no such interpreter. Rivals: {', '.join(RIVALS)}")
+    return pythons
 
 
 def pair(text: str) -> tuple[str, str]:
