@@ -11,6 +11,8 @@ bert2BERT, arXiv 2110.07143). Everything added is multiplied by zeros on its way
 - new attention heads and MLP neurons compute, and their columns of the output projections are zero;
 - new layers compute, and both their output projections are zero;
 - a wider head spreads its rotary pairs so that each keeps its frequency.
+
+Weights are saved in float32 unless --dtype float16 is given: the growth's factors are square roots, which float16 rounds.
 """
 
 import argparse
@@ -22,14 +24,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headstart.runtime.bundle import new_folder
-from headstart.runtime.errors import CheckpointError, HeadstartError
+from headstart.runtime.errors import CheckpointError, HeadError, HeadstartError, OptionError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+HEADS_FILE = "medusa_lm_head.safetensors"
+# Each pair's angle depends on its own frequency alone; dynamic, yarn and longrope also read the head's size.
+ROTARY_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,14 @@ class Size:
     heads: int
     kv_heads: int
     head_size: int
+
+    def __post_init__(self) -> None:
+        for what, whole, part in (
+            ("hidden size", self.hidden, self.heads),  # transformers asks for it, whatever head_size is
+            ("query heads", self.heads, self.kv_heads),
+        ):
+            if whole % part:
+                raise OptionError(f"The target's {what} must be a multiple of {part}, found {whole}. Fix: another size.")
 
 
 SIZES = {"0.25b": Size(1024, 4096, 16, 16, 4, 64), "0.5b": Size(1280, 5120, 21, 20, 4, 64)}
@@ -164,7 +187,7 @@ def grow(checkpoint: Path, size: Size, seed: int = 0) -> LlamaForCausalLM:
     """The grown model in float32. Raises CheckpointError when the checkpoint is no Llama or does not fit into `size`."""
     config = _config(checkpoint)
     growth = Growth(config, size)
-    small = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+    small = _weights(checkpoint)
     noise = torch.Generator().manual_seed(seed)
     columns, vocabulary = growth.hidden, list(range(config.vocab_size))
     table = (config.vocab_size, size.hidden)
@@ -178,21 +201,54 @@ def grow(checkpoint: Path, size: Size, seed: int = 0) -> LlamaForCausalLM:
         old = {name.removeprefix(prefix): tensor for name, tensor in small.items() if name.startswith(prefix)}
         new = grown_layer(old, growth, noise, silent=index not in places)
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
+    return _model(_grown_config(config, size), state)
+
+
+def _model(config: LlamaConfig, state: dict[str, Tensor]) -> LlamaForCausalLM:
+    """Made without memory, for random weights of this size take long and would be thrown away."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(_grown_config(config, size))
+        model = LlamaForCausalLM(config)
     model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are in no state dict
     model.tie_weights()
     return model
 
 
 def _config(checkpoint: Path) -> LlamaConfig:
-    file = checkpoint / "config.json"
-    found = json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    """The checkpoint's configuration, read only after it is known to be one that growth preserves."""
+    found = _model_type(checkpoint / "config.json")
     if found != "llama":
         raise CheckpointError(
             f"{checkpoint} is no Llama checkpoint: its model_type is {found!r}. Fix: a LlamaForCausalLM folder."
         )
-    return LlamaConfig.from_pretrained(checkpoint)
+    config = LlamaConfig.from_pretrained(checkpoint)
+    if config.attention_bias or config.mlp_bias:
+        raise CheckpointError(f"{checkpoint} has biases in its layers; only layers without grow. Fix: another checkpoint.")
+    rotary = config.rope_parameters["rope_type"]
+    if rotary not in ROTARY_TYPES:
+        raise CheckpointError(
+            f"{checkpoint} has rotary type {rotary!r}; those that keep their frequencies in a larger head are "
+            f"{', '.join(ROTARY_TYPES)}. Fix: another checkpoint."
+        )
+    return config
+
+
+def _model_type(file: Path) -> str | None:
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a readable JSON file: {error}. Fix: a Hugging Face checkpoint folder.") from error
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _weights(checkpoint: Path) -> dict[str, Tensor]:
+    try:
+        model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise CheckpointError(f"{checkpoint} has no readable weights: {reason}. Fix: fetch the checkpoint anew.") from error
+    weights: dict[str, Tensor] = model.state_dict()
+    return weights
 
 
 def _grown_config(small: LlamaConfig, size: Size) -> LlamaConfig:
@@ -209,41 +265,76 @@ def _grown_config(small: LlamaConfig, size: Size) -> LlamaConfig:
     return LlamaConfig(**settings)
 
 
-def grow_heads(heads: Path, target: Path, small: int, hidden: int) -> None:
-    """Medusa heads in the published format, their blocks and projections padded with zeros: SiLU(0) is 0."""
+def grow_heads(heads: Path, target: Path, small: int, hidden: int, dtype: torch.dtype = torch.float32) -> None:
+    """Medusa heads in the published format, their blocks and projections padded with zeros: SiLU(0) is 0.
+
+    Raises HeadError when `heads` is not in that format or reads another hidden size than `small`.
+    """
+    tensors = _head_tensors(heads)
+    grown = {name: _grown_head_tensor(name, tensor, small, hidden).to(dtype) for name, tensor in tensors.items()}
     target.mkdir()
     shutil.copyfile(heads / "config.json", target / "config.json")
-    grown = {}
-    for name, tensor in load_file(heads / "medusa_lm_head.safetensors").items():
-        shape = tuple(hidden if extent == small else extent for extent in tensor.shape)
-        new = torch.zeros(shape)
-        new[tuple(slice(extent) for extent in tensor.shape)] = tensor.float()
-        grown[name] = new
-    save_file(grown, target / "medusa_lm_head.safetensors")
+    save_file(grown, target / HEADS_FILE)
 
 
-def main() -> None:
+def _head_tensors(heads: Path) -> dict[str, Tensor]:
+    for name in ("config.json", HEADS_FILE):
+        if not (heads / name).is_file():
+            raise HeadError(f"{heads} holds no published Medusa heads: {name} is missing. Fix: --heads with their folder.")
+    try:
+        tensors: dict[str, Tensor] = load_file(heads / HEADS_FILE)
+    except SafetensorError as error:
+        raise HeadError(f"{heads / HEADS_FILE} is not readable: {error}. Fix: fetch the heads anew.") from error
+    return tensors
+
+
+def _grown_head_tensor(name: str, tensor: Tensor, small: int, hidden: int) -> Tensor:
+    """By name, not by extent: a projection's rows are tokens, even where the vocabulary is as large as the hidden size."""
+    block = ".linear." in name
+    fits = tensor.shape[-1] == small and (not block or set(tensor.shape) == {small})
+    if not fits:
+        raise HeadError(
+            f"Head tensor {name} has shape {list(tensor.shape)}; the checkpoint's hidden size is {small}. "
+            "Fix: heads of this checkpoint."
+        )
+    new = torch.zeros([hidden] * tensor.ndim if block else [len(tensor), hidden])
+    new[tuple(slice(extent) for extent in tensor.shape)] = tensor.float()
+    return new
+
+
+def write(checkpoint: Path, folder: Path, size: Size, heads: Path | None, dtype: torch.dtype = torch.float32) -> int:
+    """The grown checkpoint with its tokenizer and heads into an existing `folder`; its number of parameters."""
+    model = grow(checkpoint, size)
+    if heads is not None:
+        grow_heads(heads, folder / "medusa", _config(checkpoint).hidden_size, size.hidden, dtype)
+    model.to(dtype).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+    return sum(p.numel() for p in model.parameters())
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--size", choices=SIZES, default="0.25b")
     parser.add_argument("--heads", type=Path, help="folder of Medusa heads; CHECKPOINT/medusa when it is there")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="float16 rounds the growth's factors")
     parser.add_argument("--force", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _arguments()
     heads = args.heads or (args.checkpoint / "medusa" if (args.checkpoint / "medusa").is_dir() else None)
     try:
         with new_folder(args.output, args.force) as folder:
-            model = grow(args.checkpoint, SIZES[args.size])
-            model.save_pretrained(folder)
-            for name in TOKENIZER_FILES:
-                if (args.checkpoint / name).is_file():
-                    shutil.copyfile(args.checkpoint / name, folder / name)
-            if heads is not None:
-                grow_heads(heads, folder / "medusa", _config(args.checkpoint).hidden_size, SIZES[args.size].hidden)
+            count = write(args.checkpoint, folder, SIZES[args.size], heads, DTYPES[args.dtype])
     except HeadstartError as error:
         print(f"grow.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+    print(f"{args.output}: {count / 1e6:.0f} M parameters")
 
 
 if __name__ == "__main__":

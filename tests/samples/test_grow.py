@@ -10,8 +10,9 @@ import pytest
 import torch
 from architectures import save_checkpoint, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
-from headstart.runtime.errors import CheckpointError
+from headstart.runtime.errors import CheckpointError, HeadError, OptionError
 
 SCRIPT = Path(__file__).parent.parent.parent / "samples" / "bench" / "grow.py"
 
@@ -31,7 +32,7 @@ def test_grown_model_computes_the_same(script: ModuleType, tmp_path: Path, name:
     small = tiny_model(name)
     save_checkpoint(small, tmp_path / "small")
     # 64 hidden, 96 neurons, 2 layers, 4 heads on 2 key/value heads of 16, each of them larger
-    grown = script.grow(tmp_path / "small", script.Size(96, 128, 5, 9, 3, 32)).eval()
+    grown = script.grow(tmp_path / "small", script.Size(96, 128, 5, 12, 3, 32)).eval()
     ids = torch.arange(3, 43).reshape(2, 20)
     with torch.no_grad():
         wanted, found = small(ids).logits, grown(ids).logits
@@ -48,23 +49,65 @@ def test_everything_added_is_at_work(script: ModuleType, tmp_path: Path) -> None
     assert all(state[f"model.layers.{i}.mlp.up_proj.weight"].ne(0).float().mean() > 0.9 for i in range(4))
 
 
-def test_grown_heads_propose_the_same(script: ModuleType, tmp_path: Path) -> None:
-    folder = tmp_path / "heads"
-    folder.mkdir()
+def save_heads(folder: Path, hidden: int, own_projection: int | None = None) -> dict[str, torch.Tensor]:
+    """One block of a random Medusa head; with `own_projection` a projection to that vocabulary beside it."""
+    folder.mkdir(parents=True)
     torch.manual_seed(0)
-    tensors = {"0.0.linear.weight": torch.randn(8, 8), "0.0.linear.bias": torch.randn(8), "0.1.weight": torch.randn(20, 8)}
+    tensors = {"0.0.linear.weight": torch.randn(hidden, hidden) * 0.2, "0.0.linear.bias": torch.randn(hidden)}
+    if own_projection is not None:
+        tensors["0.1.weight"] = torch.randn(own_projection, hidden)
     save_file(tensors, folder / "medusa_lm_head.safetensors")
-    (folder / "config.json").write_text(json.dumps({"medusa_num_heads": 1}))
-    script.grow_heads(folder, tmp_path / "grown", 8, 12)
+    version = {} if own_projection is not None else {"version": "2"}  # "2" shares the target's LM head
+    (folder / "config.json").write_text(json.dumps({"medusa_num_heads": 1, "medusa_num_layers": 1, **version}))
+    return tensors
+
+
+def block(weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    inner = hidden @ weights["0.0.linear.weight"].T + weights["0.0.linear.bias"]
+    return hidden + torch.nn.functional.silu(inner)
+
+
+def shared_head_logits(model: LlamaForCausalLM, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.lm_head(block(weights, model.model(ids).last_hidden_state))
+
+
+def relative(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    return float((wanted - found).abs().max() / (wanted.max() - wanted.min()))
+
+
+def test_written_checkpoint_decodes_the_same_with_its_heads(script: ModuleType, tmp_path: Path) -> None:
+    """Read back from the folder: greedy tokens, and heads that share the LM head (published version 2)."""
+    small = tiny_model("llama_tied")
+    save_checkpoint(small, tmp_path / "small")
+    tensors = save_heads(tmp_path / "heads", 64)
+    folder = tmp_path / "grown"
+    folder.mkdir()
+    script.write(tmp_path / "small", folder, script.Size(128, 160, 4, 16, 4, 32), tmp_path / "heads")
+    grown = LlamaForCausalLM.from_pretrained(folder).eval()
+    assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "small" / "tokenizer.json").read_bytes()
+    heads = load_file(folder / "medusa" / "medusa_lm_head.safetensors")
+    ids = torch.arange(3, 23)[None]
+    assert relative(shared_head_logits(small, tensors, ids), shared_head_logits(grown, heads, ids)) < 1e-4
+    greedy = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    assert torch.equal(small.generate(ids, **greedy), grown.generate(ids, **greedy))
+
+
+@pytest.mark.parametrize("vocabulary", [8, 20])  # 8: as large as the hidden size, and still not padded
+def test_own_projection_keeps_its_vocabulary(script: ModuleType, tmp_path: Path, vocabulary: int) -> None:
+    tensors = save_heads(tmp_path / "heads", 8, own_projection=vocabulary)
+    script.grow_heads(tmp_path / "heads", tmp_path / "grown", 8, 12)
     grown = load_file(tmp_path / "grown" / "medusa_lm_head.safetensors")
-
-    def logits(weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        inner = hidden @ weights["0.0.linear.weight"].T + weights["0.0.linear.bias"]
-        return (hidden + torch.nn.functional.silu(inner)) @ weights["0.1.weight"].T
-
     hidden = torch.randn(3, 8)
     padded = torch.nn.functional.pad(hidden, (0, 4))
-    torch.testing.assert_close(logits(grown, padded), logits(tensors, hidden))
+    torch.testing.assert_close(block(grown, padded) @ grown["0.1.weight"].T, block(tensors, hidden) @ tensors["0.1.weight"].T)
+
+
+def test_float16_when_asked(script: ModuleType, tmp_path: Path) -> None:
+    save_checkpoint(tiny_model("llama"), tmp_path / "small")
+    for name, dtype in script.DTYPES.items():
+        script.write(tmp_path / "small", tmp_path / name, script.Size(96, 128, 4, 8, 2, 16), None, dtype)
+        assert load_file(tmp_path / name / "model.safetensors")["model.norm.weight"].dtype == dtype
 
 
 def test_bad_input(script: ModuleType, tmp_path: Path) -> None:
@@ -76,3 +119,41 @@ def test_bad_input(script: ModuleType, tmp_path: Path) -> None:
         script.grow(tmp_path / "llama", script.Size(32, 128, 4, 8, 2, 16))
     with pytest.raises(CheckpointError, match="Head size 16 does not divide the target's 24"):
         script.grow(tmp_path / "llama", script.Size(96, 128, 4, 8, 2, 24))
+    with pytest.raises(OptionError, match="must be a multiple of 9, found 96"):
+        script.Size(96, 128, 5, 9, 3, 32)
+
+
+def test_what_growth_would_change_is_refused(script: ModuleType, tmp_path: Path) -> None:
+    save_checkpoint(tiny_model("llama"), tmp_path / "llama")
+    file = tmp_path / "llama" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "attention_bias": True}))
+    with pytest.raises(CheckpointError, match="has biases"):
+        script.grow(tmp_path / "llama", script.SIZES["0.25b"])
+    file.write_text(json.dumps({**config, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}))
+    with pytest.raises(CheckpointError, match="rotary type 'yarn'"):
+        script.grow(tmp_path / "llama", script.SIZES["0.25b"])
+    save_heads(tmp_path / "heads", 8)
+    with pytest.raises(HeadError, match="hidden size is 64"):
+        script.grow_heads(tmp_path / "heads", tmp_path / "grown", 64, 96)
+    assert not (tmp_path / "grown").exists()
+
+
+@pytest.mark.parametrize("fault", ["gpt2", "missing", "no weights", "no heads"])
+def test_command_leaves_nothing_half_written(
+    script: ModuleType, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the user sees: one line, exit code 2, and neither the output nor a temporary folder."""
+    source, output = tmp_path / "source", tmp_path / "out" / "grown"
+    if fault != "missing":
+        save_checkpoint(tiny_model("gpt2" if fault == "gpt2" else "llama"), source)
+    if fault == "no weights":
+        (source / "model.safetensors").unlink()
+    monkeypatch.setitem(script.SIZES, "0.25b", script.Size(96, 128, 4, 8, 2, 16))
+    heads = ["--heads", str(tmp_path / "nowhere")] if fault == "no heads" else []
+    monkeypatch.setattr(sys, "argv", ["grow.py", str(source), "-o", str(output), *heads])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2
+    assert "Fix: " in capsys.readouterr().err
+    assert list(output.parent.iterdir()) == []
