@@ -1,7 +1,9 @@
 """Rounding that looks at what a layer reads: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978).
 
 Both are asked for one layer after the other and see the layers before already quantized. AWQ scales inputs up where that is
-exact, which is behind a norm: its weight takes the inverse. Elsewhere it only searches the scales.
+exact and nothing else reads them, which is behind a norm: its vectors take the inverse. What attention's output and the
+feed-forward's inner product are projected by is not scaled (their producers are quantized before they are); there AWQ only
+searches the ranges.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +57,7 @@ class CalibratedRounder:
         weight = linear.dequantized()  # read now: entering the layer may have rescaled it
         if self._method == "gptq":
             return gptq(weight, statistics.gram / statistics.rows, scheme)
-        return round_clipped(weight, np.diag(statistics.gram) / statistics.rows, scheme)
+        return round_clipped(weight, statistics.gram / statistics.rows, scheme)
 
     def _enter(self, layer: str, scheme: WeightScheme) -> None:
         self._layer = layer
@@ -75,7 +77,7 @@ def gptq(weight: NDArray[np.float32], hessian: NDArray[np.float64], scheme: Weig
     inputs, group = len(weight), scheme.group or len(weight)
     dead = np.diag(hessian) == 0
     work = np.where(dead[:, None], 0, weight).astype(np.float32)
-    importance = np.diag(hessian).copy()
+    importance = np.diag(hessian).copy()  # of each input alone: errors that go together are made up for below
     upper = _inverse_root(hessian, dead)
     values = np.zeros(weight.shape, np.int8)
     scales: list[NDArray[np.float32]] = []
@@ -84,7 +86,7 @@ def gptq(weight: NDArray[np.float32], hessian: NDArray[np.float64], scheme: Weig
         stop = min(start + step, inputs)
         if start % group == 0:
             rows = slice(start, start + group)
-            scales.append(clipped_scales(work[rows], importance[rows], WeightScheme(scheme.bits)))
+            scales.append(clipped_scales(work[rows], np.diag(importance[rows]), WeightScheme(scheme.bits)))
         errors = np.zeros((stop - start, weight.shape[1]), np.float32)
         for i in range(start, stop):
             values[i] = np.clip(np.rint(work[i] / scales[-1]), -scheme.largest, scheme.largest)
@@ -103,25 +105,31 @@ def _inverse_root(hessian: NDArray[np.float64], dead: NDArray[np.bool_]) -> NDAr
     return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T, np.float32)
 
 
-def round_clipped(weight: NDArray[np.float32], importance: NDArray[np.float64], scheme: WeightScheme) -> QuantizedWeight:
-    """To the nearest value of scales that were searched; `importance`: [K], E[x²] of each input."""
-    scales = clipped_scales(weight, importance, scheme)
+def round_clipped(weight: NDArray[np.float32], gram: NDArray[np.float64], scheme: WeightScheme) -> QuantizedWeight:
+    """To the nearest value of scales that were searched; `gram`: [K, K], E[xᵀx] of the inputs."""
+    scales = clipped_scales(weight, gram, scheme)
     values = np.clip(np.rint(weight / spread(scales, len(weight))), -scheme.largest, scheme.largest)
     return QuantizedWeight(values.astype(np.int8), scales)
 
 
-def clipped_scales(weight: NDArray[np.float32], importance: NDArray[np.float64], scheme: WeightScheme) -> NDArray[np.float32]:
-    """[N] or [K / group, N]: of each group, the range whose rounding errs least, weighed by importance. int8 keeps it whole."""
+def clipped_scales(weight: NDArray[np.float32], gram: NDArray[np.float64], scheme: WeightScheme) -> NDArray[np.float32]:
+    """[N] or [K / group, N]: of each group, the range whose rounding moves the group's share of the output least.
+
+    `gram`: [K, K], of which the groups' own blocks are read: errors of inputs that move together add up or cancel, which
+    their magnitudes alone do not tell. int8 keeps the whole range.
+    """
     whole = scales_of(weight, scheme)
     if scheme.bits == 8:
         return whole
+    size = scheme.group or len(weight)
+    blocks = np.stack([gram[i : i + size, i : i + size] for i in range(0, len(weight), size)]).astype(np.float32)
     best, least = whole, np.full(whole.shape, np.inf, np.float32)
-    weighed = importance.astype(np.float32)[:, None]
     for clip in CLIPS:
         tried = (whole * clip).astype(np.float32)
         rows = spread(tried, len(weight))
-        error = weighed * (weight - rows * np.clip(np.rint(weight / rows), -scheme.largest, scheme.largest)) ** 2
-        total = error.reshape(-1, scheme.group, weight.shape[1]).sum(axis=1) if scheme.group else error.sum(axis=0)
+        error = weight - rows * np.clip(np.rint(weight / rows), -scheme.largest, scheme.largest)
+        grouped = error.reshape(len(blocks), size, weight.shape[1])
+        total = ((blocks @ grouped) * grouped).sum(axis=1).reshape(whole.shape)
         best, least = np.where(total < least, tried, best), np.minimum(total, least)
     return best
 
@@ -132,11 +140,12 @@ def scale_inputs(group: Sequence[Linear], statistics: Statistics, scheme: Weight
     The inputs that matter are made larger by s before rounding and smaller by 1/s in the norm: in float nothing changes.
     """
     norm = _norm_parameters(group[0].node.inputs[0], len(group))
-    if norm is None or any(linear.transposed for linear in group):
+    if norm is None or any(linear.transposed or len(linear.weight.uses()) > 1 for linear in group):
         return False
     weight = np.concatenate([linear.dequantized() for linear in group], axis=1)
     scale = best_input_scale(weight, statistics, scheme)
-    for parameter in norm:
+    for node, index in norm:
+        parameter = _own_parameter(node, index)
         _rewrite(parameter, parameter.const_value.numpy() / scale)
     for linear in group:
         _rewrite(linear.weight, linear.weight.const_value.numpy() * scale[:, None])
@@ -161,18 +170,36 @@ def best_input_scale(weight: NDArray[np.float32], statistics: Statistics, scheme
     return best
 
 
-def _norm_parameters(value: Any, readers: int) -> list[Any] | None:
-    """The initializers to divide: an RMSNorm's weight, or a LayerNorm's weight and bias. None when others read `value` too."""
+def _norm_parameters(value: Any, readers: int) -> list[tuple[Any, int]] | None:
+    """Where the vectors to divide are read, as (node, input): an RMSNorm's weight, or a LayerNorm's weight and bias.
+
+    None when something else reads `value`, too, or when it comes from no norm.
+    """
     if len(value.uses()) != readers or value.is_graph_output():
         return None
-    layer_norm = producer(value, "LayerNormalization")
-    if layer_norm is not None:
-        found = [v for v in layer_norm.inputs[1:] if v is not None]
+    norm = producer(value, "LayerNormalization")
+    if norm is not None:
+        found = [index for index, v in enumerate(norm.inputs) if index and v is not None]
     else:
-        product = producer(value, "Mul")
-        found = [v for v in product.inputs if v.is_initializer() and len(v.shape) == 1] if product is not None else []
-    own = bool(found) and all(constant_of(v) is not None and len(v.uses()) == 1 for v in found)
-    return found if own else None
+        norm = producer(value, "Mul")
+        found = [index for index, v in enumerate(norm.inputs) if v.is_initializer()] if norm is not None else []
+    width = value.shape[-1]
+    vectors = all(constant_of(norm.inputs[index]) is not None and norm.inputs[index].shape == (width,) for index in found)
+    return [(norm, index) for index in found] if found and vectors else None
+
+
+def _own_parameter(node: Any, index: int) -> Any:
+    """The initializer `node` reads there; a copy of its own where others read it (equal vectors are stored once)."""
+    import onnx_ir as ir
+
+    shared = node.inputs[index]
+    if len(shared.uses()) == 1:
+        return shared
+    tensor = ir.tensor(shared.const_value.numpy(), name=f"{shared.name}.{node.outputs[0].name}")
+    own = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    node.graph.register_initializer(own)
+    node.replace_input_with(index, own)
+    return own
 
 
 def _rewrite(value: Any, array: NDArray[Any]) -> None:

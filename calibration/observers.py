@@ -23,6 +23,7 @@ from headstart.runtime.errors import OptionError
 from headstart.runtime.tokenizer import Tokenizer
 
 WINDOW = 256  # tokens that attend to one another
+KEYS = ("text", "prompt")  # of a JSON line, the first that is there
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -66,17 +67,25 @@ def read_texts(data: Path) -> list[str]:
     try:
         content = data.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{data} cannot be read as UTF-8 text ({error}).") from error
+        raise OptionError(
+            f"{data} cannot be read as UTF-8 text ({error}). Fix: a text file, or JSON Lines (.jsonl)."
+        ) from error
     if data.suffix != ".jsonl":
         return [content]
-    texts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            record = json.loads(line) if line.strip() else {"text": ""}
-            texts.append(str(record.get("text", record.get("prompt", ""))))
-        except (ValueError, AttributeError) as error:
-            raise OptionError(f"{data} line {number} is no JSON object ({error}).") from error
-    return texts
+    return [_text_of(data, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+
+
+def _text_of(data: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise OptionError(f"{data} line {number} is not JSON ({error}). Fix: one object a line.") from error
+    for key in KEYS:
+        if isinstance(record, dict) and isinstance(record.get(key), str):
+            return str(record[key])
+    raise OptionError(
+        f'{data} line {number} has no text under "text" or "prompt", found {line[:60]!r}. Fix: one such object a line.'
+    )
 
 
 def layer_of(linear: Linear) -> str:

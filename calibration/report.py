@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +59,11 @@ class QuantizationReport:
     tokens: int
     prompts: int
     schemes: tuple[SchemeReport, ...]
+
+    @property
+    def drafters(self) -> list[str]:
+        """Of all bundles: one may have a head that another lacks."""
+        return list(dict.fromkeys(name for one in self.schemes for name in one.acceptance))
 
 
 def compare(
@@ -197,6 +201,6 @@ def draw(report: QuantizationReport, file: Path) -> None:
     pyplot.close(figure)
 
 
-def _by_drafter(report: QuantizationReport) -> Iterator[tuple[str, list[Any]]]:
-    for name in report.schemes[0].acceptance:
-        yield name, [one.acceptance.get(name) for one in report.schemes]
+def _by_drafter(report: QuantizationReport) -> Iterator[tuple[str, list[float]]]:
+    for name in report.drafters:
+        yield name, [one.acceptance.get(name, float("nan")) for one in report.schemes]  # nan: a gap in the line

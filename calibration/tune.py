@@ -56,11 +56,14 @@ def tune(
     prompts: Sequence[str],
     device: str = "cpu",
     threads: int | None = None,
+    draft_model: str | Path | None = None,
     options: TuneOptions | None = None,
     force: bool = False,
     progress: Progress = lambda what, done, of: None,
 ) -> Tuning:
     """Measure, choose, and write `tuning/<device>.json` inside the bundle.
+
+    `draft_model`: another bundle, measured beside the bundle's own drafters; "auto" then wants it whenever it was chosen.
 
     Raises OptionError without prompts, OutputError when it was tuned already (unless `force`), BundleError, EngineError.
     """
@@ -73,10 +76,12 @@ def tune(
     file = tuning_file(opened, device)
     if file.exists() and not force:
         raise OutputError(f"{file} exists and is not overwritten. Fix: --force.")
-    model = load(bundle, device, threads, tuned=False)
+    model = load(bundle, device, threads, draft_model, tuned=False)
     cost = verify_cost(model.engine, progress)
     names = [name for name in model.drafters if isinstance(model.drafter(name), TunedDrafter)]
     drafters = {name: observe(model, name, prompts, options, progress) for name in names}
+    if "draft_model" in drafters:
+        drafters["draft_model"] = as_deep_as_pays(drafters["draft_model"], cost)
     drafters |= _pairs(drafters)
     engine = model.engine
     made = Tuning(
@@ -191,6 +196,16 @@ def observe(model: Model, name: str, prompts: Sequence[str], options: TuneOption
         progress(name, done + 1, len(prompts))
     draft_ms = 1000 * statistics.median(recorder.seconds) if recorder.seconds else 0.0
     return DrafterTuning(recorder.rates(), draft_ms, tokens / max(calls, 1), 0.0)
+
+
+def as_deep_as_pays(found: DrafterTuning, cost: VerifyCost) -> DrafterTuning:
+    """A draft model's rates up to the depth with the most tokens per second, and zeros beyond: each node costs a step."""
+    step_ms, curve = found.draft_ms / OBSERVED_NODES, cost.curve(cost.histories[0])
+    tokens = 1 + np.cumsum(np.cumprod(found.rates))
+    depths = np.arange(1, min(len(tokens), OBSERVED_NODES) + 1)
+    best = int(depths[(tokens[: len(depths)] / (curve[1 + depths] + depths * step_ms)).argmax()])
+    rates = (*found.rates[:best], *(0.0,) * (len(found.rates) - best))
+    return dataclasses.replace(found, rates=rates, draft_ms=best * step_ms)
 
 
 def _decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: str, options: LoopOptions) -> DecodingLoop:

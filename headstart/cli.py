@@ -161,6 +161,7 @@ def tune(
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts.", min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     max_nodes: Annotated[int, typer.Option(help="The most nodes of a tree.")] = 47,
+    draft_model: DraftModel = None,
     threads: Threads = None,
     force: Force = False,
 ) -> None:
@@ -173,7 +174,7 @@ def tune(
 
     options = TuneOptions(max_new_tokens, max_nodes)
     with counted() as progress:
-        found = run(bundle, read_prompts(data)[:limit], device, threads, options, force, progress)
+        found = run(bundle, read_prompts(data)[:limit], device, threads, draft_model, options, force, progress)
     show_tuning(bundle, found)
 
 
@@ -185,6 +186,7 @@ def bench(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.")] = 5,
     drafter: Annotated[list[str] | None, typer.Option(help="Measure this one; may be repeated. All by default.")] = None,
+    draft_model: DraftModel = None,
     untuned: Untuned = False,
     threads: Threads = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
@@ -202,7 +204,7 @@ def bench(
 
     classes = {kind: texts[:limit] for kind, texts in read_prompt_classes(prompts).items()}
     started = time.perf_counter()
-    model = load(bundle, threads=threads, tuned=not untuned)
+    model = load(bundle, threads=threads, draft_model=draft_model, tuned=not untuned)
     load_s = time.perf_counter() - started
     with counted() as progress:
         result = run(model, classes, max_new_tokens, rounds, drafter or (), load_s, progress)

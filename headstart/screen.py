@@ -121,13 +121,13 @@ def show_bench(bench: "Bench") -> None:
 
 
 def show_quantization(report: "QuantizationReport") -> None:
-    drafters = list(report.schemes[0].acceptance)
+    drafters = report.drafters
     columns = ("perplexity", "agreement", "KL, nats", *drafters, "disk MB", "memory MB")
     title = f"{report.text}: {report.tokens} tokens; acceptance length on {report.prompts} prompts"
     grid = table(title, "bundle", "scheme", *columns)
     for one in report.schemes:
         quality = (f"{one.perplexity:.3f}", f"{one.agreement:.1%}", f"{one.kl:.4f}")
-        lengths = (f"{one.acceptance[name]:.2f}" for name in drafters)
+        lengths = (f"{one.acceptance[name]:.2f}" if name in one.acceptance else "none" for name in drafters)
         grid.add_row(one.bundle, one.scheme, *quality, *lengths, f"{one.disk_mb:.1f}", f"{one.memory_mb:.0f}")
     out.print(grid)
     if not all(one.built for one in report.schemes):

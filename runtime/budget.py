@@ -68,8 +68,11 @@ class Budget:
         return self._rest > 0
 
     def cut(self, tree: DraftTree, history: int) -> DraftTree:
-        """The part of `tree` with the highest (1 + Σ probability) / (t(n) + draft time); empty where plain decoding is best."""
-        if not len(tree):
+        """The part of `tree` with the highest (1 + Σ probability) / (t(n) + draft time); empty where plain decoding is best.
+
+        A draft that was sampled stays whole: leaving nodes out by what was drawn would bend the output's distribution.
+        """
+        if not len(tree) or tree.draft_probs is not None:
             return tree
         cost = self._cost(history)
         probabilities = np.sort(np.exp(tree.log_probs.astype(np.float64)))[::-1][: MAX_ROWS - 1]

@@ -122,6 +122,10 @@ class Model:
         if name == "auto":
             # Heads cost a graph and a larger verify pass, which only measuring can justify; n-grams cost next to nothing.
             name = "ngram" if self.tuning is None else self.tuning.chosen
+            if "draft_model" in name and name not in self._drafters:
+                raise OptionError(
+                    f"Tuning chose {name}, and no draft model was loaded. Fix: --draft-model BUNDLE, or --drafter NAME."
+                )
         if name == "none":
             return None
         if name not in self._drafters:
@@ -242,23 +246,28 @@ def load(
     bundle = Bundle.load(path)
     engine = OnnxRuntimeEngine.open(bundle, threads)
     tuning = read_tuning(bundle, device, engine.built[0] if engine.built else None, engine.threads) if tuned else None
-    drafters = _drafters(bundle, engine, tuning)
-    if draft_model is not None:
-        drafters["draft_model"] = DraftModelDrafter("draft_model", _draft_engine(draft_model, bundle))
+    draft_engine = None if draft_model is None else _draft_engine(draft_model, bundle)
+    drafters = _drafters(bundle, engine, draft_engine, tuning)
     return Model(bundle, engine, Tokenizer.load(bundle.path / "tokenizer"), drafters, tuning)
 
 
-def _drafters(bundle: Bundle, engine: OnnxRuntimeEngine, tuning: Tuning | None) -> dict[str, Drafter]:
-    """The bundle's heads, n-grams, and the pairs that tuning measured; each believing its measured rates."""
+def _drafters(
+    bundle: Bundle, engine: OnnxRuntimeEngine, draft_engine: OnnxRuntimeEngine | None, tuning: Tuning | None
+) -> dict[str, Drafter]:
+    """The bundle's heads, n-grams, the draft model, and the pairs that tuning measured; each believing its measured rates."""
     tuned: dict[str, TunedDrafter] = {}
     for name in bundle.manifest.heads:
         info = bundle.head(name)
         tuned[name] = MedusaDrafter(name, engine.head(info), info.heads)
     tuned["ngram"] = NGramDrafter()
+    if draft_engine is not None:
+        tuned["draft_model"] = DraftModelDrafter("draft_model", draft_engine)
     for name, found in (tuning.drafters if tuning else {}).items():
-        if name not in tuned:
-            first, second = name.split("+")
-            tuned[name] = FirstThatPays(tuned[first], tuned[second], found.enough)
+        parts = name.split("+")
+        if any(part not in tuned for part in parts):
+            continue  # tuned with a draft model that is not given this time
+        if len(parts) > 1:
+            tuned[name] = FirstThatPays(tuned[parts[0]], tuned[parts[1]], found.enough)
         tuned[name].use_rates(found.rates)
     return dict(tuned)
 

@@ -16,6 +16,7 @@ from headstart.runtime.bundle import Bundle
 BundleOf = Callable[[str], Bundle]
 CheckpointOf = Callable[[str], Path]
 COMMAND = [sys.executable, "-m", "headstart"]
+COMMANDS = ("export", "quantize", "build", "tune", "compare", "bench", "inspect", "generate", "verify", "demo", "heads")
 
 
 def headstart(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -153,7 +154,7 @@ def test_prompt_files(tmp_path: Path, bundle_of: BundleOf) -> None:
     assert "no prompt" in refused("verify", bundle, "--prompts", tmp_path / "e.txt")
 
 
-@pytest.mark.parametrize("command", ["export", "inspect", "generate", "verify", "demo", "heads"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     done = headstart(command, "--help")
     assert done.returncode == 0 and "Usage" in done.stdout
@@ -168,3 +169,45 @@ def test_folders_stand_for_their_text_files(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\x01\0\x02")
     assert text_files([tmp_path]) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
     assert text_files([tmp_path / "weights.bin"]) == [tmp_path / "weights.bin"], "what is named is taken"
+
+
+def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """quantize, build, tune, bench, generate: each by its command, each leaving what the next one reads."""
+    small, prompts = tmp_path / "small", tmp_path / "prompts.txt"
+    prompts.write_text("abc abc abc\nhello hello\n")
+    done = headstart("quantize", bundle_of("llama").path, "-o", small, "--weights", "int4")
+    assert done.returncode == 0 and "weights int4, method rtn" in done.stdout, done.stderr
+    done = headstart("build", small)
+    assert done.returncode == 0 and "fused attention layers" in done.stdout, done.stderr
+    done = headstart("tune", small, "--data", prompts, "-n", 16)
+    assert done.returncode == 0 and "chosen: " in done.stdout, done.stderr
+    done = headstart("bench", small, "--prompts", prompts, "-n", 8, "--rounds", 1, "--json", tmp_path / "bench.json")
+    assert done.returncode == 0 and "verify behind" in done.stdout, done.stderr
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert {"machine", "commit", "verify_ms", "rows"} <= set(figures)
+    row = {
+        "drafter",
+        "prompt_class",
+        "prefill_tokens_per_s",
+        "ttft_ms",
+        "decode_tokens_per_s",
+        "acceptance_length",
+        "round_cost",
+    }
+    assert row <= set(figures["rows"][0])
+    done = headstart("generate", small, "abc", "-n", 8, "--stats")
+    assert done.returncode == 0 and "acceptance length" in done.stderr
+
+
+def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
+    bundle = bundle_of("llama").path
+    assert "device 'tpu' is unknown. Choose one of: cpu." in refused("build", bundle, "--device", "tpu")
+    assert "cannot be read" in refused("tune", bundle, "--data", tmp_path / "none.txt")
+    (tmp_path / "prompts.txt").write_text("abc\n")
+    assert "drafter 'eagle' is unknown" in refused("bench", bundle, "--prompts", tmp_path / "prompts.txt", "--drafter", "eagle")
+    (tmp_path / "tiny.txt").write_text("a b c")
+    out = tmp_path / "out"
+    assert "calibration needs at least 512" in refused(
+        "quantize", bundle, "-o", out, "--method", "gptq", "--data", tmp_path / "tiny.txt"
+    )
+    assert not out.exists()

@@ -76,10 +76,10 @@ def probe_model(activations: str) -> Any:
         _initializer("expected", expected),
     ]
     product = ir.node("MatMulIntegerToFloat", values[:5], domain=MICROSOFT)
-    error = ir.node("Sub", [product.outputs[0], values[5]])
-    largest_error = ir.node("ReduceMax", [ir.node("Abs", error.outputs).outputs[0]], attributes={"keepdims": 0})
-    nodes = [product, error, largest_error.inputs[0].producer(), largest_error]
-    out = largest_error.outputs[0]
+    difference = ir.node("Sub", [product.outputs[0], values[5]])
+    distance = ir.node("Abs", difference.outputs)
+    worst = ir.node("ReduceMax", distance.outputs, attributes={"keepdims": 0})
+    nodes, out = [product, difference, distance, worst], worst.outputs[0]
     out.name, out.dtype, out.shape = "error", ir.DataType.FLOAT, ir.Shape(())
     imports = {"": 21, MICROSOFT: 1}
     return ir.Model(ir.Graph([], [out], nodes=nodes, initializers=values, opset_imports=imports, name="probe"), ir_version=10)

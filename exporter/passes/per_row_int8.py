@@ -37,28 +37,29 @@ def _rewrite(model: Any, linear: Linear, activations: str, rows: dict[int, tuple
     source, result = linear.node.inputs[0], linear.node.outputs[0]
     if id(source) not in rows:  # layers that read the same activations share their quantization
         rows[id(source)] = _quantize_rows(write, source, activations)
-    quantized, scales = rows[id(source)]
+    quantized, largest = rows[id(source)]
     values, channel_scales = per_channel(linear)
     weight = write.constant(f"{linear.name}.int8", np.ascontiguousarray(values))
-    channel = write.constant(f"{linear.name}.channel_scale", channel_scales)
-    one, zero_point = _quantization_constants(write, activations)
-    inputs = [quantized, weight, one, channel, zero_point]
+    channel = write.constant(f"{linear.name}.channel_scale", channel_scales / LARGEST)
+    zero_point = _zero_point(write, activations)
+    inputs = [quantized, weight, write.constant("one", np.float32(1)), channel, zero_point]
     product = write.node("MatMulIntegerToFloat", inputs, MICROSOFT)
-    put_in_place(result, write.node("Mul", [product, scales]))
+    put_in_place(result, write.node("Mul", [product, largest]))
 
 
 def _quantize_rows(write: Writer, source: Any, activations: str) -> tuple[Any, Any]:
-    """(whole numbers [B, T, K], scales [B, T, 1]). A row of zeros has scale 0, and 0 · anything finite is 0 again."""
-    axes, reciprocal = write.ints([-1]), write.constant("one_127th", np.float32(1 / LARGEST))
-    largest = write.node("ReduceMax", [write.node("Abs", [source]), axes], keepdims=1)
-    scales = write.node("Mul", [largest, reciprocal])
-    one, zero_point = _quantization_constants(write, activations)
-    return write.node("QuantizeLinear", [write.node("Div", [source, scales]), one, zero_point]), scales
+    """(whole numbers [B, T, K], largest magnitudes [B, T, 1]): each row divided by its largest, in steps of 1/127.
+
+    The 127 is made up for in the weight's scales. A row of zeros is 0/0, and whatever that becomes is multiplied by 0 again.
+    """
+    largest = write.node("ReduceMax", [write.node("Abs", [source]), write.ints([-1])], keepdims=1)
+    step = write.constant("one_127th", np.float32(1 / LARGEST))
+    inputs = [write.node("Div", [source, largest]), step, _zero_point(write, activations)]
+    return write.node("QuantizeLinear", inputs), largest
 
 
-def _quantization_constants(write: Writer, activations: str) -> tuple[Any, Any]:
-    zero_point = np.array(ZERO_POINTS[activations], activations)
-    return write.constant("one", np.float32(1)), write.constant(f"zero_point.{activations}", zero_point)
+def _zero_point(write: Writer, activations: str) -> Any:
+    return write.constant(f"zero_point.{activations}", np.array(ZERO_POINTS[activations], activations))
 
 
 def per_channel(linear: Linear) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -20,9 +20,14 @@ SLOT_STEP = 256  # caches grow to multiples of this
 
 
 class DraftModelDrafter:
-    """Family C without features. Greedy requests get greedy drafts; sampled ones get samples and their distributions."""
+    """Family C without features. Greedy requests get greedy drafts; sampled ones get samples and their distributions.
+
+    A node's class is its depth. Every node costs a step of the draft model, so tuning also says how deep drafting pays:
+    its rates are zero beyond.
+    """
 
     default_nodes = 4
+    class_count = 32
 
     def __init__(self, name: str, engine: Engine) -> None:
         self.name = name
@@ -30,6 +35,13 @@ class DraftModelDrafter:
         self._generators: dict[int, np.random.Generator] = {}
         self._caches: dict[int, KVCache] = {}
         self._fed: dict[int, list[int]] = {}  # tokens whose keys and values stand in each row's cache
+        self._deepest = self.class_count
+
+    def prior_rates(self) -> list[float]:
+        return [0.7] * self.class_count
+
+    def use_rates(self, rates: Sequence[float]) -> None:
+        self._deepest = sum(rate > 0 for rate in rates)
 
     def open(self, batch: int) -> None:
         self._caches = {}
@@ -42,7 +54,7 @@ class DraftModelDrafter:
     def _draft(self, request: DraftRequest) -> DraftTree:
         tokens = list(request.token_ids)
         room = self._engine.model.max_cache - len(tokens)  # the draft model's own limit may be the shorter one
-        steps = min(request.max_nodes, request.max_depth, room)
+        steps = min(request.max_nodes, request.max_depth, room, self._deepest)
         if steps <= 0:
             return empty_tree()
         logits = self._catch_up(request.row, tokens)
@@ -59,9 +71,8 @@ class DraftModelDrafter:
                 logits = self._feed(request.row, [token])
         log_probs = [float(np.log(max(q[t], 1e-30))) for q, t in zip(distributions, drafted, strict=True)]
         tree = chain(drafted, log_probs)
-        if request.sampling.greedy:
-            return tree
-        return DraftTree(tree.token_ids, tree.parents, tree.log_probs, np.stack(distributions))
+        drawn = None if request.sampling.greedy else np.stack(distributions)
+        return DraftTree(tree.token_ids, tree.parents, tree.log_probs, drawn, np.arange(len(drafted), dtype=np.int64))
 
     def _draw(self, request: DraftRequest, probabilities: NDArray[np.float64]) -> int:
         """Repeatable with the user's seed, from a stream of its own: drafts must not share the acceptance tests' draws."""

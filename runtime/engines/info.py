@@ -64,7 +64,8 @@ def built_engine(bundle: Bundle, device: str) -> EngineInfo | None:
         raise EngineError(f"{file} is no valid engine description ({error}). {fix}") from error
     if info.device != device:
         raise EngineError(f"{file.parent} was built for the device {info.device}, not {device}. {fix}")
-    changed = [name for name, digest in info.source.items() if bundle.manifest.files.get(name) != digest]
+    now = engine_source(bundle)
+    changed = sorted(name for name in info.source.keys() | now.keys() if info.source.get(name) != now.get(name))
     if changed:
         raise EngineError(f"{file.parent} was built from another {changed[0]} than the bundle now holds. {fix}")
     return info

@@ -31,6 +31,7 @@ class Workshop:
         self.folder = folder
         self._pythons = pythons
         self._variables = worker_variables(threads)
+        self._failures: dict[str, PreparationError] = {}  # what failed once is not tried again for the next mode
 
     def python(self, rival: Rival) -> Path:
         """The interpreter of a rival's environment, which is made when it is not there."""
@@ -71,24 +72,31 @@ class Workshop:
 
     def _convert(self, rival: Rival, checkpoint: Path, weights: str, home: Path) -> None:
         say(f"converting {checkpoint} for {rival.program}, {weights}")
-        started = home.with_name(home.name + ".part")
+        started = home.with_name(f"{home.name}.part{os.getpid()}")  # another run may be making the same
         shutil.rmtree(started, ignore_errors=True)
         home.parent.mkdir(parents=True, exist_ok=True)
         worker = [str(self.python(rival)), "-m", f"rival_workers.{rival.name}", "convert"]
         self._run(f"convert-{rival.name}-{weights}", [*worker, str(checkpoint.resolve()), weights, str(started.resolve())])
-        started.rename(home)
+        if home.is_dir():
+            shutil.rmtree(started)
+        else:
+            started.rename(home)
 
     def _run(self, name: str, command: list[str]) -> None:
+        key = " ".join(command)
+        if key in self._failures:
+            raise self._failures[key]
         log = self.log(name)
         with log.open("wb") as output:
             done = subprocess.run(command, cwd=HERE, env=self._variables, stdout=output, stderr=subprocess.STDOUT, check=False)
         if done.returncode:
-            raise PreparationError(f"{name} failed: {last_error(log)} (all of it: {log})")
+            self._failures[key] = PreparationError(f"{last_error(log)} (all of it: {log})")
+            raise self._failures[key]
 
 
 def fingerprint(checkpoint: Path, rival: Rival) -> str:
-    """Of the files a conversion reads and the packages that make it: other weights, another folder."""
-    digest = hashlib.sha256(json.dumps(rival.packages).encode())
+    """Of the files a conversion reads and what makes it: other weights, another folder."""
+    digest = hashlib.sha256(json.dumps([rival.packages, rival.recipe]).encode())
     for name in HASHED:
         with (checkpoint / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -105,7 +113,7 @@ def last_error(log: Path) -> str:
     """The last line that says anything, preferably one that names an error."""
     lines = [line.strip() for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line]
-    return (errors or lines or ["it said nothing"])[-1][:300]
+    return (errors or lines or ["it said nothing"])[-1][:200]
 
 
 def say(text: str) -> None:

@@ -69,6 +69,7 @@ def main() -> int:
 
 
 def _run(task: Task, shop: Workshop, stations: list[Station], failed: list[Configuration], arguments: Any) -> int:
+    known = fingerprint(task.checkpoint, RIVALS["transformers_torch"])
     reference = _reference(task, shop)
     try:
         keep = _open(stations, task)
@@ -83,6 +84,8 @@ def _run(task: Task, shop: Workshop, stations: list[Station], failed: list[Confi
         for station in stations:
             station.worker.stop()
     print(markdown(rows, reference))
+    if fingerprint(task.checkpoint, RIVALS["transformers_torch"]) != known:
+        raise InputError(f"{task.checkpoint} changed during the run: programs have read different weights")
     return FINE
 
 
@@ -236,6 +239,8 @@ def _reference(task: Task, shop: Workshop) -> list[list[int]] | None:
         except (PreparationError, WorkerError) as error:
             say(f"no reference to compare with: {error}")
             return None
+        if file.stem != fingerprint(task.checkpoint, rival):
+            raise InputError(f"{task.checkpoint} changed while it was read: start again when it is finished")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known), "utf-8")
     return [known[key] for key in keys]

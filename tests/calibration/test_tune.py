@@ -119,6 +119,26 @@ def test_a_tuning_of_another_engine_is_refused(tuned: Path, tmp_path: Path) -> N
         load(copy, threads=2)
 
 
+def test_a_draft_model_is_tuned_to_the_depth_that_pays(tuned: Path, tmp_path: Path) -> None:
+    """The sample drafts for itself: its own step is as dear as the target's, so that depth has a price."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tuned, copy)
+    found = tune(copy, PROMPTS, threads=2, draft_model=tuned, options=SHORT, force=True)
+    assert {"draft_model", "ngram+draft_model"} <= set(found.drafters)
+    rates = found.drafters["draft_model"].rates
+    deepest = sum(rate > 0 for rate in rates)
+    assert 1 <= deepest < len(rates) and not any(rates[deepest:])
+    model = load(copy, threads=2, draft_model=tuned)
+    plain = model.generate(PROMPTS[0], max_new_tokens=24, drafter="none", ignore_end=True)
+    drafted = model.generate(PROMPTS[0], max_new_tokens=24, drafter="draft_model", ignore_end=True)
+    assert drafted.token_ids == plain.token_ids and drafted.stats.acceptance_length <= deepest + 1
+    alone = load(copy, threads=2)
+    assert "draft_model" not in alone.drafters
+    if "draft_model" in found.chosen:
+        with pytest.raises(OptionError, match="no draft model was loaded"):
+            alone.generate(PROMPTS[0])
+
+
 def test_bad_input(tuned: Path, bundle_of: BundleOf) -> None:
     with pytest.raises(OutputError, match="is not overwritten"):
         tune(tuned, PROMPTS, threads=2)

@@ -61,3 +61,10 @@ def test_a_drafter_that_pays_never_rests() -> None:
     for _ in range(10 * WINDOW):
         budget.observe(3, 4, 10, drafted=True)
         assert not budget.resting
+
+
+def test_sampled_drafts_are_never_cut() -> None:
+    """What was drawn must not decide what is verified: the output's distribution would bend."""
+    drawn = sure_chain(0.1, 4)
+    drawn = DraftTree(drawn.token_ids, drawn.parents, drawn.log_probs, np.full((4, 8), 0.125))
+    assert len(Budget(LINEAR, 0.0, 16).cut(drawn, 10)) == 4

@@ -5,14 +5,13 @@ it has no tree and no heads for Llama. It steps token by token, so prefill and d
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from .protocol import Answer, Rival, Served, Setup, main, version_of
+from .protocol import Answer, Rival, Served, Setup, main, run_converter, version_of
 
 # Settings are those its documentation starts from (docs/SpeculativeDecoding.md): fixed width 4, and adaptive width from 2.
 SPECULATION: dict[str, dict[str, Any]] = {
@@ -22,6 +21,15 @@ SPECULATION: dict[str, dict[str, Any]] = {
     "draft k=4": {"max_draft_tokens": 4},
     "draft adaptive": {"min_adaptive_k": 2},
 }
+# The builder of 0.18.0 takes every linear layer with as many outputs as there are tokens for the LM head: with an MLP of just
+# that size it writes the logits of the first layer, and all tokens are wrong. The LM head has a name; nothing else changes.
+BUILDER = """
+import runpy
+import onnxruntime_genai.models  # makes its folder importable: the builder imports `builders` from there
+from builders import base
+base.Model.has_lm_head = lambda self, module: module is self.weights.lm_head
+runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+"""
 RIVAL = Rival(
     name="onnxruntime_genai",
     program="onnxruntime-genai",
@@ -36,14 +44,15 @@ RIVAL = Rival(
     weights=("int4", "int8", "fp32"),
     groups=(("plain", "ngram k=4", "ngram adaptive"), ("draft k=4", "draft adaptive")),
     draft_weights="int8",
+    recipe=2,
 )
 
 
 def convert(checkpoint: Path, weights: str, folder: Path) -> None:
     """The model builder with its defaults for the CPU."""
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder)]
+    builder = [sys.executable, "-c", BUILDER, "-i", str(checkpoint), "-o", str(folder)]
     with tempfile.TemporaryDirectory() as cache:
-        subprocess.run([*builder, "-p", weights, "-e", "cpu", "-c", cache], check=True)
+        run_converter([*builder, "-p", weights, "-e", "cpu", "-c", cache])
 
 
 def load(setup: Setup) -> Served:

@@ -6,12 +6,11 @@ and the activations are float. It has no step, so prefill is the time of one tok
 that have such a head; Medusa heads do not.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from .protocol import Answer, Rival, Served, Setup, main, split_by_length, version_of
+from .protocol import Answer, Rival, Served, Setup, main, run_converter, split_by_length, version_of
 
 DRAFTED_TOKENS = 5  # of its samples for both prompt lookup and draft models
 LOOKUP_NGRAM = 3
@@ -38,7 +37,7 @@ def convert(checkpoint: Path, weights: str, folder: Path) -> None:
     command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "-m", str(checkpoint)]
     fallback = ["--group-size-fallback", "adjust"] if weights == "int4" else []
     task = ["--task", "text-generation-with-past", "--weight-format", weights]
-    subprocess.run([*command, *task, *fallback, str(folder)], check=True)
+    run_converter([*command, *task, *fallback, str(folder)])
 
 
 def load(setup: Setup) -> Served:

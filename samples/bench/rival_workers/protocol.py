@@ -14,6 +14,7 @@ It does not know how many rounds there are, nor what the others do.
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class Rival:
         groups: modes that share one loaded model, so one process; resident memory is that of a group.
         draft_weights: the precision of the draft model, whatever the target's.
         converts: False where the program reads the checkpoint itself.
+        recipe: of `convert`; raise it with a change there, so that older conversions are not found again.
         unwanted: packages that come along and have to go again.
     """
 
@@ -44,6 +46,7 @@ class Rival:
     groups: tuple[tuple[str, ...], ...]
     draft_weights: str | None = None
     converts: bool = True
+    recipe: int = 1
     unwanted: tuple[str, ...] = ()
 
 
@@ -88,6 +91,12 @@ def main(convert: Callable[[Path, str, Path], None], load: Callable[[Setup], Ser
         convert(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
     else:
         _serve(Setup(**json.loads(sys.argv[2])), load, answers)
+
+
+def run_converter(command: list[str]) -> None:
+    """A rival's own converter; where it fails, its last words are the error, not ours."""
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)
 
 
 def version_of(*packages: str) -> str:
