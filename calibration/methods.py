@@ -175,7 +175,7 @@ def _norm_parameters(value: Any, readers: int) -> list[tuple[Any, int]] | None:
 
     None when something else reads `value`, too, or when it comes from no norm.
     """
-    if len(value.uses()) != readers or value.is_graph_output():
+    if value.shape is None or len(value.uses()) != readers or value.is_graph_output():
         return None
     norm = producer(value, "LayerNormalization")
     if norm is not None:

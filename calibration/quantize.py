@@ -17,6 +17,7 @@ import numpy as np
 from headstart.exporter.golden import GREEDY, golden_inputs, save_golden
 from headstart.exporter.graph import graph_info, save_graph, weight_infos
 from headstart.exporter.heads.builder import load_head, reference, save_head
+from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, put_in_place
 from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
@@ -126,7 +127,7 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     import onnx_ir as ir
 
     shutil.copytree(bundle.path / "tokenizer", folder / "tokenizer")
-    model = ir.load(bundle.path / bundle.manifest.graphs["decoder"].file)
+    model, _ = split_gemms(ir.load(bundle.path / bundle.manifest.graphs["decoder"].file))
     _check_groups(model, bundle.manifest.model.vocab_size, options)
     rounder = _rounder(bundle, model, options, data, progress)
     quantize_decoder(model, bundle.manifest.model.vocab_size, options, rounder, progress)

@@ -79,7 +79,8 @@ def tune(
     model = load(bundle, device, threads, draft_model, tuned=False)
     cost = verify_cost(model.engine, progress)
     names = [name for name in model.drafters if isinstance(model.drafter(name), TunedDrafter)]
-    drafters = {name: observe(model, name, prompts, options, progress) for name in names}
+    plain_ms = _other_ms(_decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
+    drafters = {name: observe(model, name, prompts, options, plain_ms, progress) for name in names}
     if "draft_model" in drafters:
         drafters["draft_model"] = as_deep_as_pays(drafters["draft_model"], cost)
     drafters |= _pairs(drafters)
@@ -182,20 +183,34 @@ class Recorder:
         return tuple(map(float, (self.accepted + PRIOR_WEIGHT * prior) / (self.seen + PRIOR_WEIGHT)))
 
 
-def observe(model: Model, name: str, prompts: Sequence[str], options: TuneOptions, progress: Progress) -> DrafterTuning:
-    """Decode the prompts with generous trees, and count."""
+def observe(
+    model: Model, name: str, prompts: Sequence[str], options: TuneOptions, plain_ms: float, progress: Progress
+) -> DrafterTuning:
+    """Decode the prompts with generous trees, and count.
+
+    What a round takes beside verifying, over what a plain round does (`plain_ms`), is part of the draft's price.
+    """
     inner = model.drafter(name)
     assert isinstance(inner, TunedDrafter)
     recorder = Recorder(inner)
     calls = tokens = 0
+    other_ms = []
     for done, prompt in enumerate(prompts):
         loop = _decode(model, recorder, prompt, LoopOptions(options.max_new_tokens, draft_nodes=OBSERVED_NODES))
         text = loop.sequences[0]
         recorder.settle(0, text.token_ids)
         calls, tokens = calls + text.verify_calls, tokens + text.new_tokens - 1
+        other_ms.append(_other_ms(loop))
         progress(name, done + 1, len(prompts))
     draft_ms = 1000 * statistics.median(recorder.seconds) if recorder.seconds else 0.0
+    draft_ms += max(0.0, statistics.median(other_ms) - plain_ms)
     return DrafterTuning(recorder.rates(), draft_ms, tokens / max(calls, 1), 0.0)
+
+
+def _other_ms(loop: DecodingLoop) -> float:
+    """Milliseconds per round that are neither drafting nor verifying: accepting, committing, Python."""
+    clock = loop.clock
+    return 1000 * (clock.decode_s - clock.draft_s - clock.verify_s) / max(loop.sequences[0].verify_calls, 1)
 
 
 def as_deep_as_pays(found: DrafterTuning, cost: VerifyCost) -> DrafterTuning:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.grouped_query_attention import fuse_attention, fused_layers
 from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.normalization import fuse_normalization
@@ -54,7 +55,7 @@ def lower_head(model: Any, activations: str) -> Any:
 
 
 def _common(activations: str) -> tuple[Pass, ...]:
-    return fuse_normalization, pack_linears, lambda model: lower_linears(model, activations)
+    return split_gemms, fuse_normalization, pack_linears, lambda model: lower_linears(model, activations)
 
 
 def probe_model(activations: str) -> Any:

@@ -52,6 +52,18 @@ def test_graphs_stay_standard_and_weights_shrink(bundle_of: BundleOf, tmp_path: 
     assert verify(bundle.path, ["abc"], 8).ok
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_layers_written_as_gemm_are_quantized_too(bundle_of: BundleOf, tmp_path: Path, name: str) -> None:
+    bundle = quantize(bundle_of(name).path, tmp_path / "small")
+    model = ir.load(bundle.path / "graphs/decoder.onnx")
+    assert not any(node.op_type == "Gemm" for node in model.graph)
+    found = list(linears(model))
+    assert len(found) >= 9 and all(linear.quantized for linear in found)
+    ids = np.arange(5, 25)
+    before = all_logits(OnnxRuntimeEngine(bundle_of(name)), ids)
+    assert np.abs(before - all_logits(OnnxRuntimeEngine(bundle), ids)).max() < 0.03 * np.ptp(before)
+
+
 def test_tied_embedding_is_stored_once(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = quantize(bundle_of("llama_tied").path, tmp_path / "small")
     model = ir.load(bundle.path / "graphs/decoder.onnx")
