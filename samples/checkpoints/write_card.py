@@ -51,7 +51,7 @@ next token alone, in float32; the rest also on the four tokens after it (multi-t
 
 **Held-out perplexity: {training["held_out_perplexity"]}** per token, on files it never saw.
 
-Four Medusa heads of {report["options"]["layers"]} residual blocks that share the LM head, by
+Four Medusa heads (residual blocks each: {report["options"]["layers"]}) that share the LM head, by
 [train_heads.py](../train_heads.py), on the model's own continuations. On continuations left out of training, the right
 token is among the head's best:
 
