@@ -33,7 +33,7 @@ def completions(bundle: Path) -> str:
         result = model.generate(prompt, max_new_tokens=NEW_TOKENS, **options)
         given = "\n".join(prompt.splitlines()[-SHOWN_LINES:])
         how = "temperature 0.5" if sampled else "greedy"
-        parts.append(f"{number}. ({how})\n\n~~~python\n{given}⟦{result.text}⟧\n~~~\n")
+        parts.append(f"{number}. ({how})\n\n~~~text\n{given}⟦{result.text}⟧\n~~~\n")
     return "\n".join(parts)
 
 
