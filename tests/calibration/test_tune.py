@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from headstart.calibration.bench import bench, draw
-from headstart.calibration.quantize import quantize
 from headstart.calibration.tune import PRIOR_WEIGHT, Recorder, TuneOptions, tune
 from headstart.exporter.build import build
 from headstart.exporter.export import export
@@ -63,9 +62,9 @@ def test_recorder_counts_nodes_whose_parent_was_accepted() -> None:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tuned")
-    export(SAMPLE, folder / "float", [SAMPLE / "medusa"])
-    bundle = quantize(folder / "float", folder / "int8").path
+    """In float32: which trees are verified depends on measured times, and integer rounding may differ at near-ties in trees."""
+    bundle = tmp_path_factory.mktemp("tuned") / "bundle"
+    export(SAMPLE, bundle, [SAMPLE / "medusa"])
     build(bundle)
     tune(bundle, PROMPTS, threads=2, options=SHORT)
     return bundle

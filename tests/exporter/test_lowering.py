@@ -111,7 +111,7 @@ def test_rows_beside_a_row_do_not_change_it(built: Callable[[str, str], Bundle])
 
 
 def test_a_batch_equals_single_runs(built: Callable[[str, str], Bundle]) -> None:
-    model = load(built("llama", "int8").path)
+    model = load(built("llama", "float32").path)  # the two forms of attention round alike, to the last bit but one
     prompts = ["abc", "hello there", "x"]
     together = [r.token_ids for r in model.generate(prompts, max_new_tokens=12, ignore_end=True)]
     alone = [model.generate(p, max_new_tokens=12, ignore_end=True).token_ids for p in prompts]
