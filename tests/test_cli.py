@@ -134,9 +134,9 @@ def test_edited_bundle_is_refused_by_file_name(tmp_path: Path, bundle_of: Bundle
 
 
 def test_interrupted_export_leaves_nothing(tmp_path: Path, checkpoint_of: CheckpointOf) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "export", str(checkpoint_of("gemma2")), "-o", str(tmp_path / "out")], stderr=subprocess.PIPE
-    )
+    # A parent that runs in the background ignores SIGINT, and children inherit that: the user's terminal does not.
+    command = [*COMMAND, "export", str(checkpoint_of("gemma2")), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not list(tmp_path.iterdir()):  # the temporary folder is the sign that work began
         assert process.poll() is None
         time.sleep(0.02)
