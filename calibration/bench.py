@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from headstart.runtime.budget import VerifyCost
-from headstart.runtime.errors import MissingExtraError, OptionError
+from headstart.runtime.errors import OptionError
 from headstart.runtime.model import Generation, Model
 from headstart.runtime.tuning import processor
 
+from .picture import load_pyplot
 from .tune import verify_cost
 
 Progress = Callable[[str, int, int], None]  # what, done, of
@@ -198,13 +199,7 @@ def resident_memory_mb() -> float:
 
 def draw(result: Bench, file: Path) -> None:
     """A picture: tokens/s per drafter and class, and the verify cost over rows. Raises MissingExtraError without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("Drawing", "bench") from error
+    pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     _draw_speeds(left, result)
     for history, line in result.verify_ms.items():

@@ -4,7 +4,6 @@ The canonical graph is cut behind the layer that is looked at and run by ONNX Ru
 one layer's sums and never the text's activations.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.onnxruntime import open_session
 from headstart.runtime.errors import OptionError
+from headstart.runtime.prompts import text_of
 from headstart.runtime.tokenizer import Tokenizer
 
 WINDOW = 256  # tokens that attend to one another
@@ -77,15 +77,14 @@ def read_texts(data: Path) -> list[str]:
 
 def _text_of(data: Path, number: int, line: str) -> str:
     try:
-        record = json.loads(line)
+        text = text_of(line, KEYS)
     except ValueError as error:
         raise OptionError(f"{data} line {number} is not JSON ({error}). Fix: one object a line.") from error
-    for key in KEYS:
-        if isinstance(record, dict) and isinstance(record.get(key), str):
-            return str(record[key])
-    raise OptionError(
-        f'{data} line {number} has no text under "text" or "prompt", found {line[:60]!r}. Fix: one such object a line.'
-    )
+    if text is None:
+        raise OptionError(
+            f'{data} line {number} has no text under "text" or "prompt", found {line[:60]!r}. Fix: one such object a line.'
+        )
+    return text
 
 
 def layer_of(linear: Linear) -> str:

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engine import Engine
 from headstart.runtime.engines.info import engine_folder
-from headstart.runtime.errors import MissingExtraError, OptionError
+from headstart.runtime.errors import OptionError
 from headstart.runtime.model import load
 
 from .observers import read_texts
+from .picture import load_pyplot
 from .verify import all_logits
 
 Progress = Callable[[str, int, int], None]  # what, done, of
@@ -180,13 +181,7 @@ def _memory_mb(path: Path) -> float:
 
 def draw(report: QuantizationReport, file: Path) -> None:
     """Perplexity over size on disk, and acceptance per drafter. Raises MissingExtraError without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("Drawing", "bench") from error
+    pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for one in report.schemes:
         left.scatter(one.disk_mb, one.perplexity)

@@ -37,10 +37,6 @@ class WeightScheme:
     def largest(self) -> int:
         return 127 if self.bits == 8 else 7
 
-    @property
-    def name(self) -> str:
-        return f"int{self.bits}" + (f" in groups of {self.group}" if self.group else "")
-
     def fits(self, inputs: int) -> bool:
         """Whether a weight of that many input rows divides into groups."""
         return not self.group or inputs % self.group == 0

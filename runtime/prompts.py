@@ -1,6 +1,7 @@
 """Files of prompts: plain text with one prompt a line, or JSON Lines with a "prompt" (or "text") in each object."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import PromptError
@@ -37,10 +38,16 @@ def read_prompt_classes(file: str | Path) -> dict[str, list[str]]:
 
 def _prompt_of(file: Path, number: int, line: str) -> str:
     try:
-        record = json.loads(line)
+        text = text_of(line, KEYS)
     except ValueError as error:
         raise PromptError(f"{file} line {number} is not JSON ({error}).") from error
-    for key in KEYS:
-        if isinstance(record, dict) and isinstance(record.get(key), str):
-            return str(record[key])
-    raise PromptError(f'{file} line {number}: an object with a text under "prompt" is needed, found {line[:60]!r}.')
+    if text is None:
+        raise PromptError(f'{file} line {number}: an object with a text under "prompt" is needed, found {line[:60]!r}.')
+    return text
+
+
+def text_of(line: str, keys: Sequence[str]) -> str | None:
+    """The text under the first of `keys` that a JSON line's object has; None without one. Raises ValueError for no JSON."""
+    record = json.loads(line)
+    texts = [record[key] for key in keys if isinstance(record.get(key), str)] if isinstance(record, dict) else []
+    return texts[0] if texts else None

@@ -58,7 +58,7 @@ def output_error(values: Floats, weight: Floats, rounded: Floats) -> float:
     return float(np.square(values @ (weight - rounded)).mean())
 
 
-@pytest.mark.parametrize("scheme", [WeightScheme(8), INT4, WeightScheme(4, 128)], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [WeightScheme(8), INT4, WeightScheme(4, 128)], ids=str)
 def test_gptq_errs_less_than_rounding(scheme: WeightScheme) -> None:
     seen, unseen = np.split(correlated(2048, 256), 2)
     weight, statistics = weight_of(256), statistics_of(seen)

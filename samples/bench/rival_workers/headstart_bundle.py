@@ -1,16 +1,13 @@
-"""Headstart itself: a bundle with every drafter it has, in the environment that runs rivals.py."""
+"""Headstart itself: a bundle with every drafter it has, in the environment that runs rivals.py.
 
-from pathlib import Path
+Bundles are given, not converted: `headstart export`, `quantize`, `build` and `tune` are measured as users ran them.
+"""
+
 from typing import Any
 
 from .protocol import Answer, Rival, Served, Setup, main, version_of
 
 RIVAL = Rival(name="headstart_bundle", program="Headstart", packages=(), weights=(), groups=((),), converts=False)
-
-
-def convert(checkpoint: Path, weights: str, folder: Path) -> None:
-    """Bundles are given, not made: `headstart export`, `quantize`, `build` and `tune` are measured as users ran them."""
-    raise NotImplementedError("give a bundle with --headstart LABEL=BUNDLE")
 
 
 def load(setup: Setup) -> Served:
@@ -40,4 +37,4 @@ def _generate(model: Any, request: dict[str, Any]) -> Answer:
 
 
 if __name__ == "__main__":
-    main(convert, load)
+    main(None, load)

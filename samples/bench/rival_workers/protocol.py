@@ -84,10 +84,12 @@ class Served:
     notes: list[str] = field(default_factory=list)
 
 
-def main(convert: Callable[[Path, str, Path], None], load: Callable[[Setup], Served]) -> None:
-    """The two commands of every worker file."""
+def main(convert: Callable[[Path, str, Path], None] | None, load: Callable[[Setup], Served]) -> None:
+    """The two commands of a worker file; `convert` is None where the program reads what it is given."""
     answers = _private_stdout()
     if sys.argv[1] == "convert":
+        if convert is None:
+            sys.exit("this program reads what it is given: there is nothing to convert")
         convert(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
     else:
         _serve(Setup(**json.loads(sys.argv[2])), load, answers)

@@ -5,7 +5,6 @@ wrong guess: there is no measured give-up. Plain fp32 is the reference of every 
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 from .protocol import Answer, Rival, Served, Setup, main, split_by_length, version_of
@@ -20,11 +19,6 @@ RIVAL = Rival(
     converts=False,
 )
 LOOKUP_TOKENS = 5  # of the example in its documentation
-
-
-def convert(checkpoint: Path, weights: str, folder: Path) -> None:
-    """Nothing to convert: the precision is chosen when the checkpoint is loaded."""
-    raise NotImplementedError
 
 
 def load(setup: Setup) -> Served:
@@ -81,4 +75,4 @@ def _generate(target: Any, speculation: dict[str, Any], request: dict[str, Any],
 
 
 if __name__ == "__main__":
-    main(convert, load)
+    main(None, load)
