@@ -171,7 +171,8 @@ class DecodingLoop:
         # The target adds one token of its own behind the path, so a deeper path than this could not be used.
         tokens_left = min(self._limit - len(sequence.token_ids), self._options.max_new_tokens - sequence.new_tokens) - 1
         sampling, rules = self._options.sampling, sequence.rules.text_rules
-        return DraftRequest(sequence.row, sequence.token_ids, sequence.hidden, nodes, tokens_left, sampling, rules)
+        tokens, begin = sequence.token_ids, sequence.prompt_tokens
+        return DraftRequest(sequence.row, tokens, sequence.hidden, nodes, tokens_left, sampling, begin, rules)
 
     def _verify(self, trees: list[DraftTree]) -> StepOutput:
         """One forward over every root and its tree; short trees are padded with rows that see only themselves."""

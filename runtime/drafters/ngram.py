@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.tree import ROOT, DraftTree, empty_tree
+from headstart.runtime.tree import DraftTree, tree_from_branches
 
-from .base import DraftRequest
+from .base import DraftRequest, step
 
 KEPT_ENDS = 8  # most recent occurrences remembered per n-gram
 LONGEST_MATCH = 32  # tokens a match is followed back
@@ -122,36 +122,16 @@ class NGramDrafter:
         return trees
 
     def _tree(self, index: NGramIndex, nodes: int, max_depth: int) -> DraftTree:
-        """Continuations of the matches, merged into a trie of at most `nodes` nodes, the most probable kept."""
-        tokens: list[int] = []
-        parents: list[int] = []
-        log_probs: list[float] = []
-        classes: list[int] = []
-        known: dict[tuple[int, int], int] = {}
+        """Continuations of the matches, each a branch."""
+        branches = []
         for rank, (start, length) in enumerate(index.matches(self._branches)):
-            parent, total = ROOT, 0.0
+            token_ids = index.continuation(start, min(nodes, max_depth))
             origin = int(start < index.text_begin)
-            for depth, token in enumerate(index.continuation(start, min(nodes, max_depth)), 1):
-                kind = node_class(origin, length, depth, rank)
-                total += float(self._log_rates[kind])
-                node = known.setdefault((parent, token), len(tokens))
-                if node == len(tokens):
-                    tokens.append(token)
-                    parents.append(parent)
-                    log_probs.append(min(total, 0.0 if parent == ROOT else log_probs[parent]))
-                    classes.append(kind)
-                parent, total = node, log_probs[node]
-        if not tokens:
-            return empty_tree()
-        arrays = np.array(tokens, np.int64), np.array(parents, np.int64), np.array(log_probs, np.float32)
-        return DraftTree(*arrays, classes=np.array(classes, np.int64)).best(nodes, max_depth)
+            branches.append((token_ids, [node_class(origin, length, depth, rank) for depth in range(1, len(token_ids) + 1)]))
+        return tree_from_branches(branches, self._log_rates).best(nodes, max_depth)
 
 
 def node_class(origin: int, match: int, depth: int, rank: int) -> int:
     """The class of a node that copies behind a match of that length; origin 1 is the source."""
-    place = (origin * len(MATCHES) + _step(MATCHES, match)) * len(DEPTHS) + _step(DEPTHS, depth)
-    return place * len(RANKS) + _step(RANKS, rank)
-
-
-def _step(steps: tuple[int, ...], value: int) -> int:
-    return sum(value >= lowest for lowest in steps) - 1
+    place = (origin * len(MATCHES) + step(MATCHES, match)) * len(DEPTHS) + step(DEPTHS, depth)
+    return place * len(RANKS) + step(RANKS, rank)

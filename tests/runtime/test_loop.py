@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.drafters.aligned_copy import AlignedCopyDrafter
 from headstart.runtime.drafters.base import DraftRequest
 from headstart.runtime.drafters.draft_model import DraftModelDrafter
 from headstart.runtime.drafters.ngram import NGramDrafter
@@ -97,6 +98,18 @@ def test_ngram_and_draft_model_change_nothing(engine: OnnxRuntimeEngine, bundle_
     assert [text.verify_calls for text in loop.sequences] == [10, 10, 10], "a draft equal to the target is always right"
     other = DraftModelDrafter("draft_model", OnnxRuntimeEngine(bundle_of("qwen2")))
     assert tokens_of(decode(engine, PROMPTS, other, max_new_tokens=50)) == plain
+
+
+def test_aligned_copies_change_nothing_and_save_rounds(engine: OnnxRuntimeEngine) -> None:
+    """The text to copy is the output itself with a token replaced, one inserted and one left out."""
+    plain = tokens_of(decode(engine, PROMPTS, max_new_tokens=50))
+    texts = []
+    for text, prompt in zip(plain, PROMPTS, strict=True):
+        new = text[len(prompt) :]
+        texts.append([*new[:10], 299, *new[11:20], 298, *new[20:30], *new[31:]])
+    loop = decode(engine, PROMPTS, AlignedCopyDrafter("copy", lambda r: texts[r.row]), max_new_tokens=50)
+    assert tokens_of(loop) == plain
+    assert all(text.verify_calls <= 12 for text in loop.sequences)
 
 
 def test_batch_equals_single_runs(engine: OnnxRuntimeEngine) -> None:
