@@ -34,7 +34,8 @@ class LoopOptions:
     """How a batch is decoded.
 
     `draft_nodes` None leaves the tree's size to the tuned budget, of which `budgets` makes one per sequence, or to the
-    drafter's own default where it makes none.
+    drafter's own default where it makes none. `rules` are the model's. `hypotheses`, one per sequence, are what was decoded
+    of earlier, shorter inputs: drafts for whoever wants them.
     """
 
     max_new_tokens: int = 128
@@ -43,6 +44,7 @@ class LoopOptions:
     draft_nodes: int | None = None
     budgets: Callable[[], Budget | None] = lambda: None
     rules: TokenRules = field(default_factory=TokenRules)
+    hypotheses: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -97,6 +99,8 @@ class DecodingLoop:
     ) -> None:
         self._engine, self._drafter, self._options = engine, drafter, options
         self._prompts, self._sources = prompts, sources
+        is_text = engine.model.source == "text"
+        self._source_ids: list[list[int]] = [source.tolist() for source in sources] if is_text else [[] for _ in prompts]
         self.clock = Clock()
         self.sequences: list[Text] = []
         self._limit = engine.model.max_cache
@@ -138,15 +142,16 @@ class DecodingLoop:
         seed = None if seed is None else seed + row
         budget = self._options.budgets() if self._options.draft_nodes is None else None
         hidden = output.hidden[0, -1].copy()
-        sequence = Text(row, prompt, len(prompt), self._rules(prompt), RandomChance(seed), hidden, budget)
+        sequence = Text(row, prompt, len(prompt), self._rules(row, prompt), RandomChance(seed), hidden, budget)
         first = accept(empty_tree(), output.logits[0], sequence.rules, prompt, sequence.chance, self._options.end_tokens)
         self._append(sequence, first.token_ids)
         return sequence
 
-    def _rules(self, prompt: list[int]) -> LogitRules:
+    def _rules(self, row: int, prompt: list[int]) -> LogitRules:
         options = self._options
         longest = min(self._limit, len(prompt) + options.max_new_tokens)
-        return LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens))
+        rules = options.rules.for_text(len(prompt), longest, options.end_tokens, self._source_ids[row])
+        return LogitRules(options.sampling, rules)
 
     def _round(self) -> list[list[int]]:
         trees = self._draft()
@@ -183,8 +188,19 @@ class DecodingLoop:
         # The target adds one token of its own behind the path, so a deeper path than this could not be used.
         tokens_left = min(self._limit - len(sequence.token_ids), self._options.max_new_tokens - sequence.new_tokens) - 1
         sampling, rules = self._options.sampling, sequence.rules.text_rules
-        tokens, begin = sequence.token_ids, sequence.prompt_tokens
-        return DraftRequest(sequence.row, tokens, sequence.hidden, nodes, tokens_left, sampling, begin, rules)
+        row, hypotheses = sequence.row, self._options.hypotheses
+        return DraftRequest(
+            row,
+            sequence.token_ids,
+            sequence.hidden,
+            nodes,
+            tokens_left,
+            sampling,
+            sequence.prompt_tokens,
+            rules,
+            source_ids=self._source_ids[row],
+            hypothesis_ids=hypotheses[row] if hypotheses else (),
+        )
 
     def _verify(self, trees: list[DraftTree]) -> StepOutput:
         """One forward over every root and its tree; short trees are padded with rows that see only themselves."""

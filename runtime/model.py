@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .budget import Budget
-from .bundle import Bundle
+from .bundle import Bundle, GenerationRules
+from .drafters.aligned_copy import previous_hypothesis, source_copy
 from .drafters.base import Drafter, TunedDrafter
 from .drafters.draft_model import DraftModelDrafter
 from .drafters.first_that_pays import FirstThatPays
@@ -18,6 +19,7 @@ from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
 from .errors import BundleError, OptionError, PromptError
 from .loop import DecodingLoop, FinishReason, LoopOptions, Text
+from .rules import TokenRules
 from .sampling import SamplingOptions
 from .tokenizer import TextStream, Tokenizer
 from .tuning import Tuning, read_tuning
@@ -129,6 +131,7 @@ class Model:
             drafter: "auto" (n-gram, until heads are tuned to the device), "none", or a name from `drafters`.
             draft_nodes: tree size; the drafter's default when None.
             temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed: see SamplingOptions.
+            hypotheses: per prompt, the token ids decoded of an earlier, shorter input; "auto" then drafts from them.
             stop: texts that end the completion; they are not part of it.
             ignore_end: go on after the model's end token.
         """
@@ -192,15 +195,25 @@ class Generation:
         stop: Sequence[str] = (),
         ignore_end: bool = False,
         decoder_prompt: str | Sequence[int] = (),
+        hypotheses: Sequence[Sequence[int]] = (),
         **sampling: Any,
     ) -> None:
         if not prompts or not all(np.size(prompt) and len(prompt) for prompt in prompts):
             raise PromptError("The prompt is empty: decoding needs some text to start from.")
-        rules = model.bundle.manifest.generation
-        ends = frozenset() if ignore_end else frozenset(rules.eos_token_ids)
-        self._drafter = model.drafter(drafter)
-        chosen = _sampling_options(sampling, rules.suppress_tokens)
-        options = LoopOptions(max_new_tokens, chosen, ends, draft_nodes, lambda: model.budget(self._drafter))
+        if hypotheses and len(hypotheses) != len(prompts):
+            raise OptionError(f"There must be one hypothesis for each of the {len(prompts)} prompts, got {len(hypotheses)}.")
+        stated = model.bundle.manifest.generation
+        ends = frozenset() if ignore_end else frozenset(stated.eos_token_ids)
+        self._drafter = previous_hypothesis() if hypotheses and drafter == "auto" else model.drafter(drafter)
+        options = LoopOptions(
+            max_new_tokens,
+            _sampling_options(sampling, stated),
+            ends,
+            draft_nodes,
+            lambda: model.budget(self._drafter),
+            TokenRules.of(stated, ends=not ignore_end),
+            hypotheses,
+        )
         self._tokenizer = model.tokenizer
         self._stop = [stop] if isinstance(stop, str) else list(stop)
         inputs = [model.inputs(prompt, decoder_prompt) for prompt in prompts]
@@ -255,9 +268,12 @@ class Generation:
         )
 
 
-def _sampling_options(values: dict[str, Any], suppress_tokens: tuple[int, ...]) -> SamplingOptions:
+def _sampling_options(values: dict[str, Any], stated: GenerationRules) -> SamplingOptions:
+    """The user's options, and the model's own where the user says nothing."""
     try:
-        return SamplingOptions(suppress_tokens=suppress_tokens, **values)
+        return SamplingOptions(
+            suppress_tokens=stated.suppress_tokens, **({"no_repeat_ngram": stated.no_repeat_ngram_size} | values)
+        )
     except TypeError as error:
         known = ", ".join(name for name in SamplingOptions.__dataclass_fields__ if name != "suppress_tokens")
         raise OptionError(f"unknown option ({error}). Sampling options are: {known}.") from error
@@ -304,6 +320,8 @@ def _drafters(
         info = bundle.head(name)
         tuned[name] = MedusaDrafter(name, engine.head(info), info.heads)
     tuned["ngram"] = NGramDrafter()
+    if bundle.manifest.model.source == "text":
+        tuned["source_copy"] = source_copy()
     if draft_engine is not None:
         tuned["draft_model"] = DraftModelDrafter("draft_model", draft_engine)
     for name, found in (tuning.drafters if tuning else {}).items():
