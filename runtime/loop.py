@@ -19,8 +19,8 @@ from .budget import Budget
 from .cache import KVCache
 from .drafters.base import Drafter, DraftRequest
 from .engine import MAX_ROWS, Engine, StepOutput
-from .errors import OptionError, PromptError
-from .prefill import prefill
+from .errors import OptionError
+from .prefill import check_prompts, prefill
 from .rules import TokenRules
 from .sampling import LogitRules, SamplingOptions
 from .tree import DraftTree, empty_tree
@@ -108,14 +108,8 @@ class DecodingLoop:
 
     def _new_cache(self) -> KVCache:
         """Sized by prompts and options alone, so that plain and speculative decoding compute in equal shapes."""
-        longest = max(map(len, self._prompts), default=0)
-        if longest == 0 or any(len(prompt) == 0 for prompt in self._prompts):
-            raise PromptError("The prompt is empty: decoding needs at least one token to start from.")
-        if longest >= self._limit:
-            raise PromptError(
-                f"The prompt has {longest} tokens, and this bundle's cache holds {self._limit} with room for no new one. "
-                f"Fix: at most {self._limit - 1} tokens, or export again with a larger --max-cache."
-            )
+        check_prompts(self._prompts, self._limit)
+        longest = max(map(len, self._prompts))
         slots = min(self._limit, longest + self._options.max_new_tokens) + MAX_ROWS
         return self._engine.new_cache(len(self._prompts), -(-slots // SLOT_STEP) * SLOT_STEP)
 
