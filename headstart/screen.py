@@ -69,7 +69,7 @@ def show_bundle(bundle: Bundle) -> None:
         "model": f"{model.architecture}, {model.parameters / 1e6:.2f} M parameters, {model.dtype}",
         "sizes": f"{model.layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
         "cache": f"up to {model.max_cache} tokens, {cache * bytes_each / 1024:.1f} KiB per token",
-        **({"source": _source(manifest)} if model.source else {}),
+        **({"encoder reads": _source(manifest)} if model.source else {}),
         "graphs": ", ".join(graph.file for graph in manifest.graphs.values()),
         "heads": ", ".join(manifest.heads) or "none",
         "quantization": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items()) or "none",
