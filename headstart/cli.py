@@ -129,7 +129,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    no_repeat_ngram: Annotated[int | None, typer.Option(help="0 is off; the checkpoint's own when not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
     decoder_prompt: Annotated[str, typer.Option(help="Text an encoder-decoder's output begins with.")] = "",
