@@ -194,7 +194,7 @@ class Generation:
         decoder_prompt: str | Sequence[int] = (),
         **sampling: Any,
     ) -> None:
-        if not prompts or not all(np.size(prompt) and len(prompt) for prompt in prompts):
+        if not prompts or any(prompt == "" if isinstance(prompt, str) else prompt.size == 0 for prompt in prompts):
             raise PromptError("The prompt is empty: decoding needs some text to start from.")
         rules = model.bundle.manifest.generation
         ends = frozenset() if ignore_end else frozenset(rules.eos_token_ids)
