@@ -315,7 +315,7 @@ class Generation:
 
 
 def _check_given(prompts: Sequence[Prompt]) -> None:
-    if not prompts or not all(np.size(prompt) and len(prompt) for prompt in prompts):
+    if not prompts or any(prompt == "" if isinstance(prompt, str) else prompt.size == 0 for prompt in prompts):
         raise PromptError("The prompt is empty: decoding needs some text to start from.")
 
 
