@@ -50,6 +50,9 @@ def export(
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and activations.")] = "float32",
     max_cache: Annotated[int | None, typer.Option(help="Longest text in tokens; the model's limit by default.")] = None,
     aux_layers: Annotated[str, typer.Option(help="hidden_states indices that heads read, e.g. 2,8,13.")] = "",
+    assistant_of: Annotated[
+        Path | None, typer.Option(help="Bundle with the very same encoder: leave it out here, and draft for that one.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Export a checkpoint, with draft heads, to a bundle."""
@@ -58,7 +61,8 @@ def export(
     from .screen import stages
 
     with stages() as progress:
-        bundle = run(checkpoint, output, head or (), dtype, max_cache, _integers(aux_layers), force, progress)
+        layers = _integers(aux_layers)
+        bundle = run(checkpoint, output, head or (), dtype, max_cache, layers, force, progress, assistant_of)
     print(f"{bundle.path}: {bundle.manifest.model.architecture}, heads: {', '.join(bundle.manifest.heads) or 'none'}")
 
 

@@ -70,8 +70,10 @@ class ModelInfo:
 
     Attributes:
         aux_layers: indices into `hidden_states` in the transformers convention.
-        source: what the encoder reads: "text", "audio", or "" without an encoder.
+        source: what the encoder reads: "text", "audio", or "" without an encoder; "states" for an assistant, which has no
+            encoder of its own and reads the states of its target's.
         max_source: the longest source in tokens, or in frames or samples of audio; 0 is no limit.
+        encoder_sha256: of the checkpoint's encoder, by which a target and its assistants know one another.
     """
 
     architecture: str
@@ -85,6 +87,7 @@ class ModelInfo:
     aux_layers: tuple[int, ...] = ()
     source: str = ""
     max_source: int = 0
+    encoder_sha256: str = ""
 
 
 @dataclass(frozen=True)

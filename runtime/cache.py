@@ -30,6 +30,10 @@ class CrossState:
     mask: NDArray[np.bool_]
     hidden: NDArray[Any]
 
+    def states(self) -> list[NDArray[Any]]:
+        """Each source's encoder states, [E, H], without padding."""
+        return [states[seen] for states, seen in zip(self.hidden, self.mask, strict=True)]
+
     def repeated(self, count: int) -> "CrossState":
         """Every source `count` times in a row: one for each beam."""
         mask, hidden = (np.repeat(array, count, axis=0) for array in (self.mask, self.hidden))

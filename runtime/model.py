@@ -26,6 +26,8 @@ from .tokenizer import TextStream, Tokenizer
 from .tuning import Tuning, read_tuning
 
 DEVICES = ("cpu",)
+# Sources that are no text.
+ARRAYS = {"audio": "audio features", "states": "encoder states of the target whose assistant it is (load it as draft model)"}
 Prompt = str | NDArray[Any]  # text, or the audio features an encoder reads
 
 
@@ -192,8 +194,8 @@ class Model:
         Raises PromptError for text where audio is read, or the other way round, and for a decoder prompt without an encoder.
         """
         kind = self.bundle.manifest.model.source
-        if isinstance(prompt, str) == (kind == "audio"):
-            wanted = "audio features" if kind == "audio" else "text"
+        if isinstance(prompt, str) == (kind in ARRAYS):
+            wanted = ARRAYS.get(kind, "text")
             raise PromptError(f"{self.bundle.manifest.model.architecture} reads {wanted}, and the prompt is not.")
         if not kind and decoder_prompt:
             raise PromptError("This model has no encoder: it continues the prompt itself. Fix: leave the decoder prompt out.")
@@ -387,12 +389,23 @@ def _drafters(
 
 def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:
     bundle = Bundle.load(path)
-    if _reads(target) != _reads(bundle):
+    if bundle.manifest.model.source == "states":
+        _check_assistant(path, bundle, target)
+    elif _reads(target) != _reads(bundle):
         raise OptionError(f"{path} reads {_reads(bundle)}, the target {_reads(target)}: a draft model must read the same.")
     ours, theirs = target.manifest.model.vocab_size, bundle.manifest.model.vocab_size
     if ours != theirs:
         raise OptionError(f"{path} has {theirs} tokens in its vocabulary, the target {ours}: a draft model must share it.")
     return OnnxRuntimeEngine.open(bundle, DRAFT_THREADS)
+
+
+def _check_assistant(path: str | Path, assistant: Bundle, target: Bundle) -> None:
+    starts = [bundle.manifest.generation.decoder_start_token_id for bundle in (target, assistant)]
+    if assistant.manifest.model.encoder_sha256 != target.manifest.model.encoder_sha256 or starts[0] != starts[1]:
+        raise OptionError(
+            f"{path} is the assistant of another model: it reads the states of an encoder that {target.path} does not have. "
+            f"Fix: export its checkpoint with --assistant-of {target.path}, or without, as a model with its own encoder."
+        )
 
 
 def _reads(bundle: Bundle) -> str:
