@@ -91,7 +91,7 @@ def test_greedy_tokens_equal_transformers_generate(name: str, bundle_of: BundleO
     model, engine = tiny_model(name), OnnxRuntimeEngine(bundle_of(name))
     sources, start = sources_of(model), decoder_start(model)
     wanted = [reference_greedy(model, np.array([[start]]), 32, source[None])[0].tolist() for source in sources]
-    assert len({token for tokens in wanted for token in tokens}) > 5, "a model that repeats itself proves little"
+    assert wanted[0] != wanted[1] and min(len(set(tokens)) for tokens in wanted) > 2, "what repeats itself proves little"
     for drafter in (None, NGramDrafter()):
         loop = DecodingLoop(engine, drafter, [[start], [start]], LoopOptions(max_new_tokens=32), sources)
         for _ in loop.rounds():
