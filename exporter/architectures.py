@@ -145,7 +145,7 @@ def refuse_sparse(model: Any) -> None:
     """Raises CheckpointError for attention that changes with the length of the source: a traced graph has one form."""
     if getattr(model.config, "attention_type", None) == "block_sparse":
         raise CheckpointError(
-            f"{type(model).__name__} is not supported: its encoder attends to blocks of a long source, and to all of a short one. "
+            f"{type(model).__name__} is not supported: its encoder sees blocks of a long source, and all of a short one. "
             'Fix: "attention_type": "original_full" in config.json, at that attention\'s cost.'
         )
 
