@@ -138,7 +138,7 @@ def test_a_source_that_does_not_fit(bundle_of: BundleOf) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("BigBirdPegasus", BART_SIZES, "attends to blocks of a long source"),
+        ("BigBirdPegasus", BART_SIZES, "sees blocks of a long source"),
         (
             "ProphetNet",
             {"vocab_size": 300, "hidden_size": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
