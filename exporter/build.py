@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, new_folder, to_json
+from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, hash_files, new_folder, to_json
 from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from headstart.runtime.errors import EngineError, OptionError, missing_extra
@@ -46,6 +46,7 @@ def build(bundle: str | Path, device: str = "cpu", force: bool = False, progress
             info = _build_cpu(opened, folder, progress)
         except ModuleNotFoundError as error:
             raise missing_extra(error, "Building an engine") from error
+        info = dataclasses.replace(info, files=hash_files(folder))
         atomic_write(folder / ENGINE_FILE, to_json(info))
     return info
 

@@ -7,11 +7,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headstart.runtime.bundle import Bundle, from_json
+from headstart.runtime.bundle import Bundle, check_files, from_json
 from headstart.runtime.errors import BundleError, EngineError
 
 ENGINE_FILE = "engine.json"
-ENGINE_SCHEMA = 1
+ENGINE_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class EngineInfo:
         settings: what was chosen for this device, e.g. the type of integer activations.
         passes: what each lowering pass did, in order.
         relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range.
+        files: sha256 of each file beside this one.
     """
 
     schema_version: int
@@ -39,6 +40,11 @@ class EngineInfo:
     settings: dict[str, str]
     passes: dict[str, int] = field(default_factory=dict)
     relative_difference: float = 0.0
+    files: dict[str, str] = field(default_factory=dict)
+
+    def replaced(self) -> set[str]:
+        """The bundle's files that nobody reads once this engine is there: the canonical graphs."""
+        return {name for name in self.source if not name.endswith(".json")}
 
 
 def engine_folder(bundle: Bundle, device: str) -> Path:
@@ -47,9 +53,10 @@ def engine_folder(bundle: Bundle, device: str) -> Path:
 
 
 def built_engine(bundle: Bundle, device: str) -> EngineInfo | None:
-    """What was built for `device`; None when nothing was.
+    """What was built for `device`, its files' hashes checked; None when nothing was.
 
-    Raises EngineError when it was built from other graphs than the bundle now holds, or by another version of Headstart.
+    Raises EngineError when it was built from other graphs than the bundle now holds, or by another version of Headstart;
+    BundleError when a file of it is missing or was edited.
     """
     file = engine_folder(bundle, device) / ENGINE_FILE
     if not file.is_file():
@@ -68,6 +75,7 @@ def built_engine(bundle: Bundle, device: str) -> EngineInfo | None:
     changed = sorted(name for name in info.source.keys() | now.keys() if info.source.get(name) != now.get(name))
     if changed:
         raise EngineError(f"{file.parent} was built from another {changed[0]} than the bundle now holds. {fix}")
+    check_files(file.parent, info.files, ENGINE_FILE, fix.removeprefix("Fix: ").removesuffix("."))
     return info
 
 
