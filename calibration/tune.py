@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from headstart.runtime.budget import VerifyCost
+from headstart.runtime.budget import Standing, VerifyCost
 from headstart.runtime.bundle import Bundle, atomic_write, to_json
 from headstart.runtime.cache import KVCache
 from headstart.runtime.drafters.base import DraftRequest, TunedDrafter
@@ -245,10 +245,11 @@ def _prove(model: Model, tuning: Tuning, prompts: Sequence[str], options: TuneOp
     """Decode with each budget and without, interleaved; fill in what came of it, and choose."""
     drafters = {name: _tuned(model, name, found) for name, found in tuning.drafters.items()}
     seconds: dict[str, list[float]] = {"none": [], **{name: [] for name in drafters}}
+    settings = {name: _budgeted(tuning, name, options) for name in seconds}
     lengths: dict[str, float] = {}
     for done in range(PROOF_ROUNDS):
         for name in seconds:
-            loops = [_decode(model, drafters.get(name), p, _budgeted(tuning, name, options)) for p in prompts]
+            loops = [_decode(model, drafters.get(name), p, settings[name]) for p in prompts]
             seconds[name].append(sum(loop.clock.decode_s for loop in loops))
             calls = sum(loop.sequences[0].verify_calls for loop in loops)
             lengths[name] = sum(loop.sequences[0].new_tokens - 1 for loop in loops) / max(calls, 1)
@@ -278,4 +279,5 @@ def _tuned(model: Model, name: str, found: DrafterTuning) -> TunedDrafter:
 
 
 def _budgeted(tuning: Tuning, name: str, options: TuneOptions) -> LoopOptions:
-    return LoopOptions(options.max_new_tokens, budgets=lambda: tuning.budget(name))
+    standing = Standing()
+    return LoopOptions(options.max_new_tokens, budgets=lambda: tuning.budget(name, standing))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from .budget import Budget
+from .budget import Budget, Standing
 from .bundle import Bundle
 from .drafters.base import Drafter, TunedDrafter
 from .drafters.draft_model import DraftModelDrafter
@@ -71,6 +71,7 @@ class Model:
         self.tokenizer = tokenizer
         self.tuning = tuning
         self._drafters = drafters
+        self._standings: dict[tuple[str, bool], Standing] = {}
 
     @property
     def drafters(self) -> list[str]:
@@ -132,9 +133,15 @@ class Model:
             raise OptionError(f"drafter {name!r} is unknown. Choose one of: auto, none, {', '.join(self._drafters)}.")
         return self._drafters[name]
 
-    def budget(self, drafter: Drafter | None) -> Budget | None:
-        """A sequence's budget for that drafter; None where nothing was tuned."""
-        return None if drafter is None or self.tuning is None else self.tuning.budget(drafter.name)
+    def budget(self, drafter: Drafter | None, greedy: bool) -> Budget | None:
+        """A sequence's budget for that drafter; None where nothing was tuned.
+
+        What earlier texts showed of the drafter is kept, for greedy and sampled texts apart.
+        """
+        if drafter is None or self.tuning is None:
+            return None
+        standing = self._standings.setdefault((drafter.name, greedy), Standing())
+        return self.tuning.budget(drafter.name, standing)
 
 
 class Generation:
@@ -157,7 +164,7 @@ class Generation:
         ends = frozenset() if ignore_end else frozenset(rules.eos_token_ids)
         self._drafter = model.drafter(drafter)
         chosen = _sampling_options(sampling, rules.suppress_tokens)
-        options = LoopOptions(max_new_tokens, chosen, ends, draft_nodes, lambda: model.budget(self._drafter))
+        options = LoopOptions(max_new_tokens, chosen, ends, draft_nodes, lambda: model.budget(self._drafter, chosen.greedy))
         self._tokenizer = model.tokenizer
         self._stop = [stop] if isinstance(stop, str) else list(stop)
         token_ids = [model.tokenizer.encode(prompt) for prompt in prompts]

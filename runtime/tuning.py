@@ -9,7 +9,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from .budget import Budget, VerifyCost
+from .budget import Budget, Standing, VerifyCost
 from .bundle import Bundle, from_json
 from .engines.info import EngineInfo
 from .errors import BundleError, EngineError
@@ -50,10 +50,10 @@ class Tuning:
     max_nodes: int
     prompts: int
 
-    def budget(self, drafter: str) -> Budget | None:
-        """A fresh budget for one sequence; None for a drafter that was not tuned."""
+    def budget(self, drafter: str, standing: Standing) -> Budget | None:
+        """A budget for one sequence; None for a drafter that was not tuned."""
         tuned = self.drafters.get(drafter)
-        return None if tuned is None else Budget(self.verify, tuned.draft_ms, self.max_nodes)
+        return None if tuned is None else Budget(self.verify, tuned.draft_ms, self.max_nodes, standing)
 
 
 def tuning_file(bundle: Bundle, device: str) -> Path:
