@@ -152,7 +152,10 @@ def _acceptance(path: Path, prompts: Sequence[str], max_new_tokens: int) -> dict
 def _scheme(path: Path, quality: _Quality, acceptance: dict[str, float]) -> SchemeReport:
     bundle = Bundle.load(path, check_hashes=False)
     settings = bundle.manifest.quantization
-    scheme = " ".join(filter(None, (settings.get("weights"), settings.get("method"), settings.get("group")))) or "float32"
+    parts = [settings.get(name) for name in ("weights", "method", "group")]
+    parts += ["static"] if settings.get("activations") == "static" else []
+    parts += ["int8 cache"] if settings.get("kv_cache") == "int8" else []
+    scheme = " ".join(filter(None, parts)) or "float32"
     return SchemeReport(
         bundle=path.name,
         scheme=scheme,

@@ -68,11 +68,15 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="The quantized bundle's folder.", show_default=False)],
     weights: Annotated[Literal["int8", "int4"], typer.Option(help="Of the linear layers.")] = "int8",
     group: Annotated[int, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128.")] = 32,
-    method: Annotated[Literal["rtn", "awq", "gptq"], typer.Option(help="rtn needs no data.")] = "rtn",
+    method: Annotated[Literal["rtn", "awq", "gptq", "smoothquant"], typer.Option(help="rtn needs no data.")] = "rtn",
+    activations: Annotated[
+        Literal["dynamic", "static"], typer.Option(help="static: int8 with fixed scales, as TensorRT needs.")
+    ] = "dynamic",
+    kv_cache: Annotated[Literal["none", "int8"], typer.Option(help="Of the keys and values.")] = "none",
     lm_head: Annotated[Literal["int8", "none"], typer.Option(help="Of the LM head.")] = "int8",
     embedding: Annotated[Literal["int8", "none"], typer.Option(help="Of the embedding table.")] = "int8",
     heads: Annotated[Literal["int8", "none"], typer.Option(help="Of the draft heads.")] = "int8",
-    data: Annotated[Path | None, typer.Option(help="Calibration text, or JSONL; for awq and gptq.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Calibration text, or JSONL.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to look at.")] = 8192,
     force: Force = False,
 ) -> None:
@@ -82,7 +86,7 @@ def quantize(
 
     from .screen import counted
 
-    options = QuantizeOptions(weights, group, method, lm_head, embedding, heads, calibration_tokens)
+    options = QuantizeOptions(weights, group, method, activations, kv_cache, lm_head, embedding, heads, calibration_tokens)
     with counted() as progress:
         made = run(bundle, output, options, data, force, progress)
     print(f"{made.path}: " + ", ".join(f"{key} {value}" for key, value in made.manifest.quantization.items()))

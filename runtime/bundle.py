@@ -55,13 +55,14 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The key and value cache of one attention layer."""
+    """The key and value cache of one attention layer. `dtype` None is the model's own."""
 
     key_name: str
     value_name: str
     kv_heads: int
     key_size: int
     value_size: int
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
