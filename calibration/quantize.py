@@ -15,25 +15,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.exporter.golden import GREEDY, golden_inputs, save_golden
-from headstart.exporter.graph import graph_info, save_graph, weight_infos
+from headstart.exporter.golden import GREEDY, save_golden
+from headstart.exporter.graph import graph_info, save_beside, save_graph, weight_infos
 from headstart.exporter.heads.builder import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, put_in_place
-from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
+from headstart.runtime.bundle import Bundle, GraphInfo, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 
 from .integers import cache_ranges, quantize_caches, quantize_inputs
 from .observers import calibration_windows
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
-from .verify import all_logits, greedy_tokens
+from .verify import Texts, all_logits, greedy_tokens, read_golden
 
 Progress = Callable[[str, int, int], None]  # what, done, of
-DECODER = "graphs/decoder.onnx"
-METHODS = ("rtn", "awq", "gptq", "smoothquant")
 Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
+DECODER, ENCODER = "graphs/decoder.onnx", "graphs/encoder.onnx"
+METHODS = ("rtn", "awq", "gptq", "smoothquant")
 INT8 = WeightScheme(8)
 KEPT = ("weights", "method", "activations", "kv_cache", "lm_head", "embedding", "heads")  # options named in the manifest
 
@@ -137,6 +137,11 @@ def _check(bundle: Bundle, options: QuantizeOptions, data: str | Path | None) ->
         )
     if bundle.manifest.model.dtype != "float32":
         raise BundleError(f"{bundle.path} is {bundle.manifest.model.dtype}; quantization starts from float32 weights.")
+    if options.calibrated and bundle.manifest.model.source:
+        raise OptionError(
+            f"Only decoders that continue a text are measured, and {bundle.path} has an encoder. "
+            "Fix: --method rtn, without --activations static and --kv-cache int8."
+        )
     if options.calibrated and data is None:
         raise OptionError(
             "awq, gptq, smoothquant, static activations and an int8 cache are measured on text. "
@@ -153,7 +158,7 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     windows = calibration_windows(bundle, Path(data), options.calibration_tokens) if options.calibrated and data else None
     ranges = cache_ranges(model, bundle, windows) if windows is not None and options.kv_cache == "int8" else {}
     rounder = _rounder(bundle, model, options, windows, progress)
-    quantize_decoder(model, bundle.manifest.model.vocab_size, options, rounder, progress)
+    quantize_graph(model, bundle.manifest.model.vocab_size, options, rounder, progress)
     caches = bundle.manifest.caches
     if windows is not None and options.activations == "static":
         inner = [linear for linear in linears(model) if not is_lm_head(linear, bundle.manifest.model.vocab_size)]
@@ -162,18 +167,32 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
         quantize_caches(model, caches, ranges)
         caches = tuple(dataclasses.replace(cache, dtype="int8") for cache in caches)
     save_graph(model, folder / DECODER)
+    graphs = {"decoder": graph_info(model, DECODER)}
+    if "encoder" in bundle.manifest.graphs:
+        graphs["encoder"] = _write_encoder(bundle, folder, options, rounder, progress)
     manifest = dataclasses.replace(
         bundle.manifest,
         caches=caches,
-        graphs={"decoder": graph_info(model, DECODER)},
+        graphs=graphs,
         weights=weight_infos(folder / DECODER, "graphs"),
         quantization=options.described() | {"date": datetime.date.today().isoformat()},
     )
     for done, name in enumerate(manifest.heads):
         _write_head(bundle, folder, manifest, name, options)
         progress("heads", done + 1, len(manifest.heads))
-    _write_golden(Bundle(folder, manifest))
+    _write_golden(Bundle(folder, manifest), read_golden(bundle))
     return manifest
+
+
+def _write_encoder(bundle: Bundle, folder: Path, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> GraphInfo:
+    """The encoder, and what it computes of the source for each decoder layer; tables it shares with the decoder lie there."""
+    import onnx_ir as ir
+
+    model, _ = split_gemms(ir.load(bundle.path / bundle.manifest.graphs["encoder"].file))
+    _check_groups(model, bundle.manifest.model.vocab_size, options)
+    quantize_graph(model, bundle.manifest.model.vocab_size, options, rounder, progress)
+    save_beside(model, folder / ENCODER, folder / DECODER)
+    return graph_info(model, ENCODER)
 
 
 def _check_groups(model: Any, vocab_size: int, options: QuantizeOptions) -> None:
@@ -195,7 +214,7 @@ def _rounder(
     return CalibratedRounder(bundle, model, options.method, windows, progress)
 
 
-def quantize_decoder(model: Any, vocab_size: int, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> None:
+def quantize_graph(model: Any, vocab_size: int, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> None:
     """Replace every linear layer's weight, and the embedding's table, in place."""
     found = list(linears(model))
     for done, linear in enumerate(found):
@@ -285,12 +304,12 @@ def _share(model: Any, linear: Linear, shared: dict[str, WeightInfo]) -> None:
     linear.node.replace_input_with(1, result)
 
 
-def _write_golden(bundle: Bundle) -> None:
-    """What the quantized canonical graph says, in place of what the checkpoint said."""
+def _write_golden(bundle: Bundle, golden: dict[str, NDArray[Any]]) -> None:
+    """What the quantized canonical graph says on the golden inputs, in place of what the checkpoint said."""
     model = bundle.manifest.model
     engine = OnnxRuntimeEngine(bundle)
-    input_ids = golden_inputs(model.vocab_size, model.max_cache)
-    tokens = min(GREEDY, model.max_cache - input_ids.shape[1])
-    logits = np.stack([all_logits(engine, ids) for ids in input_ids])
-    greedy = np.stack([greedy_tokens(engine, ids.tolist(), tokens) for ids in input_ids])
-    save_golden(bundle.path, input_ids, logits, greedy)
+    texts = Texts(golden["input_ids"], golden.get("sources"))
+    tokens = min(GREEDY, model.max_cache - texts.input_ids.shape[1])
+    logits = np.stack([all_logits(engine, ids, source) for ids, source in texts.pairs()])
+    greedy = np.stack([greedy_tokens(engine, ids.tolist(), tokens, source) for ids, source in texts.pairs()])
+    save_golden(bundle.path, texts.input_ids, logits, greedy, texts.sources)
