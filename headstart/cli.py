@@ -91,17 +91,58 @@ def quantize(
 @app.command()
 def build(
     bundle: BundleArg,
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
+    ] = "cpu",
+    precision: Annotated[Literal["float16", "bfloat16"], typer.Option(help="TensorRT: of a float32 bundle.")] = "float16",
+    cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
+    batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
+    prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
+    fits: Annotated[str | None, typer.Option(help="TensorRT: stop unless it fits this board; see headstart plan.")] = None,
+    workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="Classic TensorRT: keeps timings between builds.")] = None,
+    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights.")] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights can be exchanged later.")] = False,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="TensorRT: newer versions load it.")] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Classic TensorRT: newer GPUs run it.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Make a bundle's graphs ready for one device."""
     from headstart.exporter.build import build as run
+    from headstart.exporter.tensorrt.build import TensorRtOptions
+    from headstart.exporter.tensorrt.builder import BuilderOptions
 
     from .screen import show_engine, stages
 
+    flags = (strip_weights, refit, version_compatible, hardware_compatible)
+    builder = BuilderOptions(workspace_mb, optimization_level, *flags, timing_cache)
     with stages() as progress:
-        info = run(bundle, device, force, progress)
+        info = run(bundle, device, force, progress, TensorRtOptions(precision, cache, batch, prefill_rows, fits, builder))
     show_engine(bundle, info)
+
+
+@app.command()
+def plan(
+    bundle: BundleArg,
+    on: Annotated[list[str] | None, typer.Option(help="A board; may be repeated. All by default.")] = None,
+    precision: Annotated[Literal["float16", "bfloat16"], typer.Option(help="Of a float32 bundle.")] = "float16",
+    cache: Annotated[int | None, typer.Option(help="Tokens the caches hold; the model's limit by default.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    prefill_rows: Annotated[int, typer.Option(help="The most prompt tokens of one pass.")] = 512,
+) -> None:
+    """The memory a TensorRT engine will need, before it is built, and the boards it fits."""
+    from headstart.exporter.devices import DEVICES
+    from headstart.exporter.memory_plan import memory_plan
+    from headstart.exporter.tensorrt.build import TensorRtOptions
+
+    from .screen import show_plans
+
+    options = TensorRtOptions(precision, cache, batch, prefill_rows)
+    show_plans(bundle, [memory_plan(bundle, name, options) for name in on or DEVICES])
 
 
 @app.command()

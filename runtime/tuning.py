@@ -57,7 +57,7 @@ class Tuning:
 
 
 def tuning_file(bundle: Bundle, device: str) -> Path:
-    return bundle.path / "tuning" / f"{device.replace(':', '-')}.json"
+    return bundle.path / "tuning" / f"{device.replace(':', '-').replace(',', '-')}.json"
 
 
 def fingerprint(bundle: Bundle, built: EngineInfo | None, threads: int) -> dict[str, str]:
