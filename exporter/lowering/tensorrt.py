@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from headstart.exporter.passes.additive_mask import add_masks
+from headstart.exporter.passes.attention_scale import avoid_unit_scale
 from headstart.exporter.passes.dequantized_embedding import dequantize_tables
 from headstart.exporter.passes.fixed_sizes import fix_sizes
 from headstart.exporter.passes.gemm import split_gemms
@@ -46,6 +47,7 @@ def lower(model: Any, precision: str, sizes: Mapping[str, int]) -> Lowered:
     if _computes_in_float32(model):
         model, _ = to_half(model, precision)
     model, _ = add_masks(model)
+    model, _ = avoid_unit_scale(model)
     grouped = fold_grouped_heads(model)[1]
     model, _ = fix_sizes(model, sizes)
     return Lowered(model, _counts(model, grouped), weight_bytes(model))

@@ -169,6 +169,6 @@ def source_module(file: Path, node_name: str) -> str:
     for node in (*nodes[place::-1], *nodes[place + 1 :]):
         for value in node.inputs:
             if value is not None and value.is_initializer() and (found := re.match(r"(.+?)\.(weight|bias)\b", value.name)):
-                layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", found.group(1))
+                layer = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", found.group(1))
                 return f"{found.group(1)} or just behind it" + (f" (layer {layer.group(1)})" if layer else "")
     return "an unknown module"

@@ -12,7 +12,7 @@ from typing import Any
 from headstart.runtime.engines.info import PlanInfo, Profile
 from headstart.runtime.errors import EngineError, OptionError
 
-from .library import Library
+from .library import RTX, Library
 from .plan import in_place, read_plan
 
 Progress = Callable[[str], None]
@@ -27,8 +27,8 @@ class BuilderOptions:
         workspace_mb: the most scratch memory a kernel may ask for; None leaves it to the library.
         optimization_level: 0 (fastest build) to 5; None is the library's own.
         strip_weights: leave the weights out of the plan; they are put in on the device (implies refit).
-        refit: weights can be exchanged in the built engine.
-        version_compatible: newer versions of the library may load the plan.
+        refit: weights can be exchanged in the built engine. TensorRT for RTX wants a GPU for both, at build.
+        version_compatible: newer versions of the library may load the plan (classic TensorRT).
         hardware_compatible: GPUs newer than the one it is built on may run it (classic TensorRT, Ampere and later).
         timing_cache: file in which classic TensorRT keeps its timings between builds.
     """
@@ -63,9 +63,11 @@ def build_plan(
         axes: input name -> its axes: sizes, or the names that the profiles give sizes for.
         module_of: node name -> the module of the checkpoint it came from, for messages.
 
-    Raises EngineError when the parser refuses an operator, or the builder the network.
+    Raises EngineError when the parser refuses an operator, or the builder the network; OptionError for options the library
+    does not have.
     """
     trt = library.module
+    library.check(options.version_compatible, options.hardware_compatible)
     log = _log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -79,10 +81,7 @@ def build_plan(
     started = time.perf_counter()
     built = builder.build_serialized_network(network, config)
     if built is None:
-        raise EngineError(
-            f"TensorRT {library.version} could not build {file.name} for {library.target.device}: {log.last_error} "
-            "Fix: less cache or fewer rows if it names memory; else report this with the message."
-        )
+        raise EngineError(_refusal(file, library, options, log.last_error))
     build_s = time.perf_counter() - started
     library.keep_timings(config, options.timing_cache)
     layers = _layers(network)
@@ -91,6 +90,13 @@ def build_plan(
         file.with_suffix(".plan").write_bytes(plan)
         size = plan.nbytes
     return PlanInfo(size, build_s, tuple(profiles), layers, text.kernels, text.weight_bytes, in_place(text))
+
+
+def _refusal(file: Path, library: Library, options: BuilderOptions, reason: str) -> str:
+    fix = "Fix: less --cache or fewer --prefill-rows where it names memory; else report this with the message."
+    if library.target.kind == RTX and (options.refit or options.strip_weights):
+        fix = "TensorRT for RTX builds plans with exchangeable weights only where there is a GPU. Fix: leave that option out."
+    return f"TensorRT {library.version} could not build {file.name} for {library.target.device}: {reason} {fix}"
 
 
 def _log(trt: Any) -> Any:
@@ -142,8 +148,8 @@ def _parse(trt: Any, network: Any, file: Path, log: Any, module_of: Callable[[st
     error = parser.get_error(0)
     raise EngineError(
         f"TensorRT's parser refuses the node {error.node_name() or error.node()} ({error.node_operator() or 'no operator'}) "
-        f"of {file.name}, which comes from {module_of(error.node_name())}: {error.desc()} This architecture cannot be built "
-        "for TensorRT with this version; the cpu device can decode it."
+        f"of {file.name}, which comes from {module_of(error.node_name())}: {error.code().name}. This architecture cannot "
+        "be built for TensorRT with this version; the cpu device can decode it."
     )
 
 

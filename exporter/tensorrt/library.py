@@ -76,6 +76,13 @@ class Library:
     def version(self) -> str:
         return str(self.module.__version__)
 
+    def check(self, version_compatible: bool, hardware_compatible: bool) -> None:
+        """Raises OptionError for compatibilities that TensorRT for RTX does not have."""
+        if self.target.kind == RTX and version_compatible:
+            raise OptionError("--version-compatible: TensorRT for RTX has no lean runtime. Fix: leave it out, and build anew.")
+        if self.target.kind == RTX and hardware_compatible:
+            raise OptionError("--hardware-compatible: name every generation instead, as in --device trt-rtx:sm86,sm120.")
+
     def configure(self, config: Any, timing_cache: Path | None) -> None:
         """Set what the engine is for; with classic TensorRT, take up the timings of earlier builds on this device."""
         if self.target.kind == RTX:
