@@ -1,9 +1,10 @@
 """Published speeds of speculative decoding on edge GPUs, batch 1 and 8: what the cost model is fitted to and tried on.
 
-NVIDIA, TensorRT-Edge-LLM 0.9.0, performance benchmarks (JetPack 7.2; MTBench, COCO for Qwen3-VL). Sizes of the models are those
-of their configurations. How their LM heads and drafters were stored the page does not say for each row: taken are the
-recipe's defaults, float16 LM heads beside INT4, and everything NVFP4 beside NVFP4. One row is left out: a mixture of experts,
-whose bytes grow with the rows.
+NVIDIA, TensorRT-Edge-LLM 0.9.0, performance benchmarks (JetPack 7.2; MTBench, COCO for Qwen3-VL). The sizes are reckoned from
+the models' published dimensions; those of Qwen3.5 and of what drafts are estimates. The page does not say for each row how LM
+heads and drafters were stored; taken is float16 for LM heads beside INT4 layers, and NVFP4 for everything beside NVFP4 layers,
+with which the rounds follow from bytes and operations alone. One row is left out: a mixture of experts, whose bytes grow with
+the rows.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Weights in millions: `body` of the layers, `lm_head`; `draft` and `draft_head` of one drafting pass."""
+    """Weights in millions: of the layers, of the LM head, and of what drafts in each published method, its own head apart."""
 
     body: float
     lm_head: float

@@ -32,6 +32,7 @@ class Device:
         memory_gb: of 10⁹ bytes; on Jetson and Spark shared with the CPU and the system.
         bandwidth_gb_s: of that memory.
         float16_tflops: dense, on tensor cores.
+        float32_tflops: on the ordinary cores: twice their number times the highest clock.
         precisions: weights and activations its tensor cores take, or that kernels widen on the way.
         shared: CPU and GPU use one memory.
         source: where the maker publishes the figures.
@@ -42,6 +43,7 @@ class Device:
     memory_gb: float
     bandwidth_gb_s: float
     float16_tflops: float
+    float32_tflops: float
     precisions: tuple[str, ...]
     shared: bool
     source: str
@@ -55,20 +57,20 @@ class Device:
 FP8 = (*HALF, "fp8")
 FP4 = (*FP8, "fp4")
 _TABLE = (
-    Device("jetson-orin-nano-4gb", "sm87", 4, 51, 8.5, HALF, True, JETSON_ORIN),
-    Device("jetson-orin-nano-8gb", "sm87", 8, 102, 16.75, HALF, True, JETSON_ORIN),
-    Device("jetson-orin-nx-8gb", "sm87", 8, 102.4, 19, HALF, True, JETSON_ORIN),
-    Device("jetson-orin-nx-16gb", "sm87", 16, 102.4, 19, HALF, True, JETSON_ORIN),
-    Device("jetson-agx-orin-32gb", "sm87", 32, 204.8, 27, HALF, True, JETSON_ORIN),
-    Device("jetson-agx-orin-64gb", "sm87", 64, 204.8, 42.5, HALF, True, JETSON_ORIN),
-    Device("jetson-thor", "sm110", 128, 273, 258, FP4, True, JETSON_THOR),
-    Device("dgx-spark", "sm121", 128, 273, 125, FP4, True, SPARK),
-    Device("tesla-t4", "sm75", 16, 320, 65, ("float16", "int8", "int4"), False, TURING),
-    Device("rtx-3060-12gb", "sm86", 12, 360, 51, HALF, False, AMPERE),
-    Device("rtx-3090", "sm86", 24, 936, 142, HALF, False, AMPERE),
-    Device("rtx-4060", "sm89", 8, 272, 60, FP8, False, ADA),
-    Device("rtx-4090", "sm89", 24, 1008, 330.3, FP8, False, ADA),
-    Device("rtx-5090", "sm120", 32, 1792, 419, FP4, False, BLACKWELL),
+    Device("jetson-orin-nano-4gb", "sm87", 4, 51, 8.5, 1.04, HALF, True, JETSON_ORIN),
+    Device("jetson-orin-nano-8gb", "sm87", 8, 102, 16.75, 2.09, HALF, True, JETSON_ORIN),
+    Device("jetson-orin-nx-8gb", "sm87", 8, 102.4, 19, 2.4, HALF, True, JETSON_ORIN),
+    Device("jetson-orin-nx-16gb", "sm87", 16, 102.4, 19, 2.4, HALF, True, JETSON_ORIN),
+    Device("jetson-agx-orin-32gb", "sm87", 32, 204.8, 27, 3.33, HALF, True, JETSON_ORIN),
+    Device("jetson-agx-orin-64gb", "sm87", 64, 204.8, 42.5, 5.33, HALF, True, JETSON_ORIN),
+    Device("jetson-thor", "sm110", 128, 273, 258, 8.06, FP4, True, JETSON_THOR),
+    Device("dgx-spark", "sm121", 128, 273, 125, 31, FP4, True, SPARK),
+    Device("tesla-t4", "sm75", 16, 320, 65, 8.1, ("float16", "int8", "int4"), False, TURING),
+    Device("rtx-3060-12gb", "sm86", 12, 360, 51, 12.7, HALF, False, AMPERE),
+    Device("rtx-3090", "sm86", 24, 936, 142, 35.6, HALF, False, AMPERE),
+    Device("rtx-4060", "sm89", 8, 272, 60, 15.1, FP8, False, ADA),
+    Device("rtx-4090", "sm89", 24, 1008, 330.3, 82.6, FP8, False, ADA),
+    Device("rtx-5090", "sm120", 32, 1792, 419, 104.8, FP4, False, BLACKWELL),
 )
 DEVICES = {device.name: device for device in _TABLE}
 

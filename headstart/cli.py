@@ -198,10 +198,12 @@ def generate(
 def tune(
     bundle: BundleArg,
     data: Annotated[Path, typer.Option(help="Prompts of the kind that will be decoded.", show_default=False)],
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu; with --simulate a board, see headstart plan.")] = "cpu",
+    simulate: Annotated[bool, typer.Option("--simulate", help="Predict for a board that is not at hand.")] = False,
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts.", min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     max_nodes: Annotated[int, typer.Option(help="The most nodes of a tree.")] = 47,
+    cache: Annotated[int | None, typer.Option(help="Simulated: tokens the engine's caches hold.")] = None,
     draft_model: DraftModel = None,
     threads: Threads = None,
     force: Force = False,
@@ -209,13 +211,21 @@ def tune(
     """Measure this machine and choose the drafter and its trees; or none."""
     from headstart.calibration.tune import TuneOptions
     from headstart.calibration.tune import tune as run
+    from headstart.runtime.errors import OptionError
     from headstart.runtime.prompts import read_prompts
 
     from .screen import counted, show_tuning
 
-    options = TuneOptions(max_new_tokens, max_nodes)
+    options, prompts = TuneOptions(max_new_tokens, max_nodes), read_prompts(data)[:limit]
+    if simulate and draft_model:
+        raise OptionError("--simulate knows draft heads and n-grams only. Fix: leave --draft-model out.")
     with counted() as progress:
-        found = run(bundle, read_prompts(data)[:limit], device, threads, draft_model, options, force, progress)
+        if simulate:
+            from headstart.calibration.simulate import simulate as predict
+
+            found = predict(bundle, prompts, device, threads, cache, options, force, progress)
+        else:
+            found = run(bundle, prompts, device, threads, draft_model, options, force, progress)
     show_tuning(bundle, found)
 
 

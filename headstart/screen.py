@@ -128,7 +128,8 @@ def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
 
 
 def show_tuning(bundle: Path, tuning: Tuning) -> None:
-    grid = table(f"{bundle}: verify pass in ms", "history", *map(str, tuning.verify.rows))
+    simulated = f", predicted for {tuning.device}" if tuning.simulated else ""
+    grid = table(f"{bundle}: verify pass in ms{simulated}", "history", *map(str, tuning.verify.rows))
     for history, line in zip(tuning.verify.histories, tuning.verify.milliseconds, strict=True):
         grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
     out.print(grid)

@@ -38,7 +38,10 @@ class DrafterTuning:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Everything `headstart tune` found. `chosen` is a drafter's name or "none", and `reason` says why."""
+    """Everything `headstart tune` found. `chosen` is a drafter's name or "none", and `reason` says why.
+
+    `simulated`: costs and speed-ups were predicted for a board that was not at hand; acceptance was measured.
+    """
 
     schema_version: int
     device: str
@@ -49,6 +52,7 @@ class Tuning:
     reason: str
     max_nodes: int
     prompts: int
+    simulated: bool = False
 
     def budget(self, drafter: str) -> Budget | None:
         """A fresh budget for one sequence; None for a drafter that was not tuned."""
