@@ -173,7 +173,7 @@ def _memory_mb(path: Path) -> float:
     """In a process of its own, so that nothing else is counted."""
     code = (
         "import sys, json, headstart\n"
-        "from headstart.calibration.bench import resident_memory_mb\n"
+        "from headstart.runtime.memory import resident_memory_mb\n"
         "model = headstart.load(sys.argv[1], tuned=False)\n"
         "model.generate('a', max_new_tokens=16, drafter='none')\n"
         "print(json.dumps(resident_memory_mb()))"

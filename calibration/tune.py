@@ -79,11 +79,11 @@ def tune(
     model = load(bundle, device, threads, draft_model, tuned=False)
     cost = verify_cost(model.engine, progress)
     names = [name for name in model.drafters if isinstance(model.drafter(name), TunedDrafter)]
-    plain_ms = _other_ms(_decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
+    plain_ms = other_ms_per_round(decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
     drafters = {name: observe(model, name, prompts, options, plain_ms, progress) for name in names}
     if "draft_model" in drafters:
         drafters["draft_model"] = as_deep_as_pays(drafters["draft_model"], cost)
-    drafters |= _pairs(drafters)
+    drafters |= drafter_pairs(drafters)
     engine = model.engine
     made = Tuning(
         schema_version=TUNING_SCHEMA,
@@ -196,18 +196,18 @@ def observe(
     calls = tokens = 0
     other_ms = []
     for done, prompt in enumerate(prompts):
-        loop = _decode(model, recorder, prompt, LoopOptions(options.max_new_tokens, draft_nodes=OBSERVED_NODES))
+        loop = decode(model, recorder, prompt, LoopOptions(options.max_new_tokens, draft_nodes=OBSERVED_NODES))
         text = loop.sequences[0]
         recorder.settle(0, text.token_ids)
         calls, tokens = calls + text.verify_calls, tokens + text.new_tokens - 1
-        other_ms.append(_other_ms(loop))
+        other_ms.append(other_ms_per_round(loop))
         progress(name, done + 1, len(prompts))
     draft_ms = 1000 * statistics.median(recorder.seconds) if recorder.seconds else 0.0
     draft_ms += max(0.0, statistics.median(other_ms) - plain_ms)
     return DrafterTuning(recorder.rates(), draft_ms, tokens / max(calls, 1), 0.0)
 
 
-def _other_ms(loop: DecodingLoop) -> float:
+def other_ms_per_round(loop: DecodingLoop) -> float:
     """Milliseconds per round that are neither drafting nor verifying: accepting, committing, Python."""
     clock = loop.clock
     return 1000 * (clock.decode_s - clock.draft_s - clock.verify_s) / max(loop.sequences[0].verify_calls, 1)
@@ -223,14 +223,15 @@ def as_deep_as_pays(found: DrafterTuning, cost: VerifyCost) -> DrafterTuning:
     return dataclasses.replace(found, rates=rates, draft_ms=best * step_ms)
 
 
-def _decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: str, options: LoopOptions) -> DecodingLoop:
+def decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: str, options: LoopOptions) -> DecodingLoop:
+    """Decode one prompt to its end."""
     loop = DecodingLoop(model.engine, drafter, [model.tokenizer.encode(prompt)], options)
     for _ in loop.rounds():
         pass
     return loop
 
 
-def _pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning]:
+def drafter_pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning]:
     """n-grams with each head behind them: the head is asked where the copy promises less than the head brings."""
     ngram = drafters.get("ngram")
     pairs = {}
@@ -243,13 +244,13 @@ def _pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning]:
 
 def _prove(model: Model, tuning: Tuning, prompts: Sequence[str], options: TuneOptions, progress: Progress) -> Tuning:
     """Decode with each budget and without, interleaved; fill in what came of it, and choose."""
-    drafters = {name: _tuned(model, name, found) for name, found in tuning.drafters.items()}
+    drafters = {name: with_rates(model, name, found) for name, found in tuning.drafters.items()}
     seconds: dict[str, list[float]] = {"none": [], **{name: [] for name in drafters}}
     settings = {name: _budgeted(tuning, name, options) for name in seconds}
     lengths: dict[str, float] = {}
     for done in range(PROOF_ROUNDS):
         for name in seconds:
-            loops = [_decode(model, drafters.get(name), p, settings[name]) for p in prompts]
+            loops = [decode(model, drafters.get(name), p, settings[name]) for p in prompts]
             seconds[name].append(sum(loop.clock.decode_s for loop in loops))
             calls = sum(loop.sequences[0].verify_calls for loop in loops)
             lengths[name] = sum(loop.sequences[0].new_tokens - 1 for loop in loops) / max(calls, 1)
@@ -269,7 +270,8 @@ def _prove(model: Model, tuning: Tuning, prompts: Sequence[str], options: TuneOp
     return dataclasses.replace(tuning, drafters=found, chosen=chosen, reason=f"{verdict}: {listed or 'no drafter'}")
 
 
-def _tuned(model: Model, name: str, found: DrafterTuning) -> TunedDrafter:
+def with_rates(model: Model, name: str, found: DrafterTuning) -> TunedDrafter:
+    """The drafter of that name, or the pair, believing the rates that were found."""
     parts = [model.drafter(part) for part in name.split("+")]
     assert all(isinstance(part, TunedDrafter) for part in parts)
     tuned = [part for part in parts if isinstance(part, TunedDrafter)]

@@ -95,17 +95,58 @@ def quantize(
 @app.command()
 def build(
     bundle: BundleArg,
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
+    ] = "cpu",
+    precision: Annotated[Literal["float16", "bfloat16"], typer.Option(help="TensorRT: of a float32 bundle.")] = "float16",
+    cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
+    batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
+    prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
+    fits: Annotated[str | None, typer.Option(help="TensorRT: stop unless it fits this board; see headstart plan.")] = None,
+    workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="Classic TensorRT: keeps timings between builds.")] = None,
+    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights.")] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights can be exchanged later.")] = False,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="TensorRT: newer versions load it.")] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Classic TensorRT: newer GPUs run it.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Make a bundle's graphs ready for one device."""
     from headstart.exporter.build import build as run
+    from headstart.exporter.tensorrt.build import TensorRtOptions
+    from headstart.exporter.tensorrt.builder import BuilderOptions
 
     from .screen import show_engine, stages
 
+    flags = (strip_weights, refit, version_compatible, hardware_compatible)
+    builder = BuilderOptions(workspace_mb, optimization_level, *flags, timing_cache)
     with stages() as progress:
-        info = run(bundle, device, force, progress)
+        info = run(bundle, device, force, progress, TensorRtOptions(precision, cache, batch, prefill_rows, fits, builder))
     show_engine(bundle, info)
+
+
+@app.command()
+def plan(
+    bundle: BundleArg,
+    on: Annotated[list[str] | None, typer.Option(help="A board; may be repeated. All by default.")] = None,
+    precision: Annotated[Literal["float16", "bfloat16"], typer.Option(help="Of a float32 bundle.")] = "float16",
+    cache: Annotated[int | None, typer.Option(help="Tokens the caches hold; the model's limit by default.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    prefill_rows: Annotated[int, typer.Option(help="The most prompt tokens of one pass.")] = 512,
+) -> None:
+    """The memory a TensorRT engine will need, before it is built, and the boards it fits."""
+    from headstart.exporter.devices import DEVICES
+    from headstart.exporter.memory_plan import memory_plan
+    from headstart.exporter.tensorrt.build import TensorRtOptions
+
+    from .screen import show_plans
+
+    options = TensorRtOptions(precision, cache, batch, prefill_rows)
+    show_plans(bundle, [memory_plan(bundle, name, options) for name in on or DEVICES])
 
 
 @app.command()
@@ -161,10 +202,12 @@ def generate(
 def tune(
     bundle: BundleArg,
     data: Annotated[Path, typer.Option(help="Prompts of the kind that will be decoded.", show_default=False)],
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu; with --simulate a board, see headstart plan.")] = "cpu",
+    simulate: Annotated[bool, typer.Option("--simulate", help="Predict for a board that is not at hand.")] = False,
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts.", min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     max_nodes: Annotated[int, typer.Option(help="The most nodes of a tree.")] = 47,
+    cache: Annotated[int | None, typer.Option(help="Simulated: tokens the engine's caches hold.")] = None,
     draft_model: DraftModel = None,
     threads: Threads = None,
     force: Force = False,
@@ -172,13 +215,21 @@ def tune(
     """Measure this machine and choose the drafter and its trees; or none."""
     from headstart.calibration.tune import TuneOptions
     from headstart.calibration.tune import tune as run
+    from headstart.runtime.errors import OptionError
     from headstart.runtime.prompts import read_prompts
 
     from .screen import counted, show_tuning
 
-    options = TuneOptions(max_new_tokens, max_nodes)
+    options, prompts = TuneOptions(max_new_tokens, max_nodes), read_prompts(data)[:limit]
+    if simulate and draft_model:
+        raise OptionError("--simulate knows draft heads and n-grams only. Fix: leave --draft-model out.")
     with counted() as progress:
-        found = run(bundle, read_prompts(data)[:limit], device, threads, draft_model, options, force, progress)
+        if simulate:
+            from headstart.calibration.simulate import simulate as predict
+
+            found = predict(bundle, prompts, device, threads, cache, options, force, progress)
+        else:
+            found = run(bundle, prompts, device, threads, draft_model, options, force, progress)
     show_tuning(bundle, found)
 
 

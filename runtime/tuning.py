@@ -38,7 +38,10 @@ class DrafterTuning:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Everything `headstart tune` found. `chosen` is a drafter's name or "none", and `reason` says why."""
+    """Everything `headstart tune` found. `chosen` is a drafter's name or "none", and `reason` says why.
+
+    `simulated`: costs and speed-ups were predicted for a board that was not at hand; acceptance was measured.
+    """
 
     schema_version: int
     device: str
@@ -49,6 +52,7 @@ class Tuning:
     reason: str
     max_nodes: int
     prompts: int
+    simulated: bool = False
 
     def budget(self, drafter: str, standing: Standing) -> Budget | None:
         """A budget for one sequence; None for a drafter that was not tuned."""
@@ -57,7 +61,7 @@ class Tuning:
 
 
 def tuning_file(bundle: Bundle, device: str) -> Path:
-    return bundle.path / "tuning" / f"{device.replace(':', '-')}.json"
+    return bundle.path / "tuning" / f"{device.replace(':', '-').replace(',', '-')}.json"
 
 
 def fingerprint(bundle: Bundle, built: EngineInfo | None, threads: int) -> dict[str, str]:

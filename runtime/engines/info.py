@@ -15,6 +15,38 @@ ENGINE_SCHEMA = 2
 
 
 @dataclass(frozen=True)
+class Profile:
+    """One optimization profile of a plan: the least, usual and most of each open axis ("rows", "chosen", …)."""
+
+    name: str
+    sizes: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class PlanInfo:
+    """One TensorRT plan.
+
+    Attributes:
+        bytes: of the file.
+        build_s: seconds the builder took.
+        profiles: in the plan's own order.
+        layers: layers of the parsed network by kind and type, e.g. "matrix_multiply float16"; strongly typed, so these
+            types are the engine's.
+        kernels: steps of the compiled plan by kind, over all profiles; empty where the plan does not tell.
+        weight_bytes: constants of the compiled plan by type; empty where the plan does not tell.
+        in_place: caches that the compiled plan reads and writes in one buffer.
+    """
+
+    bytes: int
+    build_s: float
+    profiles: tuple[Profile, ...]
+    layers: dict[str, int]
+    kernels: dict[str, int] = field(default_factory=dict)
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+    in_place: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """A bundle's graphs made ready for one device.
 
@@ -27,7 +59,12 @@ class EngineInfo:
         graphs: "decoder" (one sequence), "decoder_batch" (any batch), "heads/<name>", "probe" -> file beside this one.
         settings: what was chosen for this device, e.g. the type of integer activations.
         passes: what each lowering pass did, in order.
-        relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range.
+        relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range;
+            -1 where the engine was not run, because it was built for another machine.
+        plans: name of a graph -> what was built of it, for TensorRT.
+        cache_slots: tokens the caches hold, where that is fixed at build; else 0.
+        batch: sequences decoded together, where that is fixed at build; else 0.
+        peak_memory_mb: of the building process, where it was measured; else 0.
         files: sha256 of each file beside this one.
     """
 
@@ -40,6 +77,10 @@ class EngineInfo:
     settings: dict[str, str]
     passes: dict[str, int] = field(default_factory=dict)
     relative_difference: float = 0.0
+    plans: dict[str, PlanInfo] = field(default_factory=dict)
+    cache_slots: int = 0
+    batch: int = 0
+    peak_memory_mb: float = 0.0
     files: dict[str, str] = field(default_factory=dict)
 
     def replaced(self) -> set[str]:
@@ -48,8 +89,8 @@ class EngineInfo:
 
 
 def engine_folder(bundle: Bundle, device: str) -> Path:
-    """`engines/<device>`; a colon, as in trt-rtx:sm89, becomes a hyphen."""
-    return bundle.path / "engines" / device.replace(":", "-")
+    """`engines/<device>`; colons and commas, as in trt-rtx:sm86,sm89, become hyphens."""
+    return bundle.path / "engines" / device.replace(":", "-").replace(",", "-")
 
 
 def built_engine(bundle: Bundle, device: str) -> EngineInfo | None:
