@@ -134,6 +134,19 @@ def test_a_source_that_does_not_fit(bundle_of: BundleOf) -> None:
         speech.generate("text")
 
 
+def test_a_draft_model_reads_the_source_too(bundle_of: BundleOf) -> None:
+    """The target as its own draft model is always right; another model with an encoder changes nothing."""
+    options = {"max_new_tokens": 26, "ignore_end": True}
+    texts = ["some source", "another, longer source"]
+    model = load(bundle_of("t5").path, draft_model=bundle_of("t5").path)
+    plain = model.generate(texts, drafter="none", **options)
+    same = model.generate(texts, drafter="draft_model", draft_nodes=4, **options)
+    assert [r.token_ids for r in same] == [r.token_ids for r in plain]
+    assert {r.stats.verify_calls for r in same} == {5}
+    other = load(bundle_of("t5").path, draft_model=bundle_of("flan_t5").path)
+    assert [r.token_ids for r in other.generate(texts, drafter="draft_model", **options)] == [r.token_ids for r in plain]
+
+
 def test_generate_starts_behind_the_decoder_prompt(bundle_of: BundleOf) -> None:
     model = load(bundle_of("t5").path)
     free = model.generate("some source", max_new_tokens=8, ignore_end=True)
