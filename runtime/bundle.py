@@ -80,6 +80,21 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class AudioInfo:
+    """How recordings are fed to the model.
+
+    Attributes:
+        sampling_rate: Hz.
+        window: samples of one window, to which shorter recordings are filled up with silence; None takes any length.
+        hop: samples between two of the front-end's frames; None where the encoder reads the samples themselves.
+    """
+
+    sampling_rate: int
+    window: int | None = None
+    hop: int | None = None
+
+
+@dataclass(frozen=True)
 class GenerationRules:
     """What the checkpoint says about ending and suppressing tokens."""
 

@@ -14,6 +14,9 @@ LOGITS = "logits"  # [B, R, V]
 HIDDEN = "hidden"  # [B, T, H]
 AUX_HIDDEN = "aux_hidden"  # [B, T, n * H]
 
+AUDIO = "audio"  # [B, samples] float32, into the front-end's graph
+INPUT_FEATURES = "input_features"  # out of it; [B, bands, frames], or as the encoder's graph takes it
+
 STEP_INPUTS = (INPUT_IDS, POSITION_IDS, ATTENTION_MASK, WRITE_INDEX, OUTPUT_ROWS)
 
 

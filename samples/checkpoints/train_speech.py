@@ -6,9 +6,9 @@
 All speech is made by espeak-ng. The state is saved every few minutes under `--work`, and the same command goes on from
 there. Every save also writes the checkpoint itself, so a snapshot can be exported while the run continues.
 
-Two helpers are trained along and thrown away. A CTC head on the encoder (arXiv 1609.06773) teaches it which sound is which
-word long before cross-attention would find out. And the decoder's last hidden state is asked for the tokens after the next
-one (arXiv 2404.19737), which draft heads will want to read from it.
+Two helpers are trained along and thrown away. The synthesiser knows when it says which word: the encoder is asked for the
+word in each of its frames, long before cross-attention would find out. And the decoder's last hidden state is asked for the
+tokens after the next one (arXiv 2404.19737), which draft heads will want to read from it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PEAK_LR = 1.5e-3
 WARMUP_STEPS = 200
 DECAY_SHARE = 0.4  # the last part of the run, in which the rate falls to zero
 SAVE_EVERY_S = 240
-CTC_WEIGHT = 0.3
+WORD_WEIGHT = 0.5
 FUTURE_WEIGHT = 0.2
 MAX_TOKENS = 128
 
@@ -112,22 +112,16 @@ def generation_config(tokenizer: WhisperTokenizer) -> GenerationConfig:
 
 
 class Helpers(torch.nn.Module):
-    """Trained along, thrown away: the CTC head and the heads for later tokens."""
+    """Trained along, thrown away: which word is spoken in each encoder frame, and the tokens after the next one."""
 
-    def __init__(self, model: WhisperForConditionalGeneration) -> None:
+    def __init__(self, hidden_size: int, words: int) -> None:
         super().__init__()
-        self.ctc = torch.nn.Linear(model.config.d_model, TEXT_TOKENS + 1)  # the last is CTC's blank
-        self.future = FutureHeads(model.config.d_model)
-
-    def ctc_loss(self, states: torch.Tensor, text: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """states [B, E, H], text [B, L]; windows without text count nothing."""
-        scores = torch.nn.functional.log_softmax(self.ctc(states).float(), dim=-1).transpose(0, 1)
-        steps = torch.full((states.shape[0],), states.shape[1])
-        return torch.nn.functional.ctc_loss(scores, text, steps, lengths, blank=TEXT_TOKENS, zero_infinity=True)
+        self.words = torch.nn.Linear(hidden_size, words + 1)
+        self.future = FutureHeads(hidden_size)
 
 
 def losses(model: WhisperForConditionalGeneration, helpers: Helpers, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """(next token, CTC, later tokens), each weighted; products in bfloat16."""
+    """(next token, spoken words, later tokens), each weighted; products in bfloat16."""
     tokens = data["tokens"]
     inputs = tokens[:, :-1].masked_fill(tokens[:, :-1] == IGNORED, model.config.pad_token_id)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -135,8 +129,8 @@ def losses(model: WhisperForConditionalGeneration, helpers: Helpers, data: dict[
         hidden = model.model.decoder(input_ids=inputs, encoder_hidden_states=states).last_hidden_state
         logits = model.proj_out(hidden).flatten(0, 1).float()
         following = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=0.05)
-        ctc = helpers.ctc_loss(states, data["text"], data["text_lengths"])
-        return following, CTC_WEIGHT * ctc, FUTURE_WEIGHT * helpers.future.loss(hidden, tokens, model.proj_out.weight)
+        spoken = torch.nn.functional.cross_entropy(helpers.words(states).flatten(0, 1).float(), data["spoken"].flatten())
+        return following, WORD_WEIGHT * spoken, FUTURE_WEIGHT * helpers.future.loss(hidden, tokens, model.proj_out.weight)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -187,7 +181,7 @@ def prepare(work: Path) -> tuple[WhisperTokenizer, Windows]:
 def train(args: argparse.Namespace) -> None:
     tokenizer, windows = prepare(args.work)
     model = new_model(tokenizer)
-    modules = torch.nn.ModuleList([model, Helpers(model)])
+    modules = torch.nn.ModuleList([model, Helpers(model.config.d_model, len(windows.vocabulary))])
     optimizer, step, spent = new_optimizer(modules), 0, 0.0
     if (args.work / "state.pt").exists():
         state = torch.load(args.work / "state.pt", weights_only=True)

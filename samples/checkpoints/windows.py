@@ -64,8 +64,9 @@ def coloured_noise(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Placed:
-    """A sentence in a window, in frames; `text` is None for one that the window's end cuts off."""
+    """An utterance in a window, in frames; `text` is None for one that the window's end cuts off."""
 
+    utterance: int
     text: str | None
     start: int
     end: int
@@ -81,12 +82,13 @@ class Windows:
         self.mels = np.load(work / "mels.npy", mmap_mode="r")
         self.noises = coloured_noises()
         self.tokenizer = tokenizer
+        self.vocabulary = {word: index for index, word in enumerate(sorted(set(" ".join(self.texts).split())))}
 
     def mel(self, utterance: int) -> np.ndarray:
         return self.mels[self.offsets[utterance] : self.offsets[utterance + 1]].astype(np.float32)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[int], list[int]]:
-        """(features [80, FRAMES] float32, the decoder's tokens, the text tokens alone)."""
+    def __getitem__(self, index: int) -> tuple[np.ndarray, list[int], np.ndarray]:
+        """(features [80, FRAMES] float32, the decoder's tokens, the word spoken in each encoder frame [FRAMES // 2])."""
         rng = np.random.default_rng([1, index])
         timestamps = rng.random() < 0.5
         window, placed = np.full((FRAMES, 80), FLOOR, np.float32), []
@@ -94,7 +96,7 @@ class Windows:
             placed = self._place(rng, window, timestamps)
         sounding = max((part.end for part in placed), default=FRAMES)
         self._add_noise(rng, window, sounding)
-        return self._features(rng, window), *self._labels(placed, timestamps)
+        return self._features(rng, window), self._tokens(placed, timestamps), self._spoken(placed)
 
     def _place(self, rng: np.random.Generator, window: np.ndarray, timestamps: bool) -> list[Placed]:
         placed: list[Placed] = []
@@ -109,12 +111,12 @@ class Windows:
             if at + len(mel) > FRAMES:
                 if placed and timestamps and at < FRAMES - 20 and rng.random() < 0.7:
                     window[at:] = mel[: FRAMES - at] + rng.uniform(-1.5, 0.3)
-                    placed.append(Placed(None, at, FRAMES))
+                    placed.append(Placed(utterance, None, at, FRAMES))
                 if placed:
                     break
                 at = int(rng.integers(0, FRAMES - len(mel) + 1))
             window[at : at + len(mel)] = np.maximum(mel + rng.uniform(-1.5, 0.3), FLOOR)
-            placed.append(Placed(text, at, at + len(mel)))
+            placed.append(Placed(utterance, text, at, at + len(mel)))
             at += len(mel)
         return placed
 
@@ -147,32 +149,35 @@ class Windows:
                 features[(slice(None),) * axis + (slice(start, start + length),)] = features.mean()
         return np.ascontiguousarray(features.T, dtype=np.float32)
 
-    def _labels(self, placed: list[Placed], timestamps: bool) -> tuple[list[int], list[int]]:
+    def _tokens(self, placed: list[Placed], timestamps: bool) -> list[int]:
         prefix = ["<|startoftranscript|>", "<|en|>" if placed else "<|nospeech|>", "<|transcribe|>"]
         ids = self.tokenizer.convert_tokens_to_ids(prefix if timestamps else [*prefix, "<|notimestamps|>"])
-        text_ids: list[int] = []
         for part in placed:
             words = self.tokenizer.encode(" " + part.text, add_special_tokens=False) if part.text else []
-            text_ids += words
             if timestamps:
                 times = [part.start, part.end] if part.text else [part.start]
                 first, *last = [self.tokenizer.convert_tokens_to_ids(f"<|{round(t / 2) * 0.02:.2f}|>") for t in times]
                 words = [first, *words, *last]
             ids += words
-        return [*ids, self.tokenizer.eos_token_id], text_ids
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def _spoken(self, placed: list[Placed]) -> np.ndarray:
+        """[FRAMES // 2] int64: the word's number; the last number is silence."""
+        spoken = np.full(FRAMES // 2, len(self.vocabulary))
+        for part in placed:
+            for said, time in self.words[part.utterance]:  # each word stands until the next one begins
+                word = self.texts[part.utterance][said:].split()[0]
+                begin = part.start + max(0, round(100 * time))
+                spoken[begin // 2 : part.end // 2] = self.vocabulary[word]
+        return spoken
 
 
 def batch(windows: Windows, first: int, size: int) -> dict[str, torch.Tensor]:
-    """Windows first … first + size: features [B, 80, FRAMES], tokens [B, T], text [B, L] and its lengths [B]."""
-    features, tokens, texts = zip(*(windows[index] for index in range(first, first + size)), strict=True)
+    """Windows first … first + size: features [B, 80, FRAMES], tokens [B, T] padded with IGNORED, spoken [B, FRAMES // 2]."""
+    features, tokens, spoken = zip(*(windows[index] for index in range(first, first + size)), strict=True)
+    width = max(map(len, tokens))
     return {
         "features": torch.from_numpy(np.stack(features)),
-        "tokens": padded(tokens, IGNORED),
-        "text": padded(texts, 0),
-        "text_lengths": torch.tensor([len(text) for text in texts]),
+        "tokens": torch.tensor([row + [IGNORED] * (width - len(row)) for row in tokens]),
+        "spoken": torch.from_numpy(np.stack(spoken)),
     }
-
-
-def padded(rows: tuple[list[int], ...], value: int) -> torch.Tensor:
-    width = max(1, *(len(row) for row in rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
