@@ -5,6 +5,7 @@ and begin the next. What stands behind the last pair is unfinished: the window c
 the last finished segment ended. Source: openai/whisper, transcribe.py. Knows nothing of engines or of sound.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ def split_window(tokens: Sequence[int], first: int, length: int) -> tuple[list[S
     # A lone timestamp at the end closes the last segment, and no speech follows it.
     finished = times[-2:] == [False, True]
     bounds = [0, *pairs, *([len(tokens)] if finished else [])]
-    spans = [_timed(tokens[begin:end], first) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    spans = [_timed(tokens[begin:end], first) for begin, end in itertools.pairwise(bounds)]
     return spans, length if finished else spans[-1].end or length
 
 
