@@ -1,7 +1,7 @@
 """Train `speech`, the sample recogniser: a small Whisper for spoken commands, from scratch, on one CPU core.
 
     pip install espeakng-loader soxr
-    python samples/checkpoints/train_speech.py --windows 56e3
+    python samples/checkpoints/train_speech.py --windows 18e3
 
 All speech is made by espeak-ng. The state is saved every few minutes under `--work`, and the same command goes on from
 there. Every save also writes the checkpoint itself, so a snapshot can be exported while the run continues.
@@ -37,12 +37,12 @@ SPECIAL = [  # in Whisper's order
     "<|nospeech|>",
     "<|notimestamps|>",
 ]
-BATCH = 16
-PEAK_LR = 1.5e-3
-WARMUP_STEPS = 200
+BATCH = 8
+PEAK_LR = 2e-3
+WARMUP_STEPS = 100
 DECAY_SHARE = 0.4  # the last part of the run, in which the rate falls to zero
 SAVE_EVERY_S = 240
-WORD_WEIGHT = 0.5
+WORD_WEIGHT = 1.0
 FUTURE_WEIGHT = 0.2
 MAX_TOKENS = 128
 
@@ -141,23 +141,42 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * min(1.0, max(0.0, (steps - step) / (steps - decay_from)))
 
 
-def new_optimizer(modules: torch.nn.ModuleList) -> torch.optim.AdamW:
-    parameters = [parameter for parameter in modules.parameters() if parameter.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98))
+class Optimizers:
+    """Muon (arXiv 2502.16982) for the matrices between hidden states, AdamW for embeddings, convolutions and vectors."""
+
+    def __init__(self, modules: torch.nn.ModuleList) -> None:
+        named = [(name, parameter) for name, parameter in modules.named_parameters() if parameter.requires_grad]
+        hidden = [p for name, p in named if p.ndim == 2 and "embed" not in name and "proj_out" not in name]
+        others = [p for _, p in named if not any(p is q for q in hidden)]
+        self.parts = [
+            torch.optim.Muon(hidden, lr=PEAK_LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=PEAK_LR, weight_decay=0.0, betas=(0.9, 0.98)),
+        ]
+
+    def step(self, rate: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
 
 
 def save(
     modules: torch.nn.ModuleList,
-    optimizer: torch.optim.AdamW,
+    optimizers: Optimizers,
     tokenizer: WhisperTokenizer,
     args: argparse.Namespace,
     note: dict,
 ) -> None:
     """The training state (to go on from) and the checkpoint in half precision (to use)."""
-    torch.save({"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "note": note}, args.work / "state.tmp")
+    torch.save({"modules": modules.state_dict(), "optimizers": optimizers.state_dict(), "note": note}, args.work / "state.tmp")
     (args.work / "state.tmp").replace(args.work / "state.pt")
     half = new_model(tokenizer).half()
     half.load_state_dict(modules[0].state_dict())
@@ -182,22 +201,19 @@ def train(args: argparse.Namespace) -> None:
     tokenizer, windows = prepare(args.work)
     model = new_model(tokenizer)
     modules = torch.nn.ModuleList([model, Helpers(model.config.d_model, len(windows.vocabulary))])
-    optimizer, step, spent = new_optimizer(modules), 0, 0.0
+    optimizers, step, spent = Optimizers(modules), 0, 0.0
     if (args.work / "state.pt").exists():
         state = torch.load(args.work / "state.pt", weights_only=True)
         modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizers.load_state_dict(state["optimizers"])
         step, spent = state["note"]["windows_seen"] // BATCH, state["note"]["training_s"]
     steps, first = int(args.windows / BATCH), step
     started = saved = time.monotonic()
     while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
         parts = losses(model, modules[1], batch(windows, step * BATCH, BATCH))
         sum(parts).backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizers.step(learning_rate(step, steps))
         step += 1
         if step % 20 == 0:
             shown = " + ".join(f"{part.item():.3f}" for part in parts)
@@ -214,14 +230,14 @@ def train(args: argparse.Namespace) -> None:
                 "torch": torch.__version__,
             }
             print(json.dumps(note), flush=True)
-            save(modules, optimizer, tokenizer, args, note)
+            save(modules, optimizers, tokenizer, args, note)
             saved = time.monotonic()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = Path(__file__).parent
-    parser.add_argument("--windows", type=float, default=56e3, help="training windows in all")
+    parser.add_argument("--windows", type=float, default=18e3, help="training windows in all")
     parser.add_argument("--work", type=Path, default=here / ".work" / "speech", help="training state and synthesised speech")
     parser.add_argument("--output", type=Path, default=here / "speech", help="where the checkpoint goes")
     train(parser.parse_args())
