@@ -66,6 +66,16 @@ class KVCache:
                 buffer[row, :, target] = buffer[row][:, source]
         self.lengths[row] = start + len(kept)
 
+    def gather(self, rows: Sequence[int]) -> None:
+        """Sequence i becomes what sequence `rows[i]` was; sequences that stay are not touched."""
+        moved = [i for i, row in enumerate(rows) if row != i]
+        if moved:
+            sources = [rows[i] for i in moved]
+            used = int(self.lengths[sources].max())
+            for buffer in self.buffers:
+                buffer[moved, :, :used] = buffer[sources, :, :used]
+            self.lengths[moved] = self.lengths[sources]
+
     def rewind(self, row: int, length: int) -> None:
         """Forget all but the first `length` slots of sequence `row`."""
         assert 0 <= length <= self.lengths[row]

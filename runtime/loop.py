@@ -21,6 +21,7 @@ from .drafters.base import Drafter, DraftRequest
 from .engine import MAX_ROWS, Engine, StepOutput
 from .errors import OptionError, PromptError
 from .prefill import prefill
+from .rules import TokenRules
 from .sampling import LogitRules, SamplingOptions
 from .tree import DraftTree, empty_tree
 
@@ -41,6 +42,7 @@ class LoopOptions:
     end_tokens: frozenset[int] = frozenset()
     draft_nodes: int | None = None
     budgets: Callable[[], Budget | None] = lambda: None
+    rules: TokenRules = field(default_factory=TokenRules)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -120,14 +122,19 @@ class DecodingLoop:
     def _start(self, row: int, prompt: list[int]) -> Text:
         """Prefill one prompt and decide its first token. One at a time: prompts differ in length."""
         output = prefill(self._engine, self._cache.row(row), prompt)
-        options = self._options.sampling
-        seed = None if options.seed is None else options.seed + row
+        seed = self._options.sampling.seed
+        seed = None if seed is None else seed + row
         budget = self._options.budgets() if self._options.draft_nodes is None else None
         hidden = output.hidden[0, -1].copy()
-        sequence = Text(row, prompt, len(prompt), LogitRules(options), RandomChance(seed), hidden, budget)
+        sequence = Text(row, prompt, len(prompt), self._rules(prompt), RandomChance(seed), hidden, budget)
         first = accept(empty_tree(), output.logits[0], sequence.rules, prompt, sequence.chance, self._options.end_tokens)
         self._append(sequence, first.token_ids)
         return sequence
+
+    def _rules(self, prompt: list[int]) -> LogitRules:
+        options = self._options
+        longest = min(self._limit, len(prompt) + options.max_new_tokens)
+        return LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens))
 
     def _round(self) -> list[list[int]]:
         trees = self._draft()
@@ -163,7 +170,9 @@ class DecodingLoop:
             nodes = self._drafter.default_nodes if sequence.budget is None else sequence.budget.max_nodes
         # The target adds one token of its own behind the path, so a deeper path than this could not be used.
         tokens_left = min(self._limit - len(sequence.token_ids), self._options.max_new_tokens - sequence.new_tokens) - 1
-        return DraftRequest(sequence.row, sequence.token_ids, sequence.hidden, nodes, tokens_left, self._options.sampling)
+        sampling, rules = self._options.sampling, sequence.rules.text_rules
+        tokens, begin = sequence.token_ids, sequence.prompt_tokens
+        return DraftRequest(sequence.row, tokens, sequence.hidden, nodes, tokens_left, sampling, begin, rules)
 
     def _verify(self, trees: list[DraftTree]) -> StepOutput:
         """One forward over every root and its tree; short trees are padded with rows that see only themselves."""
