@@ -9,6 +9,7 @@ All of it is one matrix, and framing is its stride, so one Conv computes the spe
 - Raw waveforms (Moonshine): no graph, or one that normalises where the configuration asks for it.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import AudioInfo
+from headstart.runtime.bundle import AudioInfo, Manifest
 from headstart.runtime.contract import AUDIO, INPUT_FEATURES
 from headstart.runtime.errors import CheckpointError
 
+from .graph import graph_info, save_graph
 from .heads.builder import GraphBuilder
 
 Matrix = NDArray[np.float64]
 PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSORS = (PREPROCESSOR, "processor_config.json")  # newer checkpoints keep it inside the latter
+FRONTEND = "graphs/frontend.onnx"
 KALDI_EMPHASIS = 0.97
 KALDI_SCALE = 2.0**15  # Kaldi takes samples for 16-bit integers
 KALDI_FLOOR = 1.1920929e-07  # float32's epsilon
@@ -44,6 +48,20 @@ class Spectrum:
     kernel: Matrix
     hop: int
     mels: Matrix
+
+
+def add_frontend(checkpoint: Path, bundle: Path, manifest: Manifest) -> Manifest:
+    """Write the front-end of a checkpoint that has a `preprocessor_config.json`; without one there is none.
+
+    Raises CheckpointError for a feature extractor that is not supported.
+    """
+    if not any((checkpoint / name).is_file() for name in PREPROCESSORS):
+        return manifest
+    info, graph = frontend(checkpoint)
+    if graph is not None:
+        save_graph(graph, bundle / FRONTEND)
+        manifest = dataclasses.replace(manifest, graphs={**manifest.graphs, "frontend": graph_info(graph, FRONTEND)})
+    return dataclasses.replace(manifest, audio=info)
 
 
 def frontend(folder: Path) -> tuple[AudioInfo, Any]:

@@ -140,6 +140,7 @@ class Manifest:
     caches: tuple[CacheInfo, ...]
     generation: GenerationRules
     provenance: Provenance
+    audio: AudioInfo | None = None  # of models that read recordings
     heads: tuple[str, ...] = ()
     weights: dict[str, WeightInfo] = field(default_factory=dict)
     quantization: dict[str, str] = field(default_factory=dict)
@@ -240,6 +241,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return tuple(_decode(args[0], item, where) for item in value)
     if origin is dict:
         return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, dict) and args:
+        return _decode(args[0], value, where)  # an optional dataclass
     scalars = args if origin in (typing.Union, types.UnionType) else (kind,)
     if not isinstance(value, scalars):
         raise BundleError(f"{where}: expected {kind}, found {value!r}. Fix: export or copy the bundle again.")

@@ -64,6 +64,17 @@ class OnnxRuntimeEngine:
             self._sessions[str(file)] = open_session(file, self.threads)
         return self._sessions[str(file)]
 
+    def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the encoder reads of a recording's [samples]: the samples themselves where there is no front-end."""
+        frontend = self.bundle.manifest.graphs.get("frontend")
+        if frontend is None:
+            return samples
+        file = self.bundle.path / frontend.file
+        if str(file) not in self._sessions:
+            self._sessions[str(file)] = open_session(file, self.threads)
+        features: NDArray[np.float32] = self._sessions[str(file)].run(None, {contract.AUDIO: samples[None]})[0][0]
+        return features
+
     def new_cache(self, batch: int, slots: int) -> KVCache:
         return KVCache(self.bundle.manifest.caches, batch, slots + MIN_ROWS, self.model.dtype)
 
