@@ -85,6 +85,7 @@ class DecodingLoop:
     """Decodes one batch. Iterate over `rounds()`; between rounds the caller may set a sequence's finish_reason.
 
     `sources`: what the encoder reads for each sequence, see Engine.encode; the prompts are then what the decoder starts from.
+    `hypotheses`: what was decoded for an earlier, shorter input of each sequence; only drafters look at it.
     """
 
     def __init__(
@@ -94,9 +95,12 @@ class DecodingLoop:
         prompts: Sequence[Sequence[int]],
         options: LoopOptions,
         sources: Sequence[NDArray[Any]] = (),
+        hypotheses: Sequence[Sequence[int]] = (),
     ) -> None:
         self._engine, self._drafter, self._options = engine, drafter, options
         self._prompts, self._sources = prompts, sources
+        self._hypotheses = hypotheses or [()] * len(prompts)
+        self._source_ids = [source.tolist() if source.dtype.kind == "i" else [] for source in sources] or [[] for _ in prompts]
         self.clock = Clock()
         self.sequences: list[Text] = []
         self._limit = engine.model.max_cache
@@ -138,15 +142,16 @@ class DecodingLoop:
         seed = None if seed is None else seed + row
         budget = self._options.budgets() if self._options.draft_nodes is None else None
         hidden = output.hidden[0, -1].copy()
-        sequence = Text(row, prompt, len(prompt), self._rules(prompt), RandomChance(seed), hidden, budget)
+        sequence = Text(row, prompt, len(prompt), self._rules(row, prompt), RandomChance(seed), hidden, budget)
         first = accept(empty_tree(), output.logits[0], sequence.rules, prompt, sequence.chance, self._options.end_tokens)
         self._append(sequence, first.token_ids)
         return sequence
 
-    def _rules(self, prompt: list[int]) -> LogitRules:
+    def _rules(self, row: int, prompt: list[int]) -> LogitRules:
         options = self._options
         longest = min(self._limit, len(prompt) + options.max_new_tokens)
-        return LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens))
+        rules = options.rules.for_text(len(prompt), longest, options.end_tokens, self._source_ids[row])
+        return LogitRules(options.sampling, rules)
 
     def _round(self) -> list[list[int]]:
         trees = self._draft()
@@ -183,8 +188,9 @@ class DecodingLoop:
         # The target adds one token of its own behind the path, so a deeper path than this could not be used.
         tokens_left = min(self._limit - len(sequence.token_ids), self._options.max_new_tokens - sequence.new_tokens) - 1
         sampling, rules = self._options.sampling, sequence.rules.text_rules
-        tokens, begin = sequence.token_ids, sequence.prompt_tokens
-        return DraftRequest(sequence.row, tokens, sequence.hidden, nodes, tokens_left, sampling, begin, rules)
+        tokens, begin, row = sequence.token_ids, sequence.prompt_tokens, sequence.row
+        known = self._source_ids[row], self._hypotheses[row]
+        return DraftRequest(row, tokens, sequence.hidden, nodes, tokens_left, sampling, begin, rules, *known)
 
     def _verify(self, trees: list[DraftTree]) -> StepOutput:
         """One forward over every root and its tree; short trees are padded with rows that see only themselves."""

@@ -1,6 +1,6 @@
 """What users hold: a loaded bundle that turns prompts into text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .budget import Budget
-from .bundle import Bundle
+from .bundle import Bundle, GenerationRules
+from .drafters.aligned_copy import previous_hypothesis, source_copy
 from .drafters.base import Drafter, TunedDrafter
 from .drafters.draft_model import DraftModelDrafter
 from .drafters.first_that_pays import FirstThatPays
@@ -18,8 +19,10 @@ from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
 from .errors import BundleError, OptionError, PromptError
 from .loop import DecodingLoop, FinishReason, LoopOptions, Text
+from .rules import TokenRules, WhisperTimestamps
 from .sampling import SamplingOptions
 from .tokenizer import TextStream, Tokenizer
+from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
 from .tuning import Tuning, read_tuning
 
 DEVICES = ("cpu",)
@@ -131,10 +134,47 @@ class Model:
             temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed: see SamplingOptions.
             stop: texts that end the completion; they are not part of it.
             ignore_end: go on after the model's end token.
+            timestamps: apply Whisper's rules for them; the decoder prompt must not forbid them.
+            hypothesis: token ids of an earlier output for less of the same input, for the drafter "previous_hypothesis".
         """
         for pieces in Generation(self, [prompt], **options).pieces():
             if pieces[0]:
                 yield pieces[0]
+
+    def transcribe(
+        self,
+        recording: Recording,
+        language: str | None = None,
+        task: str = "transcribe",
+        timestamps: bool | None = None,
+        **options: Any,
+    ) -> Transcript:
+        """What is said in a recording of any length.
+
+        Args:
+            recording: a sound file, or [samples] at the model's rate (16 kHz): floats in -1 … 1, or integers.
+            language: such as "en"; None lets a model of several languages hear which it is.
+            task: "transcribe", or "translate" where the model can.
+            timestamps: False for none, which only recordings within one window allow; None as the model can.
+            options: those of `stream`.
+
+        Raises:
+            AudioError: no such file, not a sound file, empty, or truncated.
+            MissingExtraError: a file was given and `headstart[audio]` is not installed.
+            OptionError: the model reads no audio, or lacks the language, the task or timestamps.
+            PromptError: the recording is longer than a model without timestamps reads at once.
+        """
+        return transcribe(Transcriber(self, language, task, timestamps, options), recording)
+
+    def stream_audio(
+        self, chunks: Iterable[NDArray[Any]], language: str | None = None, task: str = "transcribe", **options: Any
+    ) -> Iterator[Caption]:
+        """Live captions: one after each chunk of [samples], and a final one. Each draft is the caption before.
+
+        Args: as `transcribe`; the drafter is "previous_hypothesis" unless another is named.
+        """
+        options = {"drafter": "previous_hypothesis"} | options
+        return live_captions(Transcriber(self, language, task, None, options), chunks)
 
     def inputs(self, prompt: Prompt, decoder_prompt: str | Sequence[int] = ()) -> tuple[NDArray[Any] | None, list[int]]:
         """(what the encoder reads, None without one; the token ids the decoder starts from).
@@ -192,6 +232,8 @@ class Generation:
         stop: Sequence[str] = (),
         ignore_end: bool = False,
         decoder_prompt: str | Sequence[int] = (),
+        timestamps: bool = False,
+        hypothesis: Sequence[int] = (),
         **sampling: Any,
     ) -> None:
         if not prompts or not all(np.size(prompt) and len(prompt) for prompt in prompts):
@@ -199,13 +241,15 @@ class Generation:
         rules = model.bundle.manifest.generation
         ends = frozenset() if ignore_end else frozenset(rules.eos_token_ids)
         self._drafter = model.drafter(drafter)
-        chosen = _sampling_options(sampling, rules.suppress_tokens)
-        options = LoopOptions(max_new_tokens, chosen, ends, draft_nodes, lambda: model.budget(self._drafter))
+        chosen = _sampling_options({"no_repeat_ngram": rules.no_repeat_ngram_size} | sampling, rules.suppress_tokens)
+        budgets = lambda: model.budget(self._drafter)  # noqa: E731
+        options = LoopOptions(max_new_tokens, chosen, ends, draft_nodes, budgets, _token_rules(rules, timestamps))
         self._tokenizer = model.tokenizer
         self._stop = [stop] if isinstance(stop, str) else list(stop)
         inputs = [model.inputs(prompt, decoder_prompt) for prompt in prompts]
         sources = [source for source, _ in inputs if source is not None]
-        self._loop = DecodingLoop(model.engine, self._drafter, [ids for _, ids in inputs], options, sources)
+        hypotheses = [hypothesis for _ in prompts]
+        self._loop = DecodingLoop(model.engine, self._drafter, [ids for _, ids in inputs], options, sources, hypotheses)
         self._streams = [TextStream(self._tokenizer, self._stop) for _ in prompts]
         self._texts = ["" for _ in prompts]
 
@@ -253,6 +297,23 @@ class Generation:
             decode_s=clock.decode_s,
             tokens_per_s=decoded / clock.decode_s if clock.decode_s else 0.0,
         )
+
+
+def _token_rules(rules: GenerationRules, timestamps: bool) -> TokenRules:
+    """What the checkpoint demands of every text."""
+    times = None
+    if timestamps:
+        assert rules.no_timestamps_token_id is not None
+        times = WhisperTimestamps(
+            rules.no_timestamps_token_id, min(rules.eos_token_ids), max_initial=rules.max_initial_timestamp_index
+        )
+    return TokenRules(
+        forced_bos_token_id=rules.forced_bos_token_id,
+        forced_eos_token_ids=() if rules.forced_eos_token_id is None else (rules.forced_eos_token_id,),
+        begin_suppress_tokens=rules.begin_suppress_tokens,
+        min_length=rules.min_length or 0,
+        timestamps=times,
+    )
 
 
 def _sampling_options(values: dict[str, Any], suppress_tokens: tuple[int, ...]) -> SamplingOptions:
@@ -304,6 +365,10 @@ def _drafters(
         info = bundle.head(name)
         tuned[name] = MedusaDrafter(name, engine.head(info), info.heads)
     tuned["ngram"] = NGramDrafter()
+    if bundle.manifest.model.source == "text":
+        tuned["source_copy"] = source_copy()
+    if bundle.manifest.audio is not None:
+        tuned["previous_hypothesis"] = previous_hypothesis()
     if draft_engine is not None:
         tuned["draft_model"] = DraftModelDrafter("draft_model", draft_engine)
     for name, found in (tuning.drafters if tuning else {}).items():

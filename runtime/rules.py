@@ -8,7 +8,7 @@ rejected like any other wrong guess. Names, meaning and order are those of trans
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -132,7 +132,7 @@ class WhisperTimestamps:
 
     no_timestamps: int
     end_token: int
-    begin: int
+    begin: int = 0
     max_initial: int | None = None
 
     def apply(self, logits: Logits, text: Sequence[int]) -> None:
@@ -195,6 +195,7 @@ class TokenRules:
         min_new_tokens: no end before the output has so many.
         forbidden_sequences: "bad words".
         source_no_repeat_ngram: no n-gram of this size is copied from the source; 0 is off.
+        timestamps: Whisper's rule, where times are wanted; its `begin` becomes the text's.
     """
 
     forced_bos_token_id: int | None = None
@@ -204,6 +205,7 @@ class TokenRules:
     min_new_tokens: int = 0
     forbidden_sequences: tuple[tuple[int, ...], ...] = ()
     source_no_repeat_ngram: int = 0
+    timestamps: WhisperTimestamps | None = None
 
     def for_text(
         self, prompt_tokens: int, max_tokens: int, end_tokens: frozenset[int], source_ids: Sequence[int] = ()
@@ -225,4 +227,6 @@ class TokenRules:
         if self.begin_suppress_tokens:
             after_forced = prompt_tokens == 1 and self.forced_bos_token_id is not None
             rules.append(SuppressedTokens(self.begin_suppress_tokens, prompt_tokens + after_forced))
+        if self.timestamps is not None:
+            rules.append(replace(self.timestamps, begin=prompt_tokens))
         return tuple(rules)

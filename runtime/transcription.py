@@ -128,12 +128,11 @@ class Transcriber:
         features = self._features(samples)
         if not self.language and self._rules.lang_to_id:
             self.language = self._heard_language(features)
+        prompt = self.prompt(timestamps)
+        room = self._model.engine.model.max_cache - len(prompt) - 1  # behind prompt and start token
+        options = {"max_new_tokens": room} | self._options
         return self._model.generate(
-            features=features,
-            decoder_prompt=self.prompt(timestamps),
-            timestamps=timestamps,
-            hypothesis=hypothesis,
-            **self._options,
+            features=features, decoder_prompt=prompt, timestamps=timestamps, hypothesis=hypothesis, **options
         )
 
     def _features(self, samples: Samples) -> NDArray[np.float32]:
