@@ -39,7 +39,7 @@ def recordings(name: str, count: int) -> Iterator[Recording]:
         rng = np.random.default_rng([seed, number])
         voice = random_voice(rng, SETS[name])
         wave = with_silence(synthesizer.speak(text, voice).wave)
-        noise_db = int(rng.integers(10, 31)) if number % 2 else None
+        noise_db = int(rng.integers(15, 31)) if number % 2 else None
         yield Recording(noisy(rng, wave, noise_db), text, f"{voice.accent}+{voice.variant}", noise_db)
 
 

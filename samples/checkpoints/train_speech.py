@@ -200,6 +200,7 @@ def prepare(work: Path) -> tuple[WhisperTokenizer, Windows]:
 def train(args: argparse.Namespace) -> None:
     tokenizer, windows = prepare(args.work)
     model = new_model(tokenizer)
+    model.set_attn_implementation("eager")  # faster than the fused kernel here: that one has no fast backward on CPUs
     modules = torch.nn.ModuleList([model, Helpers(model.config.d_model, len(windows.vocabulary))])
     optimizers, step, spent = Optimizers(modules), 0, 0.0
     if (args.work / "state.pt").exists():
@@ -227,7 +228,7 @@ def train(args: argparse.Namespace) -> None:
                 "training_speech_h": round(len(windows.mels) / 360_000, 2),
                 "training_s": round(spent + time.monotonic() - started),
                 "python": sys.version.split()[0],
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
             }
             print(json.dumps(note), flush=True)
             save(modules, optimizers, tokenizer, args, note)

@@ -129,13 +129,13 @@ class Windows:
         return mel[: int(100 * (time + rng.uniform(0, 0.08)))], self.texts[utterance][:said].strip()
 
     def _add_noise(self, rng: np.random.Generator, window: np.ndarray, sounding: int) -> None:
-        if rng.random() < 0.25:
+        if rng.random() < 0.4:
             return
         until = FRAMES if rng.random() < 0.5 else min(FRAMES, sounding + int(rng.integers(0, 100)))
         noise = self.noises[rng.integers(len(self.noises))].astype(np.float32)
         noise = np.roll(noise, int(rng.integers(FRAMES)), axis=0)[:until]
         loudness = np.log10(np.mean(10 ** window[:until]) + 1e-9) if window.max() > FLOOR else -3.0
-        level = loudness - np.log10(np.mean(10**noise)) - rng.uniform(0.8, 3.5)  # 8 to 35 dB below the speech
+        level = loudness - np.log10(np.mean(10**noise)) - rng.uniform(1.2, 3.5)  # 12 to 35 dB below the speech
         window[:until] = np.log10(10 ** window[:until] + 10 ** (noise + level))
 
     def _features(self, rng: np.random.Generator, window: np.ndarray) -> np.ndarray:
