@@ -3,68 +3,29 @@
 The model is random, the shipped speech sample's tokenizer, front-end and generation rules are real.
 """
 
-import functools
 import itertools
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
-from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from speech import RATE, SPEECH, random_whisper, recording
+from transformers import GenerationConfig, WhisperFeatureExtractor
 
 import headstart
-from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.model import Model
 from headstart.runtime.segments import split_window
 
-SPEECH = Path(__file__).parents[2] / "samples" / "checkpoints" / "speech"
-RATE = 16_000
 WINDOW_S = 6
 FIRST = 777  # <|0.00|>
 
 
-@functools.cache
-def random_whisper() -> Any:
-    settings = WhisperConfig.from_pretrained(SPEECH).to_dict()
-    settings |= {"d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
-    settings |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(WhisperConfig(**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)  # spread logits: greedy decoding has no near-ties
-    model.generation_config = GenerationConfig.from_pretrained(SPEECH)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whisper")
-    random_whisper().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-        shutil.copy(SPEECH / name, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("bundles") / "whisper"
-    export(checkpoint, folder)
-    return headstart.load(folder)
-
-
-def recording(seconds: float, seed: int = 0) -> Any:
-    """Noise of changing loudness and colour."""
-    generator = np.random.default_rng(seed)
-    wave = generator.standard_normal(int(RATE * seconds))
-    wave = np.convolve(wave, generator.standard_normal(5), "same") * np.repeat(generator.random(int(10 * seconds)), RATE // 10)
-    return (0.1 * wave).astype(np.float32)
+def model(speech_bundle: Bundle) -> Model:
+    return headstart.load(speech_bundle.path)
 
 
 def wanted_tokens(samples: Any, **options: Any) -> list[int]:
