@@ -139,6 +139,7 @@ def generate(
     no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
+    decoder_prompt: Annotated[str, typer.Option(help="Text an encoder-decoder's output begins with.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
@@ -163,7 +164,7 @@ def generate(
         text = _prompt(prompt)
         if chat:
             text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        print_generation(model, text, options, stream, stats)
+        print_generation(model, text, {"decoder_prompt": decoder_prompt, **options}, stream, stats)
 
 
 @app.command()

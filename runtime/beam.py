@@ -7,7 +7,7 @@ rows of one batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .cache import KVCache
 from .engine import Engine
 from .errors import OptionError
-from .prefill import prefill
+from .prefill import check_prompts, prefill
 from .rules import TokenRules
 from .sampling import LogitRules, SamplingOptions
 
@@ -118,12 +118,18 @@ def _best(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return np.asarray(candidates[np.argsort(-scores[candidates], kind="stable")][:count])
 
 
-def beam_search(engine: Engine, prompt: Sequence[int], options: BeamOptions) -> list[Hypothesis]:
-    """The finished texts of one prompt, best first."""
+def beam_search(
+    engine: Engine, prompt: Sequence[int], options: BeamOptions, source: NDArray[Any] | None = None
+) -> list[Hypothesis]:
+    """The finished texts of one prompt, best first. `source`: what the encoder reads, see Engine.encode.
+
+    Raises PromptError when the prompt is empty or too long for the cache, or for a source that the encoder cannot take.
+    """
+    check_prompts([prompt], engine.model.max_cache)
     count = options.num_beams
     longest = min(engine.model.max_cache, len(prompt) + options.max_new_tokens)
-    rules = LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens))
-    cache = engine.new_cache(count, longest)
+    rules = LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens, _ids(engine, source)))
+    cache = engine.new_cache(count, longest, None if source is None else engine.encode([source]).repeated(count))
     logits = np.repeat(prefill(engine, cache.row(0), prompt).logits[0], count, axis=0)
     cache.gather([0] * count)
     beams = Beams(options, longest - len(prompt))
@@ -135,6 +141,12 @@ def beam_search(engine: Engine, prompt: Sequence[int], options: BeamOptions) -> 
             return beams.finished
         cache.gather(moves)
         logits = _step(engine, cache, [output[-1] for output in beams.outputs])
+
+
+def _ids(engine: Engine, source: NDArray[Any] | None) -> list[int]:
+    """The source's tokens; empty when it is no text."""
+    token_ids: list[int] = [] if source is None or engine.model.source != "text" else source.tolist()
+    return token_ids
 
 
 def _step(engine: Engine, cache: KVCache, token_ids: Sequence[int]) -> NDArray[np.float32]:

@@ -120,7 +120,14 @@ class GenerationRules:
     begin_suppress_tokens: tuple[int, ...] = ()
     min_length: int | None = None
     max_length: int | None = None
+    min_new_tokens: int | None = None
     no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    renormalize_logits: bool = False
     lang_to_id: dict[str, int] = field(default_factory=dict)
     task_to_id: dict[str, int] = field(default_factory=dict)
     no_timestamps_token_id: int | None = None

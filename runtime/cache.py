@@ -30,6 +30,11 @@ class CrossState:
     mask: NDArray[np.bool_]
     hidden: NDArray[Any]
 
+    def repeated(self, count: int) -> "CrossState":
+        """Every source `count` times in a row: one for each beam."""
+        mask, hidden = (np.repeat(array, count, axis=0) for array in (self.mask, self.hidden))
+        return CrossState(self.names, tuple(np.repeat(buffer, count, axis=0) for buffer in self.buffers), mask, hidden)
+
     def row(self, index: int) -> "CrossState":
         """The source of one sequence, on the same memory."""
         one = slice(index, index + 1)

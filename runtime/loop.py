@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from .acceptance import Accepted, RandomChance, accept
 from .budget import Budget
 from .cache import KVCache
-from .drafters.base import Drafter, DraftRequest
+from .drafters.base import Drafter, DraftRequest, SourceReader
 from .engine import MAX_ROWS, Engine, StepOutput
-from .errors import OptionError, PromptError
-from .prefill import prefill
+from .errors import OptionError
+from .prefill import check_prompts, prefill
 from .rules import TokenRules
 from .sampling import LogitRules, SamplingOptions
 from .tree import DraftTree, empty_tree
@@ -34,7 +34,8 @@ class LoopOptions:
     """How a batch is decoded.
 
     `draft_nodes` None leaves the tree's size to the tuned budget, of which `budgets` makes one per sequence, or to the
-    drafter's own default where it makes none.
+    drafter's own default where it makes none. `rules` are the model's. `hypotheses`, one per sequence, are what was decoded
+    of earlier, shorter inputs: drafts for whoever wants them.
     """
 
     max_new_tokens: int = 128
@@ -43,6 +44,7 @@ class LoopOptions:
     draft_nodes: int | None = None
     budgets: Callable[[], Budget | None] = lambda: None
     rules: TokenRules = field(default_factory=TokenRules)
+    hypotheses: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -85,7 +87,6 @@ class DecodingLoop:
     """Decodes one batch. Iterate over `rounds()`; between rounds the caller may set a sequence's finish_reason.
 
     `sources`: what the encoder reads for each sequence, see Engine.encode; the prompts are then what the decoder starts from.
-    `hypotheses`: what was decoded for an earlier, shorter input of each sequence; only drafters look at it.
     """
 
     def __init__(
@@ -95,12 +96,11 @@ class DecodingLoop:
         prompts: Sequence[Sequence[int]],
         options: LoopOptions,
         sources: Sequence[NDArray[Any]] = (),
-        hypotheses: Sequence[Sequence[int]] = (),
     ) -> None:
         self._engine, self._drafter, self._options = engine, drafter, options
         self._prompts, self._sources = prompts, sources
-        self._hypotheses = hypotheses or [()] * len(prompts)
-        self._source_ids = [source.tolist() if source.dtype.kind == "i" else [] for source in sources] or [[] for _ in prompts]
+        is_text = engine.model.source == "text"
+        self._source_ids: list[list[int]] = [source.tolist() for source in sources] if is_text else [[] for _ in prompts]
         self.clock = Clock()
         self.sequences: list[Text] = []
         self._limit = engine.model.max_cache
@@ -108,14 +108,8 @@ class DecodingLoop:
 
     def _new_cache(self) -> KVCache:
         """Sized by prompts and options alone, so that plain and speculative decoding compute in equal shapes."""
-        longest = max(map(len, self._prompts), default=0)
-        if longest == 0 or any(len(prompt) == 0 for prompt in self._prompts):
-            raise PromptError("The prompt is empty: decoding needs at least one token to start from.")
-        if longest >= self._limit:
-            raise PromptError(
-                f"The prompt has {longest} tokens, and this bundle's cache holds {self._limit} with room for no new one. "
-                f"Fix: at most {self._limit - 1} tokens, or export again with a larger --max-cache."
-            )
+        check_prompts(self._prompts, self._limit)
+        longest = max(map(len, self._prompts))
         slots = min(self._limit, longest + self._options.max_new_tokens) + MAX_ROWS
         return self._engine.new_cache(len(self._prompts), -(-slots // SLOT_STEP) * SLOT_STEP)
 
@@ -124,6 +118,8 @@ class DecodingLoop:
         if self._drafter is not None:
             self._drafter.open(len(self._prompts))
         started = time.perf_counter()
+        if isinstance(self._drafter, SourceReader):
+            self._drafter.read(self._sources)
         if self._sources:
             self._cache.cross = self._engine.encode(self._sources)
         self.sequences = [self._start(row, list(prompt)) for row, prompt in enumerate(self._prompts)]
@@ -188,9 +184,19 @@ class DecodingLoop:
         # The target adds one token of its own behind the path, so a deeper path than this could not be used.
         tokens_left = min(self._limit - len(sequence.token_ids), self._options.max_new_tokens - sequence.new_tokens) - 1
         sampling, rules = self._options.sampling, sequence.rules.text_rules
-        tokens, begin, row = sequence.token_ids, sequence.prompt_tokens, sequence.row
-        known = self._source_ids[row], self._hypotheses[row]
-        return DraftRequest(row, tokens, sequence.hidden, nodes, tokens_left, sampling, begin, rules, *known)
+        row, hypotheses = sequence.row, self._options.hypotheses
+        return DraftRequest(
+            row,
+            sequence.token_ids,
+            sequence.hidden,
+            nodes,
+            tokens_left,
+            sampling,
+            sequence.prompt_tokens,
+            rules,
+            source_ids=self._source_ids[row],
+            hypothesis_ids=hypotheses[row] if hypotheses else (),
+        )
 
     def _verify(self, trees: list[DraftTree]) -> StepOutput:
         """One forward over every root and its tree; short trees are padded with rows that see only themselves."""

@@ -19,7 +19,7 @@ from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
 from .errors import BundleError, OptionError, PromptError
 from .loop import DecodingLoop, FinishReason, LoopOptions, Text
-from .rules import TokenRules, WhisperTimestamps
+from .rules import TokenRules
 from .sampling import SamplingOptions
 from .tokenizer import TextStream, Tokenizer
 from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
@@ -132,10 +132,10 @@ class Model:
             drafter: "auto" (n-gram, until heads are tuned to the device), "none", or a name from `drafters`.
             draft_nodes: tree size; the drafter's default when None.
             temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed: see SamplingOptions.
+            hypotheses: per prompt, the token ids decoded of an earlier, shorter input; "auto" then drafts from them.
             stop: texts that end the completion; they are not part of it.
             ignore_end: go on after the model's end token.
             timestamps: apply Whisper's rules for them; the decoder prompt must not forbid them.
-            hypothesis: token ids of an earlier output for less of the same input, for the drafter "previous_hypothesis".
         """
         for pieces in Generation(self, [prompt], **options).pieces():
             if pieces[0]:
@@ -171,9 +171,8 @@ class Model:
     ) -> Iterator[Caption]:
         """Live captions: one after each chunk of [samples], and a final one. Each draft is the caption before.
 
-        Args: as `transcribe`; the drafter is "previous_hypothesis" unless another is named.
+        Args: as `transcribe`.
         """
-        options = {"drafter": "previous_hypothesis"} | options
         return live_captions(Transcriber(self, language, task, None, options), chunks)
 
     def inputs(self, prompt: Prompt, decoder_prompt: str | Sequence[int] = ()) -> tuple[NDArray[Any] | None, list[int]]:
@@ -232,24 +231,31 @@ class Generation:
         stop: Sequence[str] = (),
         ignore_end: bool = False,
         decoder_prompt: str | Sequence[int] = (),
+        hypotheses: Sequence[Sequence[int]] = (),
         timestamps: bool = False,
-        hypothesis: Sequence[int] = (),
         **sampling: Any,
     ) -> None:
         if not prompts or not all(np.size(prompt) and len(prompt) for prompt in prompts):
             raise PromptError("The prompt is empty: decoding needs some text to start from.")
-        rules = model.bundle.manifest.generation
-        ends = frozenset() if ignore_end else frozenset(rules.eos_token_ids)
-        self._drafter = model.drafter(drafter)
-        chosen = _sampling_options({"no_repeat_ngram": rules.no_repeat_ngram_size} | sampling, rules.suppress_tokens)
-        budgets = lambda: model.budget(self._drafter)  # noqa: E731
-        options = LoopOptions(max_new_tokens, chosen, ends, draft_nodes, budgets, _token_rules(rules, timestamps))
+        if hypotheses and len(hypotheses) != len(prompts):
+            raise OptionError(f"There must be one hypothesis for each of the {len(prompts)} prompts, got {len(hypotheses)}.")
+        stated = model.bundle.manifest.generation
+        ends = frozenset() if ignore_end else frozenset(stated.eos_token_ids)
+        self._drafter = previous_hypothesis() if hypotheses and drafter == "auto" else model.drafter(drafter)
+        options = LoopOptions(
+            max_new_tokens,
+            _sampling_options(sampling, stated),
+            ends,
+            draft_nodes,
+            lambda: model.budget(self._drafter),
+            TokenRules.of(stated, timestamps, not ignore_end),
+            hypotheses,
+        )
         self._tokenizer = model.tokenizer
         self._stop = [stop] if isinstance(stop, str) else list(stop)
         inputs = [model.inputs(prompt, decoder_prompt) for prompt in prompts]
         sources = [source for source, _ in inputs if source is not None]
-        hypotheses = [hypothesis for _ in prompts]
-        self._loop = DecodingLoop(model.engine, self._drafter, [ids for _, ids in inputs], options, sources, hypotheses)
+        self._loop = DecodingLoop(model.engine, self._drafter, [ids for _, ids in inputs], options, sources)
         self._streams = [TextStream(self._tokenizer, self._stop) for _ in prompts]
         self._texts = ["" for _ in prompts]
 
@@ -299,26 +305,12 @@ class Generation:
         )
 
 
-def _token_rules(rules: GenerationRules, timestamps: bool) -> TokenRules:
-    """What the checkpoint demands of every text."""
-    times = None
-    if timestamps:
-        assert rules.no_timestamps_token_id is not None
-        times = WhisperTimestamps(
-            rules.no_timestamps_token_id, min(rules.eos_token_ids), max_initial=rules.max_initial_timestamp_index
-        )
-    return TokenRules(
-        forced_bos_token_id=rules.forced_bos_token_id,
-        forced_eos_token_ids=() if rules.forced_eos_token_id is None else (rules.forced_eos_token_id,),
-        begin_suppress_tokens=rules.begin_suppress_tokens,
-        min_length=rules.min_length or 0,
-        timestamps=times,
-    )
-
-
-def _sampling_options(values: dict[str, Any], suppress_tokens: tuple[int, ...]) -> SamplingOptions:
+def _sampling_options(values: dict[str, Any], stated: GenerationRules) -> SamplingOptions:
+    """The user's options, and the model's own where the user says nothing."""
     try:
-        return SamplingOptions(suppress_tokens=suppress_tokens, **values)
+        return SamplingOptions(
+            suppress_tokens=stated.suppress_tokens, **({"no_repeat_ngram": stated.no_repeat_ngram_size} | values)
+        )
     except TypeError as error:
         known = ", ".join(name for name in SamplingOptions.__dataclass_fields__ if name != "suppress_tokens")
         raise OptionError(f"unknown option ({error}). Sampling options are: {known}.") from error
@@ -367,8 +359,6 @@ def _drafters(
     tuned["ngram"] = NGramDrafter()
     if bundle.manifest.model.source == "text":
         tuned["source_copy"] = source_copy()
-    if bundle.manifest.audio is not None:
-        tuned["previous_hypothesis"] = previous_hypothesis()
     if draft_engine is not None:
         tuned["draft_model"] = DraftModelDrafter("draft_model", draft_engine)
     for name, found in (tuning.drafters if tuning else {}).items():
@@ -383,9 +373,18 @@ def _drafters(
 
 def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:
     bundle = Bundle.load(path)
-    if target.manifest.model.source or bundle.manifest.model.source:
-        raise OptionError(f"{path}: draft models are not supported yet where the target or the draft has an encoder.")
+    if _reads(target) != _reads(bundle):
+        raise OptionError(f"{path} reads {_reads(bundle)}, the target {_reads(target)}: a draft model must read the same.")
     ours, theirs = target.manifest.model.vocab_size, bundle.manifest.model.vocab_size
     if ours != theirs:
         raise OptionError(f"{path} has {theirs} tokens in its vocabulary, the target {ours}: a draft model must share it.")
     return OnnxRuntimeEngine.open(bundle, DRAFT_THREADS)
+
+
+def _reads(bundle: Bundle) -> str:
+    """The source's kind and shape, and the token that the output begins with."""
+    manifest = bundle.manifest
+    if not manifest.model.source:
+        return "no source"
+    shape = [size for size in manifest.graphs["encoder"].inputs[0].shape[1:] if isinstance(size, int)]
+    return f"{manifest.model.source} of sizes {shape} behind start token {manifest.generation.decoder_start_token_id}"

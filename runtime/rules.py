@@ -7,12 +7,16 @@ rejected like any other wrong guess. Names, meaning and order are those of trans
 `TokenRules` is what a model demands of every text; `for_text` turns it into rules once the text's lengths are known.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .bundle import GenerationRules
+from .errors import OptionError
 
 Logits = NDArray[np.float32]  # [V]
 
@@ -195,7 +199,7 @@ class TokenRules:
         min_new_tokens: no end before the output has so many.
         forbidden_sequences: "bad words".
         source_no_repeat_ngram: no n-gram of this size is copied from the source; 0 is off.
-        timestamps: Whisper's rule, where times are wanted; its `begin` becomes the text's.
+        timestamps: Whisper's, to be moved to where a text's output begins; None leaves time alone.
     """
 
     forced_bos_token_id: int | None = None
@@ -206,6 +210,30 @@ class TokenRules:
     forbidden_sequences: tuple[tuple[int, ...], ...] = ()
     source_no_repeat_ngram: int = 0
     timestamps: WhisperTimestamps | None = None
+
+    @classmethod
+    def of(cls, stated: GenerationRules, timestamps: bool = False, ends: bool = True) -> "TokenRules":
+        """What the bundle states. `timestamps` asks for Whisper's; without `ends` no rule forces or delays an end.
+
+        Raises OptionError for timestamps of a model that has none.
+        """
+        times = None
+        if timestamps:
+            if stated.no_timestamps_token_id is None or not stated.eos_token_ids:
+                raise OptionError("This model has no timestamp tokens: only Whisper's do. Fix: leave timestamps out.")
+            end, latest = stated.eos_token_ids[0], stated.max_initial_timestamp_index
+            times = WhisperTimestamps(stated.no_timestamps_token_id, end, 0, latest)
+        forced_end = stated.forced_eos_token_id
+        return cls(
+            forced_bos_token_id=stated.forced_bos_token_id,
+            forced_eos_token_ids=() if forced_end is None or not ends else (forced_end,),
+            begin_suppress_tokens=stated.begin_suppress_tokens,
+            min_length=stated.min_length or 0,
+            min_new_tokens=stated.min_new_tokens or 0,
+            forbidden_sequences=stated.bad_words_ids,
+            source_no_repeat_ngram=stated.encoder_no_repeat_ngram_size,
+            timestamps=times,
+        )
 
     def for_text(
         self, prompt_tokens: int, max_tokens: int, end_tokens: frozenset[int], source_ids: Sequence[int] = ()
@@ -228,5 +256,5 @@ class TokenRules:
             after_forced = prompt_tokens == 1 and self.forced_bos_token_id is not None
             rules.append(SuppressedTokens(self.begin_suppress_tokens, prompt_tokens + after_forced))
         if self.timestamps is not None:
-            rules.append(replace(self.timestamps, begin=prompt_tokens))
+            rules.append(dataclasses.replace(self.timestamps, begin=prompt_tokens))
         return tuple(rules)

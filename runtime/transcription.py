@@ -132,7 +132,11 @@ class Transcriber:
         room = self._model.engine.model.max_cache - len(prompt) - 1  # behind prompt and start token
         options = {"max_new_tokens": room} | self._options
         return self._model.generate(
-            features=features, decoder_prompt=prompt, timestamps=timestamps, hypothesis=hypothesis, **options
+            features=features,
+            decoder_prompt=prompt,
+            timestamps=timestamps,
+            hypotheses=[hypothesis] if hypothesis else (),
+            **options,
         )
 
     def _features(self, samples: Samples) -> NDArray[np.float32]:

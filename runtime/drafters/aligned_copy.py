@@ -15,8 +15,8 @@ from headstart.runtime.tree import DraftTree, tree_from_branches
 
 from .base import DraftRequest, step
 
-LONGEST_MATCH = 32  # tokens a match is followed back
-SURE = 3  # tokens in a row that agree before an older alignment is given up
+LONGEST_MATCH = 8  # tokens a match is followed back: of two as long, the nearer is the likelier
+SURE = 3  # tokens in a row that agree, the last as foretold, before an older alignment is given up
 FORGOTTEN = 8  # tokens astray after which the older alignment says nothing any more
 # A node's class: how its branch is aligned, over how many tokens, and the node's depth. Lists hold each step's lowest.
 FOLLOWED, REPLACED, INSERTED = KINDS = (0, 1, 2)
@@ -53,7 +53,7 @@ class Alignment:
                 self.position, self.run = self.position + 1, self.run + 1
             else:
                 self.position, self.run = self._resynchronise(token)
-            if self.run >= SURE or (agrees and self.astray == 0):
+            if agrees and (self.astray == 0 or self.run >= SURE):
                 self.anchor, self.astray = self.position, 0
             else:
                 self.astray += 1
@@ -76,7 +76,7 @@ class Alignment:
         places = {self.position: (FOLLOWED, self.run)}
         if 0 < self.astray <= FORGOTTEN:
             places.setdefault(self.anchor + self.astray, (REPLACED, self.astray))
-            places.setdefault(self.anchor, (INSERTED, self.astray))
+            places[self.anchor] = (INSERTED, self.astray)  # even where the output's end was found again: it went astray there
         branches = []
         for start, (kind, run) in places.items():
             token_ids = self._text[start : start + count]

@@ -60,6 +60,12 @@ def test_a_skipped_token_is_found_behind_the_gap() -> None:
     assert first_tokens(propose([10, 11, 14, 15, 16], nodes=8)) == {17}, "three tokens in a row leave no doubt"
 
 
+def test_a_replaced_token_in_a_loop_is_not_sought_in_the_loop_s_beginning() -> None:
+    source = [5] * 10 + [99] + [5] * 10
+    assert {99, 5} <= first_tokens(propose([5] * 11, source=source))
+    assert rounds_needed(source_copy(), source, [5] * 21) <= 6
+
+
 def test_the_nearest_of_equal_matches_is_taken_and_the_longest_of_all() -> None:
     repeated = [5, 1, 6, 5, 2, 7, 5, 3, 8]
     alignment = Alignment(repeated)

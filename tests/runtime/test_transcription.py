@@ -92,7 +92,7 @@ def test_the_previous_hypothesis_is_a_good_draft(model: Model) -> None:
     features = model.engine.features(np.pad(samples, (0, 2 * RATE)))
     options = {"features": features, "decoder_prompt": [770, 772, 776], "max_new_tokens": 64}
     first = model.generate(**options, drafter="none")
-    again = model.generate(**options, drafter="previous_hypothesis", hypothesis=first.token_ids)
+    again = model.generate(**options, hypotheses=[first.token_ids])
     assert again.token_ids == first.token_ids
     assert again.stats.verify_calls <= first.stats.verify_calls / 4
 
