@@ -55,7 +55,7 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The key and value cache of one attention layer."""
+    """The keys and values of one attention layer: its own cache, or what it reads of the source."""
 
     key_name: str
     value_name: str
@@ -66,10 +66,16 @@ class CacheInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the target model is. `aux_layers` index `hidden_states[i]` in the transformers convention."""
+    """What the target model is.
+
+    Attributes:
+        aux_layers: indices into `hidden_states` in the transformers convention.
+        source: what the encoder reads: "text", "audio", or "" without an encoder.
+        max_source: the longest source in tokens, or in frames or samples of audio; 0 is no limit.
+    """
 
     architecture: str
-    family: str  # "decoder"
+    family: str  # "decoder" or "encoder-decoder"
     dtype: str
     vocab_size: int
     hidden_size: int
@@ -77,15 +83,34 @@ class ModelInfo:
     max_cache: int  # tokens
     parameters: int
     aux_layers: tuple[int, ...] = ()
+    source: str = ""
+    max_source: int = 0
 
 
 @dataclass(frozen=True)
 class GenerationRules:
-    """What the checkpoint says about ending and suppressing tokens."""
+    """What the checkpoint's generation_config says; names and meanings are those of transformers.
+
+    Lengths count the decoder's tokens, its first included. The last block is Whisper's: tokens by language ("<|en|>") and
+    task ("transcribe"), and what its timestamps need.
+    """
 
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     suppress_tokens: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    begin_suppress_tokens: tuple[int, ...] = ()
+    min_length: int | None = None
+    max_length: int | None = None
+    no_repeat_ngram_size: int = 0
+    lang_to_id: dict[str, int] = field(default_factory=dict)
+    task_to_id: dict[str, int] = field(default_factory=dict)
+    no_timestamps_token_id: int | None = None
+    max_initial_timestamp_index: int | None = None
+    prev_sot_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +150,7 @@ class Manifest:
     caches: tuple[CacheInfo, ...]
     generation: GenerationRules
     provenance: Provenance
+    cross_caches: tuple[CacheInfo, ...] = ()  # keys and values of the source, one for each decoder layer
     heads: tuple[str, ...] = ()
     weights: dict[str, WeightInfo] = field(default_factory=dict)
     quantization: dict[str, str] = field(default_factory=dict)

@@ -5,6 +5,7 @@ them and moves the length on. What lies behind the length is free space, whateve
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,39 @@ from numpy.typing import NDArray
 from .bundle import CacheInfo
 
 
+@dataclass(frozen=True)
+class CrossState:
+    """What a decoder reads of its sources: computed once, shared by all rows, never gathered.
+
+    Attributes:
+        names: of the decoder's inputs.
+        buffers: cross-attention key and value of each layer in turn, [B, G, E, D] each.
+        mask: [B, E] bool, which of the source's rows exist.
+        hidden: [B, E, H] the encoder's states.
+    """
+
+    names: tuple[str, ...]
+    buffers: tuple[NDArray[Any], ...]
+    mask: NDArray[np.bool_]
+    hidden: NDArray[Any]
+
+    def row(self, index: int) -> "CrossState":
+        """The source of one sequence, on the same memory."""
+        one = slice(index, index + 1)
+        return CrossState(self.names, tuple(buffer[one] for buffer in self.buffers), self.mask[one], self.hidden[one])
+
+
 class KVCache:
     """The caches of B sequences.
 
     Attributes:
+        cross: what the decoder reads of its sources, when it has any.
         buffers: key and value of each layer in turn, [B, G, S, D] each.
         lengths: [B] int64, committed slots per sequence.
         engine_state: what the engine keeps per cache (bound buffers); no one else's business.
     """
 
-    def __init__(self, infos: Sequence[CacheInfo], batch: int, slots: int, dtype: str) -> None:
+    def __init__(self, infos: Sequence[CacheInfo], batch: int, slots: int, dtype: str, cross: CrossState | None = None) -> None:
         sizes = [size for info in infos for size in (info.key_size, info.value_size)]
         heads = [info.kv_heads for info in infos for _ in range(2)]
         self.names = [name for info in infos for name in (info.key_name, info.value_name)]
@@ -31,6 +55,7 @@ class KVCache:
         ]
         self.lengths: NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
         self.engine_state: dict[Any, Any] = {}
+        self.cross = cross
 
     @property
     def batch(self) -> int:
@@ -47,6 +72,7 @@ class KVCache:
         view.buffers = [buffer[index : index + 1] for buffer in self.buffers]
         view.lengths = self.lengths[index : index + 1]
         view.engine_state = {}
+        view.cross = None if self.cross is None else self.cross.row(index)
         return view
 
     def commit(self, row: int, kept: Sequence[int]) -> None:

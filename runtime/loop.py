@@ -9,7 +9,7 @@ Invariant: a sequence's cache holds all its tokens but the last. The last, the r
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,11 +80,21 @@ class Clock:
 
 
 class DecodingLoop:
-    """Decodes one batch. Iterate over `rounds()`; between rounds the caller may set a sequence's finish_reason."""
+    """Decodes one batch. Iterate over `rounds()`; between rounds the caller may set a sequence's finish_reason.
 
-    def __init__(self, engine: Engine, drafter: Drafter | None, prompts: Sequence[Sequence[int]], options: LoopOptions) -> None:
+    `sources`: what the encoder reads for each sequence, see Engine.encode; the prompts are then what the decoder starts from.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        drafter: Drafter | None,
+        prompts: Sequence[Sequence[int]],
+        options: LoopOptions,
+        sources: Sequence[NDArray[Any]] = (),
+    ) -> None:
         self._engine, self._drafter, self._options = engine, drafter, options
-        self._prompts = prompts
+        self._prompts, self._sources = prompts, sources
         self.clock = Clock()
         self.sequences: list[Text] = []
         self._limit = engine.model.max_cache
@@ -108,6 +118,8 @@ class DecodingLoop:
         if self._drafter is not None:
             self._drafter.open(len(self._prompts))
         started = time.perf_counter()
+        if self._sources:
+            self._cache.cross = self._engine.encode(self._sources)
         self.sequences = [self._start(row, list(prompt)) for row, prompt in enumerate(self._prompts)]
         self.clock.prefill_s = time.perf_counter() - started
         yield [s.token_ids[s.prompt_tokens :] for s in self.sequences]

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .budget import Budget
 from .bundle import Bundle
 from .drafters.base import Drafter, TunedDrafter
@@ -13,13 +16,14 @@ from .drafters.first_that_pays import FirstThatPays
 from .drafters.medusa import MedusaDrafter
 from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
-from .errors import OptionError, PromptError
+from .errors import BundleError, OptionError, PromptError
 from .loop import DecodingLoop, FinishReason, LoopOptions, Text
 from .sampling import SamplingOptions
 from .tokenizer import TextStream, Tokenizer
 from .tuning import Tuning, read_tuning
 
 DEVICES = ("cpu",)
+Prompt = str | NDArray[Any]  # text, or the audio features an encoder reads
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Result:
-    """One completed text: what was added to the prompt."""
+    """One completed text: what was added to the prompt. `prompt_tokens` counts what the decoder read before its own tokens."""
 
     text: str
     token_ids: list[int]
@@ -78,34 +82,49 @@ class Model:
         return list(self._drafters)
 
     @overload
-    def generate(self, prompt: str, **options: Any) -> Result: ...
+    def generate(self, prompt: Prompt, **options: Any) -> Result: ...
 
     @overload
-    def generate(self, prompt: list[str], **options: Any) -> list[Result]: ...
+    def generate(self, prompt: list[str] | list[NDArray[Any]], **options: Any) -> list[Result]: ...
 
-    def generate(self, prompt: str | list[str], **options: Any) -> Result | list[Result]:
-        """Complete one prompt, or a list of prompts as one batch.
+    @overload
+    def generate(self, *, features: NDArray[Any], **options: Any) -> Result: ...
+
+    @overload
+    def generate(self, *, features: list[NDArray[Any]], **options: Any) -> list[Result]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | list[str] | list[NDArray[Any]] | None = None,
+        *,
+        features: NDArray[Any] | list[NDArray[Any]] | None = None,
+        **options: Any,
+    ) -> Result | list[Result]:
+        """Complete one prompt, or a list of prompts as one batch. A model with an encoder reads the prompt as its source.
 
         Args:
             prompt: text, or several texts.
+            features: float32 audio features of one source, or of several, in place of text (shape: `headstart inspect`).
             options: those of `stream`.
 
         Raises:
             PromptError: a prompt is empty or too long for the cache.
             OptionError: an option has a value it cannot have.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        given = prompt if features is None else features
+        prompts: Sequence[Prompt] = given if isinstance(given, list) else [] if given is None else [given]
         generation = Generation(self, prompts, **options)
         for _ in generation.pieces():
             pass
         results = generation.results()
-        return results[0] if isinstance(prompt, str) else results
+        return results if isinstance(given, list) else results[0]
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Yield the completion piece by piece, never half a character and never part of a stop string.
 
         Args:
-            prompt: the text to complete.
+            prompt: the text to complete; with an encoder, its source: text, or audio features.
+            decoder_prompt: text or token ids that the output of an encoder-decoder begins with, behind its start token.
             max_new_tokens: the most tokens to add (128).
             drafter: "auto" (n-gram, until heads are tuned to the device), "none", or a name from `drafters`.
             draft_nodes: tree size; the drafter's default when None.
@@ -116,6 +135,29 @@ class Model:
         for pieces in Generation(self, [prompt], **options).pieces():
             if pieces[0]:
                 yield pieces[0]
+
+    def inputs(self, prompt: Prompt, decoder_prompt: str | Sequence[int] = ()) -> tuple[NDArray[Any] | None, list[int]]:
+        """(what the encoder reads, None without one; the token ids the decoder starts from).
+
+        Raises PromptError for text where audio is read, or the other way round, and for a decoder prompt without an encoder.
+        """
+        kind = self.bundle.manifest.model.source
+        if isinstance(prompt, str) == (kind == "audio"):
+            wanted = "audio features" if kind == "audio" else "text"
+            raise PromptError(f"{self.bundle.manifest.model.architecture} reads {wanted}, and the prompt is not.")
+        if not kind and decoder_prompt:
+            raise PromptError("This model has no encoder: it continues the prompt itself. Fix: leave the decoder prompt out.")
+        if not kind:
+            return None, self.tokenizer.encode(str(prompt))
+        source = np.array(self.tokenizer.encode(prompt), np.int64) if isinstance(prompt, str) else np.asarray(prompt)
+        return source, self._decoder_start(decoder_prompt)
+
+    def _decoder_start(self, decoder_prompt: str | Sequence[int]) -> list[int]:
+        start = self.bundle.manifest.generation.decoder_start_token_id
+        if start is None:
+            raise BundleError(f"{self.bundle.path} names no decoder_start_token_id. Fix: export the checkpoint again.")
+        ids = self.tokenizer.encode(decoder_prompt, special=False) if isinstance(decoder_prompt, str) else list(decoder_prompt)
+        return ids if ids[:1] == [start] else [start, *ids]
 
     def drafter(self, name: str) -> Drafter | None:
         """The drafter of that name; None for "none". Raises OptionError for an unknown one."""
@@ -143,15 +185,16 @@ class Generation:
     def __init__(
         self,
         model: Model,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         max_new_tokens: int = 128,
         drafter: str = "auto",
         draft_nodes: int | None = None,
         stop: Sequence[str] = (),
         ignore_end: bool = False,
+        decoder_prompt: str | Sequence[int] = (),
         **sampling: Any,
     ) -> None:
-        if not prompts or not all(prompts):
+        if not prompts or not all(np.size(prompt) and len(prompt) for prompt in prompts):
             raise PromptError("The prompt is empty: decoding needs some text to start from.")
         rules = model.bundle.manifest.generation
         ends = frozenset() if ignore_end else frozenset(rules.eos_token_ids)
@@ -160,8 +203,9 @@ class Generation:
         options = LoopOptions(max_new_tokens, chosen, ends, draft_nodes, lambda: model.budget(self._drafter))
         self._tokenizer = model.tokenizer
         self._stop = [stop] if isinstance(stop, str) else list(stop)
-        token_ids = [model.tokenizer.encode(prompt) for prompt in prompts]
-        self._loop = DecodingLoop(model.engine, self._drafter, token_ids, options)
+        inputs = [model.inputs(prompt, decoder_prompt) for prompt in prompts]
+        sources = [source for source, _ in inputs if source is not None]
+        self._loop = DecodingLoop(model.engine, self._drafter, [ids for _, ids in inputs], options, sources)
         self._streams = [TextStream(self._tokenizer, self._stop) for _ in prompts]
         self._texts = ["" for _ in prompts]
 
@@ -274,6 +318,8 @@ def _drafters(
 
 def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:
     bundle = Bundle.load(path)
+    if target.manifest.model.source or bundle.manifest.model.source:
+        raise OptionError(f"{path}: draft models are not supported yet where the target or the draft has an encoder.")
     ours, theirs = target.manifest.model.vocab_size, bundle.manifest.model.vocab_size
     if ours != theirs:
         raise OptionError(f"{path} has {theirs} tokens in its vocabulary, the target {ours}: a draft model must share it.")
