@@ -54,13 +54,14 @@ def distill_outputs(model: Any, batches: Sequence[Inputs], options: DistillOptio
 
 def write(model: Any, inputs: Inputs, new_tokens: int) -> Tensor:
     """[B, T] greedy outputs, start token first, padded behind the end; by the model's own generation rules."""
-    from transformers import GenerationMixin
+    from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
     room = _positions(model)
     longest = new_tokens if room is None else min(new_tokens, room - 1)
-    # The mixin's method, for speech models put windows and segments around it.
-    with torch.no_grad():
-        written: Tensor = GenerationMixin.generate(model, **inputs, do_sample=False, num_beams=1, max_new_tokens=longest)
+    # generate() would make a cache of as many layers as some encoders have, whatever the decoder has.
+    greedy = {"do_sample": False, "num_beams": 1, "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
+    with torch.no_grad():  # the mixin's method, for speech models put windows and segments around it
+        written: Tensor = GenerationMixin.generate(model, **inputs, **greedy, max_new_tokens=longest)
     return written
 
 

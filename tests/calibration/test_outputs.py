@@ -1,6 +1,8 @@
 """Training data for heads of encoder-decoders: the base's own outputs, aligned with the states that read them."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 from headstart.calibration.distill import IGNORED, DistillOptions, HiddenData
 from headstart.calibration.outputs import distill_outputs, ended, text_inputs, write
-from headstart.calibration.train import TrainOptions, train_on
+from headstart.calibration.train import TrainOptions, train_medusa, train_on
+from headstart.exporter.heads.install import import_head
 from headstart.exporter.heads.recognise import recognise
+from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError
+from headstart.runtime.model import load
 from tests.architectures import byte_tokenizer
 
 SMALL = DistillOptions(new_tokens=12, sequences=10, batch=4)
@@ -35,7 +40,7 @@ def tiny(kind: str) -> Any:
         encoder_ffn_dim=64,
         decoder_ffn_dim=64,
         max_position_embeddings=16,
-        init_std=0.5,
+        init_std=1.0,
         forced_eos_token_id=None,
         tie_word_embeddings=False,
     )
@@ -45,7 +50,7 @@ def tiny(kind: str) -> Any:
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     file = tmp_path / "sources.txt"
-    file.write_text("".join(f"a source of {'many ' * i}words\n" for i in range(14)))
+    file.write_text("".join(f"{chr(97 + i) * (1 + i)} of {i} words\n" for i in range(14)))
     return file
 
 
@@ -59,7 +64,7 @@ def test_states_are_those_that_say_the_next_token(kind: str, sources: Path) -> N
     given = data.token_ids[:, 1:]
     agree = (said == given)[given != IGNORED].float().mean()
     assert agree > 0.98  # the states are kept in float16
-    assert len(set(map(tuple, given.tolist()))) > 3
+    assert any(len(set(row)) > 2 for row in given.tolist())  # a shift would show
 
 
 def tokenizer() -> Any:
@@ -112,3 +117,15 @@ def test_outputs_too_short_for_the_heads(tmp_path: Path) -> None:
     data = HiddenData(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3, 32).half())
     with pytest.raises(OptionError, match="at least 6 tokens, the base's outputs have 3"):
         train_on(tiny("t5"), data, tmp_path, "tiny", TrainOptions(heads=4), lambda *_: None)
+
+
+def test_from_checkpoint_to_lossless_decoding(
+    sources: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], bundle_of: Callable[[str], Bundle]
+) -> None:
+    options = TrainOptions(heads=2, own_projection=False, epochs=2, held_out=0.2, distill=SMALL)
+    train_medusa(checkpoint_of("flan_t5"), [sources], tmp_path / "heads", options)
+    bundle = Path(shutil.copytree(bundle_of("flan_t5").path, tmp_path / "bundle"))
+    assert import_head(bundle, tmp_path / "heads").heads == 2
+    model = load(bundle)
+    plain = model.generate("a source", max_new_tokens=16, drafter="none").token_ids
+    assert model.generate("a source", max_new_tokens=16, drafter="medusa").token_ids == plain
