@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from headstart.exporter.golden import GREEDY, golden_inputs, save_golden
-from headstart.exporter.graph import graph_info, save_graph, weight_infos
+from headstart.exporter.golden import GREEDY, save_golden
+from headstart.exporter.graph import graph_info, save_beside, save_graph, weight_infos
 from headstart.exporter.heads.builder import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, put_in_place
-from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
+from headstart.runtime.bundle import Bundle, GraphInfo, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
-from .verify import all_logits, greedy_tokens
+from .verify import Texts, all_logits, greedy_tokens, read_golden
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
-DECODER = "graphs/decoder.onnx"
+DECODER, ENCODER = "graphs/decoder.onnx", "graphs/encoder.onnx"
 METHODS = ("rtn", "awq", "gptq")
 INT8 = WeightScheme(8)
 
@@ -119,6 +120,11 @@ def _check(bundle: Bundle, options: QuantizeOptions, data: str | Path | None) ->
         )
     if bundle.manifest.model.dtype != "float32":
         raise BundleError(f"{bundle.path} is {bundle.manifest.model.dtype}; quantization starts from float32 weights.")
+    if options.method != "rtn" and bundle.manifest.model.source:
+        raise OptionError(
+            f"--method {options.method} measures decoders that continue a text, and {bundle.path} has an encoder. "
+            "Fix: --method rtn."
+        )
     if options.method != "rtn" and data is None:
         raise OptionError(f"--method {options.method} measures what each layer reads. Fix: --data FILE, or --method rtn.")
 
@@ -130,19 +136,33 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     model, _ = split_gemms(ir.load(bundle.path / bundle.manifest.graphs["decoder"].file))
     _check_groups(model, bundle.manifest.model.vocab_size, options)
     rounder = _rounder(bundle, model, options, data, progress)
-    quantize_decoder(model, bundle.manifest.model.vocab_size, options, rounder, progress)
+    quantize_graph(model, bundle.manifest.model.vocab_size, options, rounder, progress)
     save_graph(model, folder / DECODER)
+    graphs = {"decoder": graph_info(model, DECODER)}
+    if "encoder" in bundle.manifest.graphs:
+        graphs["encoder"] = _write_encoder(bundle, folder, options, rounder, progress)
     manifest = dataclasses.replace(
         bundle.manifest,
-        graphs={"decoder": graph_info(model, DECODER)},
+        graphs=graphs,
         weights=weight_infos(folder / DECODER, "graphs"),
         quantization=options.described() | {"date": datetime.date.today().isoformat()},
     )
     for done, name in enumerate(manifest.heads):
         _write_head(bundle, folder, manifest, name, options)
         progress("heads", done + 1, len(manifest.heads))
-    _write_golden(Bundle(folder, manifest))
+    _write_golden(Bundle(folder, manifest), read_golden(bundle))
     return manifest
+
+
+def _write_encoder(bundle: Bundle, folder: Path, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> GraphInfo:
+    """The encoder, and what it computes of the source for each decoder layer; tables it shares with the decoder lie there."""
+    import onnx_ir as ir
+
+    model, _ = split_gemms(ir.load(bundle.path / bundle.manifest.graphs["encoder"].file))
+    _check_groups(model, bundle.manifest.model.vocab_size, options)
+    quantize_graph(model, bundle.manifest.model.vocab_size, options, rounder, progress)
+    save_beside(model, folder / ENCODER, folder / DECODER)
+    return graph_info(model, ENCODER)
 
 
 def _check_groups(model: Any, vocab_size: int, options: QuantizeOptions) -> None:
@@ -164,7 +184,7 @@ def _rounder(bundle: Bundle, model: Any, options: QuantizeOptions, data: str | P
     return rounder
 
 
-def quantize_decoder(model: Any, vocab_size: int, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> None:
+def quantize_graph(model: Any, vocab_size: int, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> None:
     """Replace every linear layer's weight, and the embedding's table, in place."""
     found = list(linears(model))
     for done, linear in enumerate(found):
@@ -254,12 +274,12 @@ def _share(model: Any, linear: Linear, shared: dict[str, WeightInfo]) -> None:
     linear.node.replace_input_with(1, result)
 
 
-def _write_golden(bundle: Bundle) -> None:
-    """What the quantized canonical graph says, in place of what the checkpoint said."""
+def _write_golden(bundle: Bundle, golden: dict[str, NDArray[Any]]) -> None:
+    """What the quantized canonical graph says on the golden inputs, in place of what the checkpoint said."""
     model = bundle.manifest.model
     engine = OnnxRuntimeEngine(bundle)
-    input_ids = golden_inputs(model.vocab_size, model.max_cache)
-    tokens = min(GREEDY, model.max_cache - input_ids.shape[1])
-    logits = np.stack([all_logits(engine, ids) for ids in input_ids])
-    greedy = np.stack([greedy_tokens(engine, ids.tolist(), tokens) for ids in input_ids])
-    save_golden(bundle.path, input_ids, logits, greedy)
+    texts = Texts(golden["input_ids"], golden.get("sources"))
+    tokens = min(GREEDY, model.max_cache - texts.input_ids.shape[1])
+    logits = np.stack([all_logits(engine, ids, source) for ids, source in texts.pairs()])
+    greedy = np.stack([greedy_tokens(engine, ids.tolist(), tokens, source) for ids, source in texts.pairs()])
+    save_golden(bundle.path, texts.input_ids, logits, greedy, texts.sources)

@@ -117,6 +117,9 @@ class _Quality:
 def _quality(paths: Sequence[Path], windows: NDArray[np.int64], progress: Progress) -> list[_Quality]:
     """All bundles side by side, one window at a time: the reference's logits are never kept."""
     engines = [load(path, tuned=False).engine for path in paths]
+    for path, engine in zip(paths, engines, strict=True):
+        if engine.model.source:
+            raise OptionError(f"{path} has an encoder; perplexity is measured on text that a decoder continues by itself.")
     sums = [_Quality() for _ in engines]
     for done, ids in enumerate(windows):
         reference: NDArray[np.float64] | None = None

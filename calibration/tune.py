@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headstart.runtime.budget import VerifyCost
 from headstart.runtime.bundle import Bundle, atomic_write, to_json
@@ -23,7 +25,8 @@ from headstart.runtime.drafters.first_that_pays import FirstThatPays
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import OptionError, OutputError
 from headstart.runtime.loop import DecodingLoop, LoopOptions
-from headstart.runtime.model import Model, load
+from headstart.runtime.model import Model, Prompt, load
+from headstart.runtime.prefill import open_cache
 from headstart.runtime.tree import ROOT, DraftTree
 from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint, tuning_file
 
@@ -53,7 +56,7 @@ class TuneOptions:
 
 def tune(
     bundle: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     device: str = "cpu",
     threads: int | None = None,
     draft_model: str | Path | None = None,
@@ -77,7 +80,7 @@ def tune(
     if file.exists() and not force:
         raise OutputError(f"{file} exists and is not overwritten. Fix: --force.")
     model = load(bundle, device, threads, draft_model, tuned=False)
-    cost = verify_cost(model.engine, progress)
+    cost = verify_cost(model.engine, progress, model.inputs(prompts[0])[0])
     names = [name for name in model.drafters if isinstance(model.drafter(name), TunedDrafter)]
     plain_ms = _other_ms(_decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
     drafters = {name: observe(model, name, prompts, options, plain_ms, progress) for name in names}
@@ -102,11 +105,11 @@ def tune(
     return made
 
 
-def verify_cost(engine: Engine, progress: Progress) -> VerifyCost:
-    """t(n), medians over interleaved rounds so that a noisy moment hits all sizes alike."""
+def verify_cost(engine: Engine, progress: Progress, source: NDArray[Any] | None = None) -> VerifyCost:
+    """t(n), medians over interleaved rounds so that a noisy moment hits all sizes alike. `source`: what an encoder reads."""
     longest = max(SHORT_HISTORY, min(LONG_HISTORY, engine.model.max_cache - MAX_ROWS))
     histories = (min(SHORT_HISTORY, longest // 2), longest)
-    caches = {history: engine.new_cache(1, history + MAX_ROWS) for history in histories}
+    caches = {history: open_cache(engine, history + MAX_ROWS, source) for history in histories}
     seconds: dict[tuple[int, int], list[float]] = {}
     for done in range(COST_ROUNDS):
         for history, cache in caches.items():
@@ -184,7 +187,7 @@ class Recorder:
 
 
 def observe(
-    model: Model, name: str, prompts: Sequence[str], options: TuneOptions, plain_ms: float, progress: Progress
+    model: Model, name: str, prompts: Sequence[Prompt], options: TuneOptions, plain_ms: float, progress: Progress
 ) -> DrafterTuning:
     """Decode the prompts with generous trees, and count.
 
@@ -223,8 +226,9 @@ def as_deep_as_pays(found: DrafterTuning, cost: VerifyCost) -> DrafterTuning:
     return dataclasses.replace(found, rates=rates, draft_ms=best * step_ms)
 
 
-def _decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: str, options: LoopOptions) -> DecodingLoop:
-    loop = DecodingLoop(model.engine, drafter, [model.tokenizer.encode(prompt)], options)
+def _decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: Prompt, options: LoopOptions) -> DecodingLoop:
+    source, start = model.inputs(prompt)
+    loop = DecodingLoop(model.engine, drafter, [start], options, [] if source is None else [source])
     for _ in loop.rounds():
         pass
     return loop
@@ -241,7 +245,7 @@ def _pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning]:
     return pairs
 
 
-def _prove(model: Model, tuning: Tuning, prompts: Sequence[str], options: TuneOptions, progress: Progress) -> Tuning:
+def _prove(model: Model, tuning: Tuning, prompts: Sequence[Prompt], options: TuneOptions, progress: Progress) -> Tuning:
     """Decode with each budget and without, interleaved; fill in what came of it, and choose."""
     drafters = {name: _tuned(model, name, found) for name, found in tuning.drafters.items()}
     seconds: dict[str, list[float]] = {"none": [], **{name: [] for name in drafters}}

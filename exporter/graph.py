@@ -62,9 +62,9 @@ def _strip(model: Any) -> None:
 def save_beside(model: Any, file: Path, other: Path) -> None:
     """As `save_graph`, but for weights which `other`, beside it, holds too: they are read from there."""
     _strip(model)
-    _share(model, other)
-    own = [w for w in model.graph.initializers.values() if not isinstance(w.const_value, ir.ExternalTensor)]
-    large = [w for w in own if w.const_value.nbytes > SMALL]
+    shared = _share(model, other)
+    own = [weight for name, weight in model.graph.initializers.items() if name not in shared]
+    large = [weight for weight in own if weight.const_value.nbytes > SMALL]
     tensors = ir.external_data.convert_tensors_to_external([w.const_value for w in large], file.parent, f"{file.name}.data")
     for weight, tensor in zip(large, tensors, strict=True):
         weight.const_value = tensor
@@ -78,12 +78,16 @@ def save_sharing(model: Any, file: Path, other: Path) -> None:
     ir.save(model, file)
 
 
-def _share(model: Any, other: Path) -> None:
+def _share(model: Any, other: Path) -> set[str]:
+    """Let weights that `other` holds be read from there; returns their names."""
+    shared = set()
     stored = {name: value.const_value for name, value in ir.load(other).graph.initializers.items()}
     for name, value in model.graph.initializers.items():
         twin = stored.get(name)
         if isinstance(twin, ir.ExternalTensor) and _equal(twin, value.const_value):
             value.const_value = twin
+            shared.add(name)
+    return shared
 
 
 def _equal(a: Any, b: Any) -> bool:

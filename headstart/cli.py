@@ -132,6 +132,7 @@ def generate(
     no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
+    decoder_prompt: Annotated[str, typer.Option(help="Text an encoder-decoder's output begins with.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
@@ -147,6 +148,7 @@ def generate(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
     options = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes, **sampling, **rules}
+    options["decoder_prompt"] = decoder_prompt
     text = _prompt(prompt)
     if chat:
         text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])

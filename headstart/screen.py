@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from headstart.runtime.bundle import Bundle, atomic_write
+from headstart.runtime.bundle import Bundle, Manifest, atomic_write
 from headstart.runtime.engines.info import EngineInfo
 from headstart.runtime.model import Generation, Model, Result
 from headstart.runtime.tuning import Tuning
@@ -69,6 +69,7 @@ def show_bundle(bundle: Bundle) -> None:
         "model": f"{model.architecture}, {model.parameters / 1e6:.2f} M parameters, {model.dtype}",
         "sizes": f"{model.layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
         "cache": f"up to {model.max_cache} tokens, {cache * bytes_each / 1024:.1f} KiB per token",
+        **({"encoder reads": _source(manifest)} if model.source else {}),
         "graphs": ", ".join(graph.file for graph in manifest.graphs.values()),
         "heads": ", ".join(manifest.heads) or "none",
         "quantization": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items()) or "none",
@@ -80,6 +81,12 @@ def show_bundle(bundle: Bundle) -> None:
     for name, value in rows.items():
         grid.add_row(name, escape(value))
     out.print(grid)
+
+
+def _source(manifest: Manifest) -> str:
+    shape = manifest.graphs["encoder"].inputs[0].shape
+    longest = f"at most {manifest.model.max_source}" if manifest.model.max_source else "of any length"
+    return f"{manifest.model.source} {list(shape[1:])}, {longest}; cross-attention of {len(manifest.cross_caches)} layers"
 
 
 def show_engine(bundle: Path, info: EngineInfo) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .acceptance import Accepted, RandomChance, accept
 from .budget import Budget
 from .cache import KVCache
-from .drafters.base import Drafter, DraftRequest
+from .drafters.base import Drafter, DraftRequest, SourceReader
 from .engine import MAX_ROWS, Engine, StepOutput
 from .errors import OptionError, PromptError
 from .prefill import prefill
@@ -118,6 +118,8 @@ class DecodingLoop:
         if self._drafter is not None:
             self._drafter.open(len(self._prompts))
         started = time.perf_counter()
+        if isinstance(self._drafter, SourceReader):
+            self._drafter.read(self._sources)
         if self._sources:
             self._cache.cross = self._engine.encode(self._sources)
         self.sequences = [self._start(row, list(prompt)) for row, prompt in enumerate(self._prompts)]

@@ -318,9 +318,18 @@ def _drafters(
 
 def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:
     bundle = Bundle.load(path)
-    if target.manifest.model.source or bundle.manifest.model.source:
-        raise OptionError(f"{path}: draft models are not supported yet where the target or the draft has an encoder.")
+    if _reads(target) != _reads(bundle):
+        raise OptionError(f"{path} reads {_reads(bundle)}, the target {_reads(target)}: a draft model must read the same.")
     ours, theirs = target.manifest.model.vocab_size, bundle.manifest.model.vocab_size
     if ours != theirs:
         raise OptionError(f"{path} has {theirs} tokens in its vocabulary, the target {ours}: a draft model must share it.")
     return OnnxRuntimeEngine.open(bundle, DRAFT_THREADS)
+
+
+def _reads(bundle: Bundle) -> str:
+    """The source's kind and shape, and the token that the output begins with."""
+    manifest = bundle.manifest
+    if not manifest.model.source:
+        return "no source"
+    shape = [size for size in manifest.graphs["encoder"].inputs[0].shape[1:] if isinstance(size, int)]
+    return f"{manifest.model.source} of sizes {shape} behind start token {manifest.generation.decoder_start_token_id}"

@@ -1,13 +1,20 @@
 """Running known tokens through an engine: the prompt, or whatever a draft model has not seen yet."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .cache import KVCache
 from .engine import Engine, StepOutput
 
 CHUNK = 256  # rows per forward; larger ones cost memory (rows x slots of attention) and save little
+
+
+def open_cache(engine: Engine, slots: int, source: NDArray[Any] | None = None) -> KVCache:
+    """An empty cache for one sequence, and its source encoded when the model has an encoder."""
+    return engine.new_cache(1, slots, None if source is None else engine.encode([source]))
 
 
 def prefill(engine: Engine, cache: KVCache, token_ids: Sequence[int]) -> StepOutput:

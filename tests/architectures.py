@@ -196,16 +196,16 @@ def _tiny_encoder_decoder(name: str, seed: int) -> Any:
     config = getattr(transformers, config_name)(**copy.deepcopy(settings))
     torch.manual_seed(seed)
     model = getattr(transformers, class_name)(config).eval()
-    if class_name.startswith(("T5For", "MT5", "UMT5")):
-        return model  # initialised for unscaled scores: spread enough as they are
-    return _spread(model)
+    # Where a tied embedding outweighs everything else, the model repeats its last token for ever.
+    repeats = class_name.startswith(("T5", "MT5", "UMT5", "Moonshine"))
+    return _spread(model, 3.0, 0.4) if repeats else _spread(model)
 
 
-def _spread(model: Any) -> Any:
+def _spread(model: Any, matrices: float = 4.0, embeddings: float = 4.0) -> Any:
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and parameter.requires_grad:
-                parameter.mul_(4.0)
+                parameter.mul_(embeddings if "embed_tokens" in name or "shared" in name else matrices)
     return model
 
 

@@ -88,13 +88,14 @@ class _Shared:
         self.position_ids = inputs[contract.POSITION_IDS]
 
     def bias(self, mask: Any, anchor: Any) -> Any:
-        """[B, 1, T, total] float: 0 where the row may look, else MASKED."""
+        """[B, 1 or H, T, total] float: what is added to the scores, by default 0 where the row may look, else MASKED."""
         key = id(mask)
         if key not in self._biases:
             write = Writer(self.model, anchor)
             seen = write.node("Slice", [mask, write.ints([0]), self._total, write.ints([3])])
             zero, masked = write.constant("zero", np.float32(0)), write.constant("masked", MASKED)
-            self._biases[key] = write.node("Where", [seen, zero, masked])
+            boolean = mask.dtype == ir.DataType.BOOL
+            self._biases[key] = write.node("Where", [seen, zero, masked]) if boolean else seen
         return self._biases[key]
 
     def tables(self, rotary: Rotary) -> tuple[Any, Any] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,15 @@ class Drafter(Protocol):
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         """One tree per request; an empty tree where there is nothing to propose."""
+        ...
+
+
+@runtime_checkable
+class SourceReader(Protocol):
+    """A drafter that looks at what the target's encoder reads."""
+
+    def read(self, sources: Sequence[NDArray[Any]]) -> None:
+        """The sources of the sequences just opened, as Engine.encode takes them; none when the target has no encoder."""
         ...
 
 
