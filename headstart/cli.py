@@ -296,6 +296,7 @@ def heads_import(
     head: Annotated[Path, typer.Argument(help="Folder of the head, in a published format.", show_default=False)],
     name: Annotated[str | None, typer.Option(help="What to call it; its family by default.")] = None,
     top_k: Annotated[int, typer.Option(help="Candidates per head.", min=1)] = 10,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Take heads whose published model is not lossless.")] = False,
     force: Force = False,
 ) -> None:
     """Add a draft head to a bundle."""
@@ -305,7 +306,7 @@ def heads_import(
 
     with stages() as progress:
         progress("importing the head")
-        info = import_head(bundle, head, name, top_k, force)
+        info = import_head(bundle, head, name, top_k, force, lossy)
     print(f"{bundle}/heads/{info.name}: {info.heads} heads, format {info.dialect}")
 
 
@@ -325,7 +326,7 @@ def heads_train(
     learning_rate: Annotated[float, typer.Option(help="Peak rate.")] = 1e-3,
     force: Force = False,
 ) -> None:
-    """Train draft heads on the base's own continuations of your text."""
+    """Train draft heads on the base's own continuations of your text, or its outputs for your sources, one a line."""
     from headstart.calibration.distill import DistillOptions
     from headstart.calibration.train import TrainOptions, train_medusa
 
