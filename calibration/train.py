@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.exporter.checkpoint import load_checkpoint
+from headstart.exporter.checkpoint import Checkpoint, load_checkpoint
 from headstart.runtime.bundle import new_folder
 from headstart.runtime.errors import OptionError
 
-from .distill import DistillOptions, HiddenData, Progress, check_memory, distill, read_tokens
+from .distill import IGNORED, DistillOptions, HiddenData, Progress, check_memory, distill, read_tokens
+from .outputs import distill_outputs, text_inputs
 
 RANKS = 10  # reported accuracies: is the right token among the best 1, …, 10
 HEAD_DECAY = 0.8  # weight of head i in the loss: 0.8 ** i, since a later head only counts when the earlier are right
@@ -91,6 +92,8 @@ def train_medusa(
 ) -> dict[str, Any]:
     """Train heads on the base's own continuations of `files`; write them and `report.json` to `output`.
 
+    An encoder-decoder writes no continuations: it reads each line (or JSON object's "prompt") as a source of its own.
+
     Returns the report: options, and held-out accuracy per head and rank.
 
     Raises CheckpointError, OptionError, OutputError; nothing is left at `output` then.
@@ -99,28 +102,58 @@ def train_medusa(
     with new_folder(Path(output), force) as folder:
         base = load_checkpoint(checkpoint)
         check_memory(base.model, options.distill)
-        data = distill(base.model, read_tokens(_tokenizer(base.path), files), options.distill, options.seed, progress)
-        lm_head = base.model.get_output_embeddings().weight.detach().clone()
-        heads = nn.ModuleList(MedusaHead(lm_head, options.layers, options.own_projection) for _ in range(options.heads))
-        held_out, training = _split(data, options.held_out)
-        final_loss = _train(heads, training, options, progress)
-        report = {
-            "options": asdict(options),
-            "training_tokens": training.token_ids.numel(),
-            "held_out_tokens": held_out.token_ids.numel(),
-            "final_loss": round(final_loss, 4),
-            "held_out_accuracy": accuracy(heads, held_out),
-        }
-        _save(heads, folder, Path(checkpoint).name, options, report)
+        return train_on(base.model, _own_text(base, files, options, progress), folder, Path(checkpoint).name, options, progress)
+
+
+def _own_text(base: Checkpoint, files: list[Path], options: TrainOptions, progress: Progress) -> HiddenData:
+    if base.config.is_encoder_decoder:
+        inputs = text_inputs(base.model, _tokenizer(base.path), files, options.distill, options.seed)
+        return distill_outputs(base.model, inputs, options.distill, progress)
+    tokenizer = _tokenizer(base.path)
+    tokenizer.model_max_length = int(1e30)  # whole files are tokenized and cut afterwards; no warning is due
+    return distill(base.model, read_tokens(tokenizer, files), options.distill, options.seed, progress)
+
+
+def train_on(
+    model: Any,
+    data: HiddenData,
+    folder: Path,
+    name: str,
+    options: TrainOptions,
+    progress: Progress = lambda what, done, of: None,
+) -> dict[str, Any]:
+    """Train heads for `model`, called `name`, on text that is there already; write them and their report to `folder`.
+
+    Raises OptionError when the text is too short for as many heads.
+    """
+    if data.token_ids.shape[1] < options.heads + 2:
+        raise OptionError(
+            f"{options.heads} heads need texts of at least {options.heads + 2} tokens, the base's outputs have "
+            f"{data.token_ids.shape[1]} at most. Fix: fewer --heads, or sources with longer outputs."
+        )
+    lm_head = model.get_output_embeddings().weight.detach().clone()
+    heads = nn.ModuleList(MedusaHead(lm_head, options.layers, options.own_projection) for _ in range(options.heads))
+    held_out, training = _split(data, options.held_out)
+    final_loss = _train(heads, training, options, progress)
+    report = {
+        "options": asdict(options),
+        "training_tokens": _count(training),
+        "held_out_tokens": _count(held_out),
+        "final_loss": round(final_loss, 4),
+        "held_out_accuracy": accuracy(heads, held_out),
+    }
+    _save(heads, folder, name, options, report)
     return report
+
+
+def _count(data: HiddenData) -> int:
+    return int((data.token_ids != IGNORED).sum())
 
 
 def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.model_max_length = int(1e30)  # whole files are tokenized and cut afterwards; no warning is due
-    return tokenizer
+    return AutoTokenizer.from_pretrained(path)
 
 
 def _split(data: HiddenData, share: float) -> tuple[HiddenData, HiddenData]:
@@ -170,9 +203,17 @@ def loss_of(heads: nn.ModuleList, token_ids: Tensor, hidden: Tensor) -> Tensor:
     """Σ_i 0.8^i · CE of head i at position t against token t + 2 + i, over the sum of the weights."""
     total = hidden.new_zeros(())
     for i, head in enumerate(heads):
-        logits = head(hidden[:, : -2 - i].flatten(0, 1))
-        total = total + HEAD_DECAY**i * nn.functional.cross_entropy(logits, token_ids[:, 2 + i :].flatten())
+        states, labels = labelled(i, token_ids, hidden)
+        loss = nn.functional.cross_entropy(head(states), labels, reduction="sum") / max(1, len(labels))
+        total = total + HEAD_DECAY**i * loss
     return total / sum(HEAD_DECAY**i for i in range(len(heads)))
+
+
+def labelled(head: int, token_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """([P, H] states, [P] tokens that head number `head` should propose there): every position that has such a token."""
+    labels = token_ids[:, 2 + head :]
+    there = labels != IGNORED
+    return hidden[:, : labels.shape[1]][there], labels[there]
 
 
 @torch.no_grad()
@@ -183,10 +224,10 @@ def accuracy(heads: nn.ModuleList, data: HiddenData) -> list[list[float]]:
         hits = torch.zeros(RANKS)
         count = 0
         for token_ids, hidden in zip(data.token_ids.split(8), data.hidden.split(8), strict=True):
-            best = head(hidden[:, : -2 - i].flatten(0, 1).float()).topk(RANKS).indices
-            hits += (best == token_ids[:, 2 + i :].flatten()[:, None]).sum(0)
-            count += len(best)
-        table.append([round(x, 4) for x in (hits.cumsum(0) / count).tolist()])
+            states, labels = labelled(i, token_ids, hidden)
+            hits += (head(states.float()).topk(RANKS).indices == labels[:, None]).sum(0)
+            count += len(labels)
+        table.append([round(x, 4) for x in (hits.cumsum(0) / max(1, count)).tolist()])
     return table
 
 

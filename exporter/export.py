@@ -139,7 +139,7 @@ def _write_encoder_decoder(
     progress: Progress,
     assistant: bool = False,
 ) -> Manifest:
-    from . import checkpoint, golden, graph, seq2seq
+    from . import checkpoint, frontend, golden, graph, seq2seq
 
     progress("tracing the encoder")
     caches, cross_caches = seq2seq.cache_infos(source.model)
@@ -166,7 +166,7 @@ def _write_encoder_decoder(
     rules = generation_rules(source.model, model.vocab_size)
     progress("recording golden outputs")
     golden.write_golden(source.model, folder, model.vocab_size, model.max_cache, sources, states)
-    return Manifest(
+    manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model=model,
         graphs=graphs,
@@ -176,6 +176,7 @@ def _write_encoder_decoder(
         provenance=provenance(name, checkpoint.source_hashes(source.path)),
         weights=graph.weight_infos(folder / DECODER, "graphs"),
     )
+    return frontend.add_frontend(source.path, folder, manifest) if model.source == "audio" else manifest
 
 
 def _golden_sources(model: Any, info: ModelInfo) -> Any:

@@ -58,9 +58,10 @@ class KVCache:
     def __init__(self, infos: Sequence[CacheInfo], batch: int, slots: int, dtype: str, cross: CrossState | None = None) -> None:
         sizes = [size for info in infos for size in (info.key_size, info.value_size)]
         heads = [info.kv_heads for info in infos for _ in range(2)]
+        dtypes = [info.dtype or dtype for info in infos for _ in range(2)]
         self.names = [name for info in infos for name in (info.key_name, info.value_name)]
         self.buffers: list[NDArray[Any]] = [
-            np.zeros((batch, head, slots, size), dtype=dtype) for head, size in zip(heads, sizes, strict=True)
+            np.zeros((batch, head, slots, size), dtype=kind) for head, size, kind in zip(heads, sizes, dtypes, strict=True)
         ]
         self.lengths: NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
         self.engine_state: dict[Any, Any] = {}

@@ -1,6 +1,6 @@
 """What users hold: a loaded bundle that turns prompts into text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .beam import BeamOptions, beam_search
-from .budget import Budget
+from .budget import Budget, Standing
 from .bundle import Bundle, GenerationRules
 from .drafters.aligned_copy import previous_hypothesis, source_copy
 from .drafters.base import Drafter, TunedDrafter
@@ -23,6 +23,7 @@ from .loop import DecodingLoop, FinishReason, LoopOptions, Text
 from .rules import TokenRules
 from .sampling import SamplingOptions
 from .tokenizer import TextStream, Tokenizer
+from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
 from .tuning import Tuning, read_tuning
 
 DEVICES = ("cpu",)
@@ -89,6 +90,7 @@ class Model:
         self.tokenizer = tokenizer
         self.tuning = tuning
         self._drafters = drafters
+        self._standings: dict[tuple[str, bool], Standing] = {}
 
     @property
     def drafters(self) -> list[str]:
@@ -146,6 +148,7 @@ class Model:
             hypotheses: per prompt, the token ids decoded of an earlier, shorter input; "auto" then drafts from them.
             stop: texts that end the completion; they are not part of it.
             ignore_end: go on after the model's end token.
+            timestamps: apply Whisper's rules for them; the decoder prompt must not forbid them.
         """
         for pieces in Generation(self, [prompt], **options).pieces():
             if pieces[0]:
@@ -188,6 +191,40 @@ class Model:
         found = beam_search(self.engine, token_ids, options, source)
         return [Beam(self.tokenizer.decode(h.token_ids), h.token_ids, h.score) for h in found]
 
+    def transcribe(
+        self,
+        recording: Recording,
+        language: str | None = None,
+        task: str = "transcribe",
+        timestamps: bool | None = None,
+        **options: Any,
+    ) -> Transcript:
+        """What is said in a recording of any length.
+
+        Args:
+            recording: a sound file, or [samples] at the model's rate (16 kHz): floats in -1 … 1, or integers.
+            language: such as "en"; None lets a model of several languages hear which it is.
+            task: "transcribe", or "translate" where the model can.
+            timestamps: False for none, which only recordings within one window allow; None as the model can.
+            options: those of `stream`.
+
+        Raises:
+            AudioError: no such file, not a sound file, empty, or truncated.
+            MissingExtraError: a file was given and `headstart[audio]` is not installed.
+            OptionError: the model reads no audio, or lacks the language, the task or timestamps.
+            PromptError: the recording is longer than a model without timestamps reads at once.
+        """
+        return transcribe(Transcriber(self, language, task, timestamps, options), recording)
+
+    def stream_audio(
+        self, chunks: Iterable[NDArray[Any]], language: str | None = None, task: str = "transcribe", **options: Any
+    ) -> Iterator[Caption]:
+        """Live captions: one after each chunk of [samples], and a final one. Each draft is the caption before.
+
+        Args: as `transcribe`.
+        """
+        return live_captions(Transcriber(self, language, task, None, options), chunks)
+
     def inputs(self, prompt: Prompt, decoder_prompt: str | Sequence[int] = ()) -> tuple[NDArray[Any] | None, list[int]]:
         """(what the encoder reads, None without one; the token ids the decoder starts from).
 
@@ -226,9 +263,15 @@ class Model:
             raise OptionError(f"drafter {name!r} is unknown. Choose one of: auto, none, {', '.join(self._drafters)}.")
         return self._drafters[name]
 
-    def budget(self, drafter: Drafter | None) -> Budget | None:
-        """A sequence's budget for that drafter; None where nothing was tuned."""
-        return None if drafter is None or self.tuning is None else self.tuning.budget(drafter.name)
+    def budget(self, drafter: Drafter | None, greedy: bool) -> Budget | None:
+        """A sequence's budget for that drafter; None where nothing was tuned.
+
+        What earlier texts showed of the drafter is kept, for greedy and sampled texts apart.
+        """
+        if drafter is None or self.tuning is None:
+            return None
+        standing = self._standings.setdefault((drafter.name, greedy), Standing())
+        return self.tuning.budget(drafter.name, standing)
 
 
 class Generation:
@@ -245,6 +288,7 @@ class Generation:
         ignore_end: bool = False,
         decoder_prompt: str | Sequence[int] = (),
         hypotheses: Sequence[Sequence[int]] = (),
+        timestamps: bool = False,
         **sampling: Any,
     ) -> None:
         _check_given(prompts)
@@ -253,13 +297,14 @@ class Generation:
         stated = model.bundle.manifest.generation
         ends = frozenset() if ignore_end else frozenset(stated.eos_token_ids)
         self._drafter = previous_hypothesis() if hypotheses and drafter == "auto" else model.drafter(drafter)
+        chosen = _sampling_options(sampling, stated)
         options = LoopOptions(
             max_new_tokens,
-            _sampling_options(sampling, stated),
+            chosen,
             ends,
             draft_nodes,
-            lambda: model.budget(self._drafter),
-            TokenRules.of(stated, ends=not ignore_end),
+            lambda: model.budget(self._drafter, chosen.greedy),
+            TokenRules.of(stated, timestamps, not ignore_end),
             hypotheses,
         )
         self._tokenizer = model.tokenizer
@@ -356,7 +401,7 @@ def load(
     """
     if device not in DEVICES:
         raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
-    bundle = Bundle.load(path)
+    bundle = Bundle.load(path, check_hashes=False)  # the engine checks what it reads
     engine = OnnxRuntimeEngine.open(bundle, threads)
     tuning = read_tuning(bundle, device, engine.built[0] if engine.built else None, engine.threads) if tuned else None
     draft_engine = None if draft_model is None else _draft_engine(draft_model, bundle)
@@ -388,7 +433,7 @@ def _drafters(
 
 
 def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:
-    bundle = Bundle.load(path)
+    bundle = Bundle.load(path, check_hashes=False)
     if bundle.manifest.model.source == "states":
         _check_assistant(path, bundle, target)
     elif _reads(target) != _reads(bundle):

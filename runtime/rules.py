@@ -136,7 +136,7 @@ class WhisperTimestamps:
 
     no_timestamps: int
     end_token: int
-    begin: int
+    begin: int = 0
     max_initial: int | None = None
 
     def apply(self, logits: Logits, text: Sequence[int]) -> None:

@@ -67,10 +67,11 @@ def medusa_from_checkpoint(checkpoint: HeadCheckpoint, model: ModelInfo) -> Medu
 
 
 def _blocks(checkpoint: HeadCheckpoint) -> dict[tuple[int, int, str], Array]:
-    """(head, block, weight or bias) -> tensor."""
-    pattern = re.compile(DIALECTS[checkpoint.dialect].block)
-    matches = ((pattern.fullmatch(name), tensor) for name, tensor in checkpoint.tensors.items())
-    return {(int(match[1]), int(match[2]), match[3]): tensor for match, tensor in matches if match}
+    """(head, block, weight or bias) -> tensor; heads are counted from the one that proposes the second token ahead."""
+    dialect = DIALECTS[checkpoint.dialect]
+    matches = ((re.fullmatch(dialect.block, name), tensor) for name, tensor in checkpoint.tensors.items())
+    blocks = {(int(m[1]) - dialect.first_head, int(m[2]), m[3]): tensor for m, tensor in matches if m}
+    return {key: tensor for key, tensor in blocks.items() if key[0] >= 0}
 
 
 def _count(checkpoint: HeadCheckpoint, what: str, indices: set[int]) -> int:
@@ -169,12 +170,14 @@ def _check_projections(
         )
 
 
-def add_head(bundle: Path, manifest: Manifest, folder: Path, name: str | None = None, top_k: int = TOP_K) -> Manifest:
+def add_head(
+    bundle: Path, manifest: Manifest, folder: Path, name: str | None = None, top_k: int = TOP_K, lossy: bool = False
+) -> Manifest:
     """Write `heads/<name>/` into a bundle folder; returns the manifest that names it. Does not write the manifest.
 
     Raises HeadError when the head is of another family or does not fit the target.
     """
-    checkpoint = recognise(folder)
+    checkpoint = recognise(folder, lossy)
     weights = medusa_from_checkpoint(checkpoint, manifest.model)
     name = name or default_name(manifest)
     target = bundle / "heads" / name
