@@ -162,7 +162,7 @@ class Transcriber:
             window = samples[at : at + self.window]
             result = self.decode(window, timestamps=True)
             spans, advance = self.spans(result.token_ids, len(window))
-            yield self.segments(spans, at / self.sampling_rate), result
+            yield self.segments(spans, at, len(samples)), result
             at += advance
 
     @property
@@ -177,14 +177,16 @@ class Transcriber:
         spans, advance = split_window(text, no_times + 1, samples // self.samples_per_step)
         return spans, advance * self.samples_per_step
 
-    def segments(self, spans: Sequence[Span], begin_s: float) -> list[Segment]:
-        """The spans that hold text."""
-        texts = [(span, self._model.tokenizer.decode(span.token_ids).strip()) for span in spans]
-        return [
-            Segment(round(begin_s + span.start * STEP_S, 2), round(begin_s + span.end * STEP_S, 2), text, span.token_ids)
-            for span, text in texts
-            if text
-        ]
+    def segments(self, spans: Sequence[Span], begin: int, end: int) -> list[Segment]:
+        """The spans that hold text, of a window that begins at sample `begin` of a recording with `end` samples."""
+        begin_s, end_s = begin / self.sampling_rate, end / self.sampling_rate
+        found = []
+        for span in spans:
+            text = self._model.tokenizer.decode(span.token_ids).strip()
+            start, stop = (min(begin_s + steps * STEP_S, end_s) for steps in (span.start, span.end))
+            if text:
+                found.append(Segment(round(start, 2), round(stop, 2), text, span.token_ids))
+        return found
 
 
 def transcribe(transcriber: Transcriber, recording: Recording) -> Transcript:
@@ -244,4 +246,4 @@ def _settle(transcriber: Transcriber, window: Samples, begin: int, draft: Sequen
         raise PromptError("The recording has become longer than one window, and this model writes no timestamps to go on from.")
     result = transcriber.decode(window, True, draft)
     spans, advance = transcriber.spans(result.token_ids, len(window))
-    return transcriber.segments(spans, begin / transcriber.sampling_rate), advance
+    return transcriber.segments(spans, begin, begin + len(window)), advance

@@ -5,15 +5,24 @@ The model is random, the shipped speech sample's tokenizer, front-end and genera
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from architectures import save_checkpoint, tiny_model
 from speech import RATE, SPEECH, random_whisper, recording
-from transformers import GenerationConfig, WhisperFeatureExtractor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    Speech2TextFeatureExtractor,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
 
 import headstart
+from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.model import Model
@@ -66,6 +75,7 @@ def test_longer_recordings_go_on_from_the_last_finished_segment(model: Model) ->
     assert [segment.token_ids for segment in transcript.segments] == texts
     starts = [segment.start for segment in transcript.segments]
     assert starts == sorted(starts)
+    assert max(segment.end for segment in transcript.segments) <= 15.0  # whatever the model writes
     assert transcript.text == " ".join(segment.text for segment in transcript.segments)
 
 
@@ -124,3 +134,27 @@ def test_long_recordings_need_timestamps(model: Model) -> None:
 def test_a_model_of_text_takes_no_recording(bundle_of: Callable[[str], Bundle]) -> None:
     with pytest.raises(OptionError, match="reads text, not speech"):
         headstart.load(bundle_of("llama").path).transcribe(recording(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "extractor"),
+    [
+        ("moonshine", Wav2Vec2FeatureExtractor(do_normalize=False)),
+        ("speech2text", Speech2TextFeatureExtractor(feature_size=20, num_mel_bins=20)),
+    ],
+)
+def test_models_without_windows_read_recordings_whole(name: str, extractor: Any, tmp_path: Path) -> None:
+    whisperless = tiny_model(name)
+    save_checkpoint(whisperless, tmp_path / "checkpoint")
+    extractor.save_pretrained(tmp_path / "checkpoint")
+    model = headstart.load(export(tmp_path / "checkpoint", tmp_path / "bundle").path)
+    samples = recording(1.5)
+    transcript = model.transcribe(samples, drafter="none", max_new_tokens=12, ignore_end=True)
+    features = extractor(samples, sampling_rate=RATE, return_tensors="pt")
+    wanted = GenerationMixin.generate(
+        whisperless, features[whisperless.main_input_name], max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    assert transcript.windows[0].token_ids == wanted[0, -12:].tolist()
+    assert (transcript.segments[0].start, transcript.segments[0].end) == (0.0, 1.5)
+    with pytest.raises(OptionError, match="writes no timestamps"):
+        model.transcribe(samples, timestamps=True)
