@@ -86,7 +86,7 @@ def main() -> None:
 A T5 of {parameters / 1e6:.1f} M parameters (layout of T5 1.1: gated GELU; 3 encoder and 3 decoder layers, hidden 192, 6 heads,
 vocabulary {vocabulary()}) that rewrites messy dates, times, numbers, amounts, units, phone numbers and addresses inside
 English sentences. Trained from scratch by [train_normalise.py](../train_normalise.py) on {training["sentences"]:,} sentences
-of the grammar in [messy_text.py](../messy_text.py), in {training["minutes"]} minutes on one shared CPU core; none was seen twice.
+of the grammar in [messy_text.py](../messy_text.py), in {training["minutes"]} minutes on one shared CPU core; none twice.
 It knows the grammar's sentences and nothing else. The training also asked the decoder's state for the four tokens after
 the next one (multi-token prediction).
 
