@@ -111,7 +111,7 @@ def _write_decoder(
 def _write_encoder_decoder(
     source: Any, folder: Path, max_cache: int | None, aux_layers: tuple[int, ...], name: str, progress: Progress
 ) -> Manifest:
-    from . import checkpoint, golden, graph, seq2seq
+    from . import checkpoint, frontend, golden, graph, seq2seq
 
     progress("tracing the encoder")
     caches, cross_caches = seq2seq.cache_infos(source.model)
@@ -133,7 +133,7 @@ def _write_encoder_decoder(
     rules = generation_rules(source.model)
     progress("recording golden outputs")
     golden.write_golden(source.model, folder, model.vocab_size, model.max_cache, _golden_sources(source.model, model))
-    return Manifest(
+    manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model=model,
         graphs=graphs,
@@ -143,6 +143,7 @@ def _write_encoder_decoder(
         provenance=provenance(name, checkpoint.source_hashes(source.path)),
         weights=graph.weight_infos(folder / DECODER, "graphs"),
     )
+    return frontend.add_frontend(source.path, folder, manifest) if model.source == "audio" else manifest
 
 
 def _golden_sources(model: Any, info: ModelInfo) -> Any:
@@ -205,7 +206,14 @@ def generation_rules(model: Any) -> GenerationRules:
         begin_suppress_tokens=_token_ids(stated("begin_suppress_tokens")),
         min_length=stated("min_length"),
         max_length=stated("max_length"),
+        min_new_tokens=stated("min_new_tokens"),
         no_repeat_ngram_size=stated("no_repeat_ngram_size", 0),
+        encoder_no_repeat_ngram_size=stated("encoder_no_repeat_ngram_size", 0),
+        bad_words_ids=tuple(map(tuple, stated("bad_words_ids", ()))),
+        num_beams=stated("num_beams", 1),
+        length_penalty=float(stated("length_penalty", 1.0)),
+        early_stopping=stated("early_stopping", False),
+        renormalize_logits=stated("renormalize_logits", False),
         lang_to_id=stated("lang_to_id", {}),
         task_to_id=stated("task_to_id", {}),
         no_timestamps_token_id=stated("no_timestamps_token_id"),

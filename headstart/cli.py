@@ -5,7 +5,7 @@ Heavy packages are imported inside the commands, so that `--help` is instant and
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -118,10 +118,17 @@ def inspect(bundle: BundleArg) -> None:
 def generate(
     bundle: BundleArg,
     prompt: Annotated[str | None, typer.Argument(help="The text to complete; - reads standard input.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to add.")] = 128,
+    audio: Annotated[Path | None, typer.Option(help="A recording to transcribe in place of a prompt: WAV, FLAC …")] = None,
+    language: Annotated[str | None, typer.Option(help="Spoken in the recording, such as en; heard by default.")] = None,
+    task: Annotated[str, typer.Option(help="transcribe, or translate where the model can.")] = "transcribe",
+    timestamps: Annotated[bool | None, typer.Option(help="Print segments with times; --no-timestamps decodes without.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", help="The most tokens to add: 128; all there is room for with --audio."),
+    ] = None,
     drafter: Annotated[
-        str, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
-    ] = "auto",
+        str | None, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
+    ] = None,
     draft_nodes: Annotated[int | None, typer.Option(help="Nodes of the draft tree.")] = None,
     draft_model: DraftModel = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -134,25 +141,30 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
     decoder_prompt: Annotated[str, typer.Option(help="Text an encoder-decoder's output begins with.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
     threads: Threads = None,
     untuned: Untuned = False,
 ) -> None:
-    """Complete a prompt."""
+    """Complete a prompt, or transcribe a recording."""
     from headstart.runtime.model import load
 
-    from .screen import print_generation
+    from .screen import print_captions, print_generation, print_transcript
 
     model = load(bundle, threads=threads, draft_model=draft_model, tuned=not untuned)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
-    options = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes, **sampling, **rules}
-    options["decoder_prompt"] = decoder_prompt
-    text = _prompt(prompt)
-    if chat:
-        text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    print_generation(model, text, options, stream, stats)
+    given = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | {**sampling, **rules}
+    if audio is not None and stream:
+        print_captions(model, audio, {"language": language, "task": task, **options}, stats)
+    elif audio is not None:
+        print_transcript(model, audio, {"language": language, "task": task, "timestamps": timestamps, **options}, stats)
+    else:
+        text = _prompt(prompt)
+        if chat:
+            text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        print_generation(model, text, {"decoder_prompt": decoder_prompt, **options}, stream, stats)
 
 
 @app.command()

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest, atomic_write
 from headstart.runtime.engines.info import EngineInfo
 from headstart.runtime.model import Generation, Model, Result
@@ -166,6 +168,38 @@ def print_generation(model: Model, prompt: str, options: dict[str, Any], stream:
     print("" if stream else result.text)
     if stats:
         err.print(escape(describe(result)))
+
+
+def print_transcript(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+    """The text, or segments with their times where those were asked for; notes and figures on standard error."""
+    started = time.perf_counter()
+    transcript = model.transcribe(recording, **options)
+    seconds = time.perf_counter() - started
+    _print_notes(transcript.notes)
+    times = [f"[{segment.start:6.2f} → {segment.end:6.2f}] {segment.text}" for segment in transcript.segments]
+    print("\n".join(times) if options["timestamps"] else transcript.text)
+    if stats:
+        for window in transcript.windows:
+            err.print(escape(describe(window)))
+        factor = f"{seconds / transcript.duration_s:.3f} of real time"
+        err.print(f"{transcript.duration_s:.2f} s of sound in {seconds:.2f} s: {factor}, opening the graphs included")
+
+
+def print_captions(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+    """A recording as if it were heard live, a second at a time: a caption a line."""
+    audio = load_audio(recording)
+    _print_notes(audio.notes)
+    seconds = range(0, len(audio.samples), audio.sampling_rate)
+    chunks = (audio.samples[begin : begin + audio.sampling_rate] for begin in seconds)
+    for caption in model.stream_audio(chunks, **options):
+        print(f"[{caption.heard_s:6.2f} s] {caption.text}")
+        if stats and caption.window is not None:
+            err.print(escape(describe(caption.window)))
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        err.print(f"note: {escape(note)}")
 
 
 def describe(result: Result) -> str:

@@ -88,6 +88,21 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class AudioInfo:
+    """How recordings are fed to the model.
+
+    Attributes:
+        sampling_rate: Hz.
+        window: samples of one window, to which shorter recordings are filled up with silence; None takes any length.
+        hop: samples between two of the front-end's frames; None where the encoder reads the samples themselves.
+    """
+
+    sampling_rate: int
+    window: int | None = None
+    hop: int | None = None
+
+
+@dataclass(frozen=True)
 class GenerationRules:
     """What the checkpoint's generation_config says; names and meanings are those of transformers.
 
@@ -105,7 +120,14 @@ class GenerationRules:
     begin_suppress_tokens: tuple[int, ...] = ()
     min_length: int | None = None
     max_length: int | None = None
+    min_new_tokens: int | None = None
     no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    renormalize_logits: bool = False
     lang_to_id: dict[str, int] = field(default_factory=dict)
     task_to_id: dict[str, int] = field(default_factory=dict)
     no_timestamps_token_id: int | None = None
@@ -150,6 +172,7 @@ class Manifest:
     caches: tuple[CacheInfo, ...]
     generation: GenerationRules
     provenance: Provenance
+    audio: AudioInfo | None = None  # of models that read recordings
     cross_caches: tuple[CacheInfo, ...] = ()  # keys and values of the source, one for each decoder layer
     heads: tuple[str, ...] = ()
     weights: dict[str, WeightInfo] = field(default_factory=dict)
@@ -251,6 +274,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return tuple(_decode(args[0], item, where) for item in value)
     if origin is dict:
         return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, dict) and args:
+        return _decode(args[0], value, where)  # an optional dataclass
     scalars = args if origin in (typing.Union, types.UnionType) else (kind,)
     if not isinstance(value, scalars):
         raise BundleError(f"{where}: expected {kind}, found {value!r}. Fix: export or copy the bundle again.")

@@ -30,6 +30,11 @@ class CrossState:
     mask: NDArray[np.bool_]
     hidden: NDArray[Any]
 
+    def repeated(self, count: int) -> "CrossState":
+        """Every source `count` times in a row: one for each beam."""
+        mask, hidden = (np.repeat(array, count, axis=0) for array in (self.mask, self.hidden))
+        return CrossState(self.names, tuple(np.repeat(buffer, count, axis=0) for buffer in self.buffers), mask, hidden)
+
     def row(self, index: int) -> "CrossState":
         """The source of one sequence, on the same memory."""
         one = slice(index, index + 1)
@@ -91,6 +96,16 @@ class KVCache:
             for buffer in self.buffers:
                 buffer[row, :, target] = buffer[row][:, source]
         self.lengths[row] = start + len(kept)
+
+    def gather(self, rows: Sequence[int]) -> None:
+        """Sequence i becomes what sequence `rows[i]` was; sequences that stay are not touched."""
+        moved = [i for i, row in enumerate(rows) if row != i]
+        if moved:
+            sources = [rows[i] for i in moved]
+            used = int(self.lengths[sources].max())
+            for buffer in self.buffers:
+                buffer[moved, :, :used] = buffer[sources, :, :used]
+            self.lengths[moved] = self.lengths[sources]
 
     def rewind(self, row: int, length: int) -> None:
         """Forget all but the first `length` slots of sequence `row`."""

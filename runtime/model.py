@@ -1,6 +1,6 @@
 """What users hold: a loaded bundle that turns prompts into text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .budget import Budget
-from .bundle import Bundle
+from .bundle import Bundle, GenerationRules
+from .drafters.aligned_copy import previous_hypothesis, source_copy
 from .drafters.base import Drafter, TunedDrafter
 from .drafters.draft_model import DraftModelDrafter
 from .drafters.first_that_pays import FirstThatPays
@@ -18,8 +19,10 @@ from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
 from .errors import BundleError, OptionError, PromptError
 from .loop import DecodingLoop, FinishReason, LoopOptions, Text
+from .rules import TokenRules
 from .sampling import SamplingOptions
 from .tokenizer import TextStream, Tokenizer
+from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
 from .tuning import Tuning, read_tuning
 
 DEVICES = ("cpu",)
@@ -129,12 +132,48 @@ class Model:
             drafter: "auto" (n-gram, until heads are tuned to the device), "none", or a name from `drafters`.
             draft_nodes: tree size; the drafter's default when None.
             temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed: see SamplingOptions.
+            hypotheses: per prompt, the token ids decoded of an earlier, shorter input; "auto" then drafts from them.
             stop: texts that end the completion; they are not part of it.
             ignore_end: go on after the model's end token.
+            timestamps: apply Whisper's rules for them; the decoder prompt must not forbid them.
         """
         for pieces in Generation(self, [prompt], **options).pieces():
             if pieces[0]:
                 yield pieces[0]
+
+    def transcribe(
+        self,
+        recording: Recording,
+        language: str | None = None,
+        task: str = "transcribe",
+        timestamps: bool | None = None,
+        **options: Any,
+    ) -> Transcript:
+        """What is said in a recording of any length.
+
+        Args:
+            recording: a sound file, or [samples] at the model's rate (16 kHz): floats in -1 … 1, or integers.
+            language: such as "en"; None lets a model of several languages hear which it is.
+            task: "transcribe", or "translate" where the model can.
+            timestamps: False for none, which only recordings within one window allow; None as the model can.
+            options: those of `stream`.
+
+        Raises:
+            AudioError: no such file, not a sound file, empty, or truncated.
+            MissingExtraError: a file was given and `headstart[audio]` is not installed.
+            OptionError: the model reads no audio, or lacks the language, the task or timestamps.
+            PromptError: the recording is longer than a model without timestamps reads at once.
+        """
+        return transcribe(Transcriber(self, language, task, timestamps, options), recording)
+
+    def stream_audio(
+        self, chunks: Iterable[NDArray[Any]], language: str | None = None, task: str = "transcribe", **options: Any
+    ) -> Iterator[Caption]:
+        """Live captions: one after each chunk of [samples], and a final one. Each draft is the caption before.
+
+        Args: as `transcribe`.
+        """
+        return live_captions(Transcriber(self, language, task, None, options), chunks)
 
     def inputs(self, prompt: Prompt, decoder_prompt: str | Sequence[int] = ()) -> tuple[NDArray[Any] | None, list[int]]:
         """(what the encoder reads, None without one; the token ids the decoder starts from).
@@ -192,15 +231,26 @@ class Generation:
         stop: Sequence[str] = (),
         ignore_end: bool = False,
         decoder_prompt: str | Sequence[int] = (),
+        hypotheses: Sequence[Sequence[int]] = (),
+        timestamps: bool = False,
         **sampling: Any,
     ) -> None:
         if not prompts or not all(np.size(prompt) and len(prompt) for prompt in prompts):
             raise PromptError("The prompt is empty: decoding needs some text to start from.")
-        rules = model.bundle.manifest.generation
-        ends = frozenset() if ignore_end else frozenset(rules.eos_token_ids)
-        self._drafter = model.drafter(drafter)
-        chosen = _sampling_options(sampling, rules.suppress_tokens)
-        options = LoopOptions(max_new_tokens, chosen, ends, draft_nodes, lambda: model.budget(self._drafter))
+        if hypotheses and len(hypotheses) != len(prompts):
+            raise OptionError(f"There must be one hypothesis for each of the {len(prompts)} prompts, got {len(hypotheses)}.")
+        stated = model.bundle.manifest.generation
+        ends = frozenset() if ignore_end else frozenset(stated.eos_token_ids)
+        self._drafter = previous_hypothesis() if hypotheses and drafter == "auto" else model.drafter(drafter)
+        options = LoopOptions(
+            max_new_tokens,
+            _sampling_options(sampling, stated),
+            ends,
+            draft_nodes,
+            lambda: model.budget(self._drafter),
+            TokenRules.of(stated, timestamps, not ignore_end),
+            hypotheses,
+        )
         self._tokenizer = model.tokenizer
         self._stop = [stop] if isinstance(stop, str) else list(stop)
         inputs = [model.inputs(prompt, decoder_prompt) for prompt in prompts]
@@ -255,9 +305,12 @@ class Generation:
         )
 
 
-def _sampling_options(values: dict[str, Any], suppress_tokens: tuple[int, ...]) -> SamplingOptions:
+def _sampling_options(values: dict[str, Any], stated: GenerationRules) -> SamplingOptions:
+    """The user's options, and the model's own where the user says nothing."""
     try:
-        return SamplingOptions(suppress_tokens=suppress_tokens, **values)
+        return SamplingOptions(
+            suppress_tokens=stated.suppress_tokens, **({"no_repeat_ngram": stated.no_repeat_ngram_size} | values)
+        )
     except TypeError as error:
         known = ", ".join(name for name in SamplingOptions.__dataclass_fields__ if name != "suppress_tokens")
         raise OptionError(f"unknown option ({error}). Sampling options are: {known}.") from error
@@ -304,6 +357,8 @@ def _drafters(
         info = bundle.head(name)
         tuned[name] = MedusaDrafter(name, engine.head(info), info.heads)
     tuned["ngram"] = NGramDrafter()
+    if bundle.manifest.model.source == "text":
+        tuned["source_copy"] = source_copy()
     if draft_engine is not None:
         tuned["draft_model"] = DraftModelDrafter("draft_model", draft_engine)
     for name, found in (tuning.drafters if tuning else {}).items():

@@ -14,7 +14,7 @@ from .bundle import Bundle, from_json
 from .engines.info import EngineInfo
 from .errors import BundleError, EngineError
 
-TUNING_SCHEMA = 1
+TUNING_SCHEMA = 2
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class DraftModelDrafter:
         if steps <= 0:
             return empty_tree()
         logits = self._catch_up(request.row, tokens)
-        rules = LogitRules(request.sampling)
+        rules = LogitRules(request.sampling, request.rules)
         drafted: list[int] = []
         distributions: list[NDArray[np.float64]] = []
         for step in range(steps):

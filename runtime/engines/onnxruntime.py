@@ -68,6 +68,17 @@ class OnnxRuntimeEngine:
             self._sessions[str(file)] = open_session(file, self.threads)
         return self._sessions[str(file)]
 
+    def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the encoder reads of a recording's [samples]: the samples themselves where there is no front-end."""
+        frontend = self.bundle.manifest.graphs.get("frontend")
+        if frontend is None:
+            return samples
+        file = self.bundle.path / frontend.file
+        if str(file) not in self._sessions:
+            self._sessions[str(file)] = open_session(file, self.threads)
+        features: NDArray[np.float32] = self._sessions[str(file)].run(None, {contract.AUDIO: samples[None]})[0][0]
+        return features
+
     def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
         """One source at a time, so that its states never depend on what stands beside it; then padded to the longest."""
         names = [name for info in self.bundle.manifest.cross_caches for name in (info.key_name, info.value_name)]
