@@ -317,7 +317,7 @@ def heads_train(
         list[Path], typer.Option(help="Text file, or a folder whose text files are taken; may be repeated.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The heads' folder.", show_default=False)],
-    family: Annotated[Literal["medusa"], typer.Option(help="Family of heads.")] = "medusa",
+    family: Annotated[Literal["medusa", "blockwise"], typer.Option(help="Family of heads.")] = "medusa",
     heads: Annotated[int, typer.Option(help="Future tokens, one head each.")] = 4,
     layers: Annotated[int, typer.Option(help="Residual blocks per head.")] = 1,
     share_lm_head: Annotated[bool, typer.Option("--share-lm-head", help="Project with the base's LM head.")] = False,
@@ -333,7 +333,8 @@ def heads_train(
     from .screen import counted, show_accuracy
 
     distill = DistillOptions(sequences=sequences)
-    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=learning_rate, distill=distill)
+    rate = learning_rate
+    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=rate, distill=distill, family=family)
     with counted() as progress:
         report = train_medusa(checkpoint, text_files(data), output, options, force, progress)
     show_accuracy(report)
