@@ -26,6 +26,7 @@ from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.model import Model
+from headstart.runtime.prompts import read_inputs
 from headstart.runtime.segments import split_window
 
 WINDOW_S = 6
@@ -112,6 +113,17 @@ def test_a_wav_file_goes_in(model: Model) -> None:
     assert transcript.language == "en"
     assert transcript.notes == ()
     assert transcript.duration_s == pytest.approx(soundfile.info(SPEECH / "recordings" / "voice-5.wav").duration)
+
+
+def test_a_sound_file_is_a_prompt(model: Model) -> None:
+    """Whatever takes prompts takes recordings: verify, tune, bench."""
+    inputs = read_inputs(SPEECH / "recordings" / "texts.jsonl")
+    assert inputs[0] == SPEECH / "recordings" / "sentences-1.wav"
+    found = model.generate(inputs[0], drafter="none", max_new_tokens=30)
+    said = model.transcribe(inputs[0], drafter="none", max_new_tokens=30, timestamps=False)
+    assert found.token_ids == said.windows[0].token_ids
+    with pytest.raises(PromptError, match=r"one window 6 s"):
+        model.generate(SPEECH / "recordings" / "long.wav")
 
 
 @pytest.mark.parametrize(
