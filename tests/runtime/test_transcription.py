@@ -22,6 +22,8 @@ from transformers import (
 )
 
 import headstart
+from headstart.calibration.quantize import quantize
+from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError, PromptError
@@ -113,6 +115,13 @@ def test_a_wav_file_goes_in(model: Model) -> None:
     assert transcript.language == "en"
     assert transcript.notes == ()
     assert transcript.duration_s == pytest.approx(soundfile.info(SPEECH / "recordings" / "voice-5.wav").duration)
+
+
+def test_int8_bundles_and_engines_keep_the_front_end(speech_bundle: Bundle, tmp_path: Path) -> None:
+    quantize(speech_bundle.path, tmp_path / "int8")
+    build(tmp_path / "int8")
+    transcript = headstart.load(tmp_path / "int8").transcribe(recording(2), max_new_tokens=8)
+    assert transcript.windows[0].token_ids
 
 
 def test_a_sound_file_is_a_prompt(model: Model) -> None:
