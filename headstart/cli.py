@@ -234,11 +234,11 @@ def tune(
     from headstart.calibration.tune import TuneOptions
     from headstart.calibration.tune import tune as run
     from headstart.runtime.errors import OptionError
-    from headstart.runtime.prompts import read_prompts
+    from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_tuning
 
-    options, prompts = TuneOptions(max_new_tokens, max_nodes), read_prompts(data)[:limit]
+    options, prompts = TuneOptions(max_new_tokens, max_nodes), read_inputs(data)[:limit]
     if simulate and draft_model:
         raise OptionError("--simulate knows draft heads and n-grams only. Fix: leave --draft-model out.")
     with counted() as progress:
@@ -326,11 +326,11 @@ def verify(
 ) -> None:
     """Lossless? Equal to the checkpoint? Exit code 1 on a fault."""
     from headstart.calibration.verify import verify as run
-    from headstart.runtime.prompts import read_prompts
+    from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_report, write_json
 
-    texts = read_prompts(prompts)[:limit] if prompts else []
+    texts = read_inputs(prompts)[:limit] if prompts else []
     with counted() as progress:
         report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, progress=progress)
     show_report(report)
@@ -376,7 +376,7 @@ def heads_train(
         list[Path], typer.Option(help="Text file, or a folder whose text files are taken; may be repeated.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The heads' folder.", show_default=False)],
-    family: Annotated[Literal["medusa"], typer.Option(help="Family of heads.")] = "medusa",
+    family: Annotated[Literal["medusa", "blockwise"], typer.Option(help="Family of heads.")] = "medusa",
     heads: Annotated[int, typer.Option(help="Future tokens, one head each.")] = 4,
     layers: Annotated[int, typer.Option(help="Residual blocks per head.")] = 1,
     share_lm_head: Annotated[bool, typer.Option("--share-lm-head", help="Project with the base's LM head.")] = False,
@@ -392,7 +392,8 @@ def heads_train(
     from .screen import counted, show_accuracy
 
     distill = DistillOptions(sequences=sequences)
-    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=learning_rate, distill=distill)
+    rate = learning_rate
+    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=rate, distill=distill, family=family)
     with counted() as progress:
         report = train_medusa(checkpoint, text_files(data), output, options, force, progress)
     show_accuracy(report)
