@@ -6,7 +6,7 @@ is the only way in; blockwise heads were published in none, and have names of th
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from headstart.runtime.bundle import new_folder
 from headstart.runtime.errors import OptionError
 
 from .distill import IGNORED, DistillOptions, HiddenData, Progress, check_memory, distill, read_tokens
-from .outputs import distill_outputs, text_inputs
+from .outputs import Inputs, distill_outputs, text_inputs
+from .recordings import AudioInputs
 
 RANKS = 10  # reported accuracies: is the right token among the best 1, …, 10
 FEED_FORWARD = 4  # times the hidden size is the width of a feed-forward block, as in the Transformer itself
@@ -137,7 +138,8 @@ def train_medusa(
 ) -> dict[str, Any]:
     """Train heads on the base's own continuations of `files`; write them and `report.json` to `output`.
 
-    An encoder-decoder writes no continuations: it reads each line (or JSON object's "prompt") as a source of its own.
+    An encoder-decoder writes no continuations: it reads each line (or JSON object's "prompt") as a source of its own; one for
+    speech reads recordings.
 
     Returns the report: options, and held-out accuracy per head and rank.
 
@@ -152,11 +154,19 @@ def train_medusa(
 
 def _own_text(base: Checkpoint, files: list[Path], options: TrainOptions, progress: Progress) -> HiddenData:
     if base.config.is_encoder_decoder:
-        inputs = text_inputs(base.model, _tokenizer(base.path), files, options.distill, options.seed)
-        return distill_outputs(base.model, inputs, options.distill, progress)
+        return distill_outputs(base.model, _sources(base, files, options), options.distill, progress)
     tokenizer = _tokenizer(base.path)
     tokenizer.model_max_length = int(1e30)  # whole files are tokenized and cut afterwards; no warning is due
     return distill(base.model, read_tokens(tokenizer, files), options.distill, options.seed, progress)
+
+
+def _sources(base: Checkpoint, files: list[Path], options: TrainOptions) -> Sequence[Inputs]:
+    """Recordings where the encoder takes features or samples, else lines of text."""
+    if base.model.get_encoder().main_input_name == "input_ids":
+        return text_inputs(base.model, _tokenizer(base.path), files, options.distill, options.seed)
+    from transformers import AutoFeatureExtractor
+
+    return AudioInputs(base.model, AutoFeatureExtractor.from_pretrained(base.path), files, options.distill, options.seed)
 
 
 def train_on(
