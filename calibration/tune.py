@@ -228,6 +228,8 @@ def as_deep_as_pays(found: DrafterTuning, cost: VerifyCost) -> DrafterTuning:
 
 def decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: Prompt, options: LoopOptions) -> DecodingLoop:
     """Decode one prompt to its end."""
+    if model.answers:
+        options = dataclasses.replace(options, end_tokens=frozenset(model.bundle.manifest.generation.eos_token_ids))
     source, start = model.inputs(prompt)
     loop = DecodingLoop(model.engine, drafter, [start], options, [] if source is None else [source])
     for _ in loop.rounds():
