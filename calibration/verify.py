@@ -22,7 +22,7 @@ from headstart.exporter.build import LIMITS
 from headstart.runtime.bundle import GOLDEN, Bundle
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
-from headstart.runtime.model import Model, Prompt, load
+from headstart.runtime.model import ARRAYS, Model, Prompt, load
 from headstart.runtime.prefill import open_cache, prefill
 from headstart.runtime.tree import ROOT, DraftTree, chain
 
@@ -105,7 +105,7 @@ class Report:
 
 def verify(
     bundle: str | Path,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Prompt] = (),
     max_new_tokens: int = 128,
     checkpoint: str | Path | None = None,
     draft_model: str | Path | None = None,
@@ -122,13 +122,17 @@ def verify(
             "--checkpoint compares exported logits with the checkpoint's, and this bundle's weights are quantized. "
             "Fix: leave it out, or verify the float32 bundle."
         )
+    if checkpoint is not None and model.bundle.manifest.model.source == "states":
+        raise OptionError(
+            f"--checkpoint needs sources, and {bundle} is an assistant, which reads encoder states. Fix: leave it out."
+        )
     golden = read_golden(model.bundle)
     logits = [check_golden(model.engine, golden)]
     progress("golden outputs", 1, 1)
     if checkpoint is not None:
         logits.append(check_checkpoint(model.engine, checkpoint, golden["input_ids"], golden.get("sources")))
         progress("checkpoint", 1, 1)
-    texts = list(prompts) or golden_prompts(model, golden)
+    texts = [*prompts] or golden_prompts(model, golden)
     noise = tree_noise(model.engine, golden["input_ids"], golden.get("sources"))
     tolerance = max(noise, TOLERANCE[model.engine.model.dtype])
     if not model.engine.exact:
@@ -140,7 +144,7 @@ def verify(
 
 def golden_prompts(model: Model, golden: dict[str, NDArray[Any]]) -> list[Prompt]:
     """The golden inputs, or what the encoder reads beside them, in the form that `generate` takes."""
-    if model.bundle.manifest.model.source == "audio":
+    if model.bundle.manifest.model.source in ARRAYS:
         return list(golden["sources"])
     return [model.tokenizer.decode(ids) for ids in golden.get("sources", golden["input_ids"]).tolist()]
 

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest, atomic_write
-from headstart.runtime.engines.info import EngineInfo
+from headstart.runtime.engines.info import EngineInfo, PlanInfo
 from headstart.runtime.model import Generation, Model, Result
 from headstart.runtime.tuning import Tuning
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from headstart.calibration.bench import Bench
     from headstart.calibration.report import QuantizationReport
     from headstart.calibration.verify import Report
+    from headstart.exporter.memory_plan import MemoryPlan
 
     from .demo import DemoTable
 
@@ -95,13 +98,47 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
         grid.add_row(name.replace("_", " "), str(count))
     for name, value in info.settings.items():
         grid.add_row(name, value)
-    grid.add_row("against the canonical graph", f"{info.relative_difference:.1e} of the logits' range")
+    for name, plan in info.plans.items():
+        grid.add_row(name, describe_plan(plan))
+    if info.peak_memory_mb:
+        grid.add_row("cache", f"{info.cache_slots} tokens, {info.batch} sequence(s)")
+        grid.add_row("peak memory of the build", f"{info.peak_memory_mb:.0f} MB")
+    ran = info.relative_difference >= 0
+    grid.add_row(
+        "against the canonical graph",
+        f"{info.relative_difference:.1e} of the logits' range" if ran else "not run: this machine is not the target",
+    )
     grid.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.builder.items()))
     out.print(grid)
 
 
+def describe_plan(plan: PlanInfo) -> str:
+    """Size, time, layers that have kernels of their own, and the stored types, of one TensorRT plan."""
+    kinds = ("kv_cache_update", "attention_output", "matrix_multiply", "dequantize")
+    layers = ", ".join(f"{count} {name}" for name, count in plan.layers.items() if name.startswith(kinds))
+    stored = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in plan.weight_bytes.items())
+    parts = [f"{plan.bytes / 1e6:.1f} MB in {plan.build_s:.1f} s, {len(plan.profiles)} profile(s)", layers, stored]
+    return "; ".join(part for part in parts if part)
+
+
+def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
+    columns = ("plans MB", "cache MB", "per 1,000 tokens", "workspace", "needed", "there is", "fits", "peak of the build")
+    grid = table(f"{bundle}: memory of a TensorRT engine, predicted", "device", "build for", *columns)
+    for one in plans:
+        sizes = (one.engine_mb, one.cache_mb, one.cache_mb_per_1000, one.workspace_mb, one.needed_mb, one.available_mb)
+        grid.add_row(
+            one.device,
+            one.target,
+            *(f"{size:.0f}" if size >= 10 else f"{size:.1f}" for size in sizes),
+            "yes" if one.fits else "NO",
+            f"{one.build_mb:.0f}",
+        )
+    out.print(grid)
+
+
 def show_tuning(bundle: Path, tuning: Tuning) -> None:
-    grid = table(f"{bundle}: verify pass in ms", "history", *map(str, tuning.verify.rows))
+    simulated = f", predicted for {tuning.device}" if tuning.simulated else ""
+    grid = table(f"{bundle}: verify pass in ms{simulated}", "history", *map(str, tuning.verify.rows))
     for history, line in zip(tuning.verify.histories, tuning.verify.milliseconds, strict=True):
         grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
     out.print(grid)
@@ -166,6 +203,38 @@ def print_generation(model: Model, prompt: str, options: dict[str, Any], stream:
     print("" if stream else result.text)
     if stats:
         err.print(escape(describe(result)))
+
+
+def print_transcript(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+    """The text, or segments with their times where those were asked for; notes and figures on standard error."""
+    started = time.perf_counter()
+    transcript = model.transcribe(recording, **options)
+    seconds = time.perf_counter() - started
+    _print_notes(transcript.notes)
+    times = [f"[{segment.start:6.2f} → {segment.end:6.2f}] {segment.text}" for segment in transcript.segments]
+    print("\n".join(times) if options["timestamps"] else transcript.text)
+    if stats:
+        for window in transcript.windows:
+            err.print(escape(describe(window)))
+        factor = f"{seconds / transcript.duration_s:.3f} of real time"
+        err.print(f"{transcript.duration_s:.2f} s of sound in {seconds:.2f} s: {factor}, opening the graphs included")
+
+
+def print_captions(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+    """A recording as if it were heard live, a second at a time: a caption a line."""
+    audio = load_audio(recording)
+    _print_notes(audio.notes)
+    seconds = range(0, len(audio.samples), audio.sampling_rate)
+    chunks = (audio.samples[begin : begin + audio.sampling_rate] for begin in seconds)
+    for caption in model.stream_audio(chunks, **options):
+        print(f"[{caption.heard_s:6.2f} s] {caption.text}")
+        if stats and caption.window is not None:
+            err.print(escape(describe(caption.window)))
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        err.print(f"note: {escape(note)}")
 
 
 def describe(result: Result) -> str:

@@ -30,6 +30,15 @@ class CrossState:
     mask: NDArray[np.bool_]
     hidden: NDArray[Any]
 
+    def states(self) -> list[NDArray[Any]]:
+        """Each source's encoder states, [E, H], without padding."""
+        return [states[seen] for states, seen in zip(self.hidden, self.mask, strict=True)]
+
+    def repeated(self, count: int) -> "CrossState":
+        """Every source `count` times in a row: one for each beam."""
+        mask, hidden = (np.repeat(array, count, axis=0) for array in (self.mask, self.hidden))
+        return CrossState(self.names, tuple(np.repeat(buffer, count, axis=0) for buffer in self.buffers), mask, hidden)
+
     def row(self, index: int) -> "CrossState":
         """The source of one sequence, on the same memory."""
         one = slice(index, index + 1)
@@ -49,9 +58,10 @@ class KVCache:
     def __init__(self, infos: Sequence[CacheInfo], batch: int, slots: int, dtype: str, cross: CrossState | None = None) -> None:
         sizes = [size for info in infos for size in (info.key_size, info.value_size)]
         heads = [info.kv_heads for info in infos for _ in range(2)]
+        dtypes = [info.dtype or dtype for info in infos for _ in range(2)]
         self.names = [name for info in infos for name in (info.key_name, info.value_name)]
         self.buffers: list[NDArray[Any]] = [
-            np.zeros((batch, head, slots, size), dtype=dtype) for head, size in zip(heads, sizes, strict=True)
+            np.zeros((batch, head, slots, size), dtype=kind) for head, size, kind in zip(heads, sizes, dtypes, strict=True)
         ]
         self.lengths: NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
         self.engine_state: dict[Any, Any] = {}
@@ -91,6 +101,16 @@ class KVCache:
             for buffer in self.buffers:
                 buffer[row, :, target] = buffer[row][:, source]
         self.lengths[row] = start + len(kept)
+
+    def gather(self, rows: Sequence[int]) -> None:
+        """Sequence i becomes what sequence `rows[i]` was; sequences that stay are not touched."""
+        moved = [i for i, row in enumerate(rows) if row != i]
+        if moved:
+            sources = [rows[i] for i in moved]
+            used = int(self.lengths[sources].max())
+            for buffer in self.buffers:
+                buffer[moved, :, :used] = buffer[sources, :, :used]
+            self.lengths[moved] = self.lengths[sources]
 
     def rewind(self, row: int, length: int) -> None:
         """Forget all but the first `length` slots of sequence `row`."""

@@ -49,6 +49,10 @@ class Engine(Protocol):
         """
         ...
 
+    def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[samples] of a recording to what the encoder reads of it."""
+        ...
+
     def new_cache(self, batch: int, slots: int, cross: CrossState | None = None) -> KVCache:
         """Empty caches for `batch` sequences of up to `slots` tokens, over the sources that were encoded."""
         ...

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import soundfile
+from speech import recording
 
 from headstart.runtime.bundle import Bundle
 
 BundleOf = Callable[[str], Bundle]
 CheckpointOf = Callable[[str], Path]
 COMMAND = [sys.executable, "-m", "headstart"]
-COMMANDS = ("export", "quantize", "build", "tune", "compare", "bench", "inspect", "generate", "verify", "demo", "heads")
+COMMANDS = ("export", "quantize", "build", "plan", "tune", "compare", "bench", "inspect", "generate", "verify", "demo", "heads")
 
 
 def headstart(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -39,6 +41,23 @@ def test_generate_streams_the_same_text(bundle_of: BundleOf) -> None:
     assert whole.returncode == streamed.returncode == 0, whole.stderr + streamed.stderr
     assert whole.stdout == streamed.stdout
     assert "acceptance length" in streamed.stderr
+
+
+def test_generate_from_a_recording(speech_bundle: Bundle, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", recording(2), 8000)
+    done = headstart("generate", speech_bundle.path, "--audio", tmp_path / "a.wav", "--timestamps", "--stats")
+    assert done.returncode == 0, done.stderr
+    assert "→" in done.stdout.splitlines()[0]
+    assert "note: 8000 Hz to 16000 Hz" in done.stderr and "of real time" in done.stderr
+    captions = headstart("generate", speech_bundle.path, "--audio", tmp_path / "a.wav", "--stream").stdout
+    assert captions.startswith("[  1.00 s]") and len(captions.splitlines()) == 5  # each second of four, and the end
+
+
+def test_what_is_no_recording(speech_bundle: Bundle, bundle_of: BundleOf, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_text("not a sound")
+    assert "cannot be read as sound" in refused("generate", speech_bundle.path, "--audio", tmp_path / "a.wav")
+    assert "is not a file" in refused("generate", speech_bundle.path, "--audio", tmp_path / "b.wav")
+    assert "reads text, not speech" in refused("generate", bundle_of("llama").path, "--audio", tmp_path / "a.wav")
 
 
 def test_inspect_and_heads_list(bundle_of: BundleOf) -> None:
@@ -160,15 +179,17 @@ def test_every_command_has_help(command: str) -> None:
     assert done.returncode == 0 and "Usage" in done.stdout
 
 
-def test_folders_stand_for_their_text_files(tmp_path: Path) -> None:
-    from headstart.cli import text_files
+def test_folders_stand_for_their_text_or_sound_files(tmp_path: Path) -> None:
+    from headstart.cli import training_files
 
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/b.py").write_text("b")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "weights.bin").write_bytes(b"\x01\0\x02")
-    assert text_files([tmp_path]) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
-    assert text_files([tmp_path / "weights.bin"]) == [tmp_path / "weights.bin"], "what is named is taken"
+    assert training_files([tmp_path]) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
+    assert training_files([tmp_path / "weights.bin"]) == [tmp_path / "weights.bin"], "what is named is taken"
+    (tmp_path / "sub/said.WAV").write_bytes(b"RIFF\0")
+    assert training_files([tmp_path]) == [tmp_path / "sub/said.WAV"], "transcripts beside recordings are no recordings"
 
 
 def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
@@ -201,7 +222,7 @@ def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
 
 def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("llama").path
-    assert "device 'tpu' is unknown. Choose one of: cpu." in refused("build", bundle, "--device", "tpu")
+    assert "device 'tpu' is unknown. Choose one of: cpu, trt-rtx:sm89" in refused("build", bundle, "--device", "tpu")
     assert "cannot be read" in refused("tune", bundle, "--data", tmp_path / "none.txt")
     (tmp_path / "prompts.txt").write_text("abc\n")
     assert "drafter 'eagle' is unknown" in refused("bench", bundle, "--prompts", tmp_path / "prompts.txt", "--drafter", "eagle")
@@ -211,3 +232,10 @@ def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
         "quantize", bundle, "-o", out, "--method", "gptq", "--data", tmp_path / "tiny.txt"
     )
     assert not out.exists()
+
+
+def test_plan_says_what_fits(bundle_of: BundleOf) -> None:
+    done = headstart("plan", bundle_of("llama").path, "--on", "jetson-orin-nano-8gb", "--on", "rtx-4090")
+    assert done.returncode == 0, done.stderr
+    assert "jetson-orin-nano-8gb" in done.stdout and "tensorrt" in done.stdout and "trt-rtx:sm89" in done.stdout
+    assert "the board 'jetson-9' is unknown. Known: jetson" in refused("plan", bundle_of("llama").path, "--on", "jetson-9")

@@ -45,8 +45,12 @@ class OnnxRuntimeEngine:
 
     @classmethod
     def open(cls, bundle: Bundle, threads: int | None = None) -> "OnnxRuntimeEngine":
-        """With what `headstart build --device cpu` made, when it was run. Raises EngineError when that is stale."""
+        """With what `headstart build --device cpu` made, when it was run. Hashes the files that will be read, and no others.
+
+        Raises EngineError when the built engine is stale, BundleError when a file was edited.
+        """
         info = built_engine(bundle, "cpu")
+        bundle.check_hashes(unread=info.replaced() if info else ())
         return cls(bundle, threads, None if info is None else (info, engine_folder(bundle, "cpu")))
 
     @property
@@ -67,6 +71,17 @@ class OnnxRuntimeEngine:
         if str(file) not in self._sessions:
             self._sessions[str(file)] = open_session(file, self.threads)
         return self._sessions[str(file)]
+
+    def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the encoder reads of a recording's [samples]: the samples themselves where there is no front-end."""
+        frontend = self.bundle.manifest.graphs.get("frontend")
+        if frontend is None:
+            return samples
+        file = self.bundle.path / frontend.file
+        if str(file) not in self._sessions:
+            self._sessions[str(file)] = open_session(file, self.threads)
+        features: NDArray[np.float32] = self._sessions[str(file)].run(None, {contract.AUDIO: samples[None]})[0][0]
+        return features
 
     def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
         """One source at a time, so that its states never depend on what stands beside it; then padded to the longest."""
