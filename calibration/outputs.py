@@ -38,7 +38,7 @@ def text_inputs(model: Any, tokenizer: Any, files: Sequence[Path], options: Dist
 
 
 def distill_outputs(model: Any, batches: Sequence[Inputs], options: DistillOptions, progress: Progress) -> HiddenData:
-    """The base's outputs for `batches` and the hidden states over them."""
+    """The base's outputs for `batches` and the hidden states over them; "decoder_input_ids" may say how an output begins."""
     token_ids, hidden = [], []
     for done, inputs in enumerate(batches):
         written = write(model, inputs, options.new_tokens)
@@ -57,7 +57,8 @@ def write(model: Any, inputs: Inputs, new_tokens: int) -> Tensor:
     from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
     room = _positions(model)
-    longest = new_tokens if room is None else min(new_tokens, room - 1)
+    given = inputs["decoder_input_ids"].shape[1] if "decoder_input_ids" in inputs else 1
+    longest = new_tokens if room is None else min(new_tokens, room - given)
     # generate() would make a cache of as many layers as some encoders have, whatever the decoder has.
     greedy = {"do_sample": False, "num_beams": 1, "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
     with torch.no_grad():  # the mixin's method, for speech models put windows and segments around it

@@ -18,6 +18,8 @@ app = typer.Typer(
 heads_app = typer.Typer(help="Draft heads: train, import, list.", no_args_is_help=True)
 app.add_typer(heads_app, name="heads")
 
+SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")  # what libsndfile reads by name
+
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
@@ -234,11 +236,11 @@ def tune(
     from headstart.calibration.tune import TuneOptions
     from headstart.calibration.tune import tune as run
     from headstart.runtime.errors import OptionError
-    from headstart.runtime.prompts import read_prompts
+    from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_tuning
 
-    options, prompts = TuneOptions(max_new_tokens, max_nodes), read_prompts(data)[:limit]
+    options, prompts = TuneOptions(max_new_tokens, max_nodes), read_inputs(data)[:limit]
     if simulate and draft_model:
         raise OptionError("--simulate knows draft heads and n-grams only. Fix: leave --draft-model out.")
     with counted() as progress:
@@ -326,11 +328,11 @@ def verify(
 ) -> None:
     """Lossless? Equal to the checkpoint? Exit code 1 on a fault."""
     from headstart.calibration.verify import verify as run
-    from headstart.runtime.prompts import read_prompts
+    from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_report, write_json
 
-    texts = read_prompts(prompts)[:limit] if prompts else []
+    texts = read_inputs(prompts)[:limit] if prompts else []
     with counted() as progress:
         report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, progress=progress)
     show_report(report)
@@ -373,10 +375,10 @@ def heads_import(
 def heads_train(
     checkpoint: Annotated[str, typer.Argument(help="The base: a checkpoint folder or hub name.", show_default=False)],
     data: Annotated[
-        list[Path], typer.Option(help="Text file, or a folder whose text files are taken; may be repeated.", show_default=False)
+        list[Path], typer.Option(help="Text or sound file, or a folder of such; may be repeated.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The heads' folder.", show_default=False)],
-    family: Annotated[Literal["medusa"], typer.Option(help="Family of heads.")] = "medusa",
+    family: Annotated[Literal["medusa", "blockwise"], typer.Option(help="Family of heads.")] = "medusa",
     heads: Annotated[int, typer.Option(help="Future tokens, one head each.")] = 4,
     layers: Annotated[int, typer.Option(help="Residual blocks per head.")] = 1,
     share_lm_head: Annotated[bool, typer.Option("--share-lm-head", help="Project with the base's LM head.")] = False,
@@ -392,9 +394,10 @@ def heads_train(
     from .screen import counted, show_accuracy
 
     distill = DistillOptions(sequences=sequences)
-    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=learning_rate, distill=distill)
+    rate = learning_rate
+    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=rate, distill=distill, family=family)
     with counted() as progress:
-        report = train_medusa(checkpoint, text_files(data), output, options, force, progress)
+        report = train_medusa(checkpoint, training_files(data), output, options, force, progress)
     show_accuracy(report)
 
 
@@ -417,15 +420,19 @@ def demo(
     raise typer.Exit(0 if table.ok else 1)
 
 
-def text_files(paths: list[Path]) -> list[Path]:
-    """Files as given; a folder stands for every text file below it (as git tells: no NUL among the first bytes)."""
+def training_files(paths: list[Path]) -> list[Path]:
+    """Files as given. A folder stands for the sound files below it, where there are any, else for its text files.
+
+    Text is told as git does it: no NUL among the first bytes.
+    """
     files: list[Path] = []
     for path in paths:
         if not path.is_dir():
             files.append(path)
             continue
         below = sorted(file for file in path.rglob("*") if file.is_file())
-        files += [file for file in below if b"\0" not in file.read_bytes()[:8000]]
+        sounds = [file for file in below if file.suffix.lower() in SOUND_FILES]
+        files += sounds or [file for file in below if b"\0" not in file.read_bytes()[:8000]]
     return files
 
 

@@ -29,7 +29,7 @@ from .tuning import Tuning, read_tuning
 DEVICES = ("cpu",)
 # Sources that are no text.
 ARRAYS = {"audio": "audio features", "states": "encoder states of the target whose assistant it is (load it as draft model)"}
-Prompt = str | NDArray[Any]  # text, or the audio features an encoder reads
+Prompt = str | Path | NDArray[Any]  # text; for encoders of speech a sound file of one window, or its features
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Model:
         """Yield the completion piece by piece, never half a character and never part of a stop string.
 
         Args:
-            prompt: the text to complete; with an encoder, its source: text, or audio features.
+            prompt: the text to complete; with an encoder, its source: text, a sound file of one window, or audio features.
             decoder_prompt: text or token ids that the output of an encoder-decoder begins with, behind its start token.
             max_new_tokens: the most tokens to add (128).
             drafter: "auto" (n-gram, until heads are tuned to the device), "none", or a name from `drafters`.
@@ -231,6 +231,9 @@ class Model:
         Raises PromptError for text where audio is read, or the other way round, and for a decoder prompt without an encoder.
         """
         kind = self.bundle.manifest.model.source
+        if isinstance(prompt, Path):
+            source, start = Transcriber(self, None, "transcribe", False, {}).inputs(prompt)
+            return source, self._decoder_start(decoder_prompt or start)
         if isinstance(prompt, str) == (kind in ARRAYS):
             wanted = ARRAYS.get(kind, "text")
             raise PromptError(f"{self.bundle.manifest.model.architecture} reads {wanted}, and the prompt is not.")
@@ -362,7 +365,7 @@ class Generation:
 
 
 def _check_given(prompts: Sequence[Prompt]) -> None:
-    if not prompts or any(prompt == "" if isinstance(prompt, str) else prompt.size == 0 for prompt in prompts):
+    if not prompts or any(prompt.size == 0 if isinstance(prompt, np.ndarray) else prompt == "" for prompt in prompts):
         raise PromptError("The prompt is empty: decoding needs some text to start from.")
 
 

@@ -29,12 +29,14 @@ class Dialect:
         block: of a residual block; groups: head, block, weight or bias.
         projection: of a head onto the vocabulary; groups: head, place after the head's blocks (may be empty).
         extra: of tensors that belong to all heads; one group, the name without prefix.
+        output: of the second matrix of a block that has two; groups as of the first.
         first_head: the number of the head that proposes the second token ahead; those before it propose nothing.
     """
 
     block: str
     projection: str
     extra: str = NOTHING
+    output: str = NOTHING
     first_head: int = 0
 
 
@@ -46,6 +48,11 @@ DIALECTS = {
         r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)",
         r"(?:medusa_heads\.)?lm_heads\.(\d+)()\.weight",
         r"(?:medusa_heads\.)?(token_map|lm_head\.weight)",
+    ),
+    "blockwise": Dialect(  # calibration/train.py
+        r"blockwise_heads\.(\d+)\.(\d+)\.wi\.(weight|bias)",
+        r"blockwise_heads\.(\d+)\.(\d+)\.weight",
+        output=r"blockwise_heads\.(\d+)\.(\d+)\.wo\.(weight|bias)",
     ),
     # Names as ModelOpt's, with the fine-tuned Whisper beside them, whose LM head projects; head 0 stands in for it.
     "whisper-medusa": Dialect(r"medusa_heads\.(\d+)\.(\d+)\.linear\.(weight|bias)", NOTHING, first_head=1),
@@ -105,7 +112,8 @@ def recognise(folder: Path, lossy: bool = False) -> HeadCheckpoint:
     if dialect in LOSSY and not lossy:
         raise HeadError(f"{folder}: {_why_lossy(dialect)}")
     patterns = DIALECTS[dialect]
-    wanted = [n for n in names if any(re.fullmatch(p, n) for p in (patterns.block, patterns.projection, patterns.extra))]
+    kinds = (patterns.block, patterns.output, patterns.projection, patterns.extra)
+    wanted = [name for name in names if any(re.fullmatch(kind, name) for kind in kinds)]
     return HeadCheckpoint(folder, dialect, read_tensors(folder, names, wanted), config)
 
 

@@ -2,7 +2,8 @@
 
     python samples/02_normalise_text/run.py [BUNDLE]
 
-Exports the sample first when BUNDLE (default: .demo/normalise) is not there. The runtime itself needs no torch.
+Exports the sample and builds it for the CPU first when BUNDLE (default: .demo/normalise) is not there. The runtime itself
+needs no torch.
 """
 
 import sys
@@ -22,6 +23,7 @@ def main() -> None:
     bundle = Path(sys.argv[1] if len(sys.argv) > 1 else ".demo/normalise")
     if not bundle.exists():
         headstart.export(SAMPLE, bundle, heads=[SAMPLE / "medusa"])
+        headstart.build(bundle)
     model = headstart.load(bundle)
 
     for messy in MESSY:

@@ -117,6 +117,30 @@ def test_every_dialect_gives_the_same_head(dialect: str, pickled: bool, bundle: 
     assert_equals_reference(bundle, "medusa", blocks, [p.numpy() for p in projections])
 
 
+def test_blockwise_heads_are_those_that_were_trained(bundle: Path, tmp_path: Path) -> None:
+    """The graph against the module whose weights were saved."""
+    from headstart.calibration.train import FeedForwardBlock
+
+    torch.manual_seed(0)
+    heads = [[FeedForwardBlock(HIDDEN) for _ in range(LAYERS)] for _ in range(HEADS)]
+    projections, tensors = random_projections(), {}
+    for i, blocks in enumerate(heads):
+        for j, block in enumerate(blocks):
+            torch.nn.init.normal_(block.wo.weight, std=0.1)
+            tensors |= {f"blockwise_heads.{i}.{j}.{name}": tensor for name, tensor in block.state_dict().items()}
+        tensors[f"blockwise_heads.{i}.{LAYERS}.weight"] = projections[i]
+    assert import_head(bundle, write_head(tmp_path / "head", tensors)).dialect == "blockwise"
+    hidden = torch.randn(2, 1, HIDDEN)
+    with torch.no_grad():
+        states = [torch.nn.Sequential(*blocks)(hidden[:, 0]) for blocks in heads]
+    logits = [state @ projection.T for state, projection in zip(states, projections, strict=True)]
+    wanted = torch.stack(logits, 1).log_softmax(-1).topk(10)
+    loaded = Bundle.load(bundle)
+    ids, log_probs = OnnxRuntimeEngine(loaded).head(loaded.head("medusa")).propose(hidden.numpy())
+    assert (ids == wanted.indices.numpy()).all()
+    np.testing.assert_allclose(log_probs, wanted.values, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["llama_tied", "llama"])
 def test_blocks_alone_project_with_the_target_s_lm_head(architecture: str, bundle_of: BundleOf, tmp_path: Path) -> None:
     from architectures import tiny_model
