@@ -108,18 +108,24 @@ def check_fits(bundle: Bundle, device: str, options: TensorRtOptions) -> None:
 
 
 def stored_weights_mb(bundle: Bundle) -> float:
-    """Weights of all graphs in half precision, quantized ones as they are. A head's copy of a shared weight counts again."""
+    """Weights of all graphs in half precision, quantized ones as they are.
+
+    A table that is both looked up and multiplied by (tied embeddings) is stored twice, each time as its kernel wants it; so
+    the plans of TensorRT-RTX 1.7.1 say. A head's copy of the target's LM head counts again, too.
+    """
     import onnx_ir as ir
 
     from .heads.builder import load_head
 
     models = [ir.load(bundle.path / graph.file) for graph in bundle.manifest.graphs.values()]
     models += [load_head(bundle, name) for name in bundle.manifest.heads]
-    return sum(_stored_bytes(value.const_value) for model in models for value in model.graph.initializers.values()) / MB
+    return sum(_stored_bytes(value) for model in models for value in model.graph.initializers.values()) / MB
 
 
-def _stored_bytes(tensor: Any) -> float:
-    return float(tensor.nbytes / 2 if tensor.dtype.name == "FLOAT" else tensor.nbytes)
+def _stored_bytes(value: Any) -> float:
+    tensor, readers = value.const_value, {node.op_type for node, _ in value.uses()}
+    copies = 2 if "Gather" in readers and len(readers) > 1 and len(tensor.shape) == 2 else 1
+    return float(copies * (tensor.nbytes / 2 if tensor.dtype.name == "FLOAT" else tensor.nbytes))
 
 
 def _workspace_mb(bundle: Bundle, rows: int, slots: int) -> float:

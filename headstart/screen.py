@@ -113,8 +113,8 @@ def describe_plan(plan: PlanInfo) -> str:
 
 
 def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
-    columns = ("plans MB", "cache MB", "per 1,000 tokens", "workspace", "needed", "there is", "fits", "peak of the build")
-    grid = table(f"{bundle}: memory of a TensorRT engine, predicted", "device", "build for", *columns)
+    columns = ("plans", "cache", "per 1k", "scratch", "needed", "there is", "fits", "build")
+    grid = table(f"{bundle}: memory of a TensorRT engine in MB, predicted", "device", "--device", *columns)
     for one in plans:
         sizes = (one.engine_mb, one.cache_mb, one.cache_mb_per_1000, one.workspace_mb, one.needed_mb, one.available_mb)
         grid.add_row(
@@ -125,6 +125,7 @@ def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
             f"{one.build_mb:.0f}",
         )
     out.print(grid)
+    out.print("per 1k: cache of 1,000 tokens. there is: without the system's share. build: peak memory of the build itself.")
 
 
 def show_tuning(bundle: Path, tuning: Tuning) -> None:

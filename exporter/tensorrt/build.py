@@ -74,6 +74,8 @@ def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtO
 
         check_fits(bundle, options.fits, options)
     library = open_library(parse_target(device))
+    settings = _settings(bundle, options)
+    library.check_types(settings.values())
     made = _Building(bundle, library, folder, options, progress)
     made.decoder()
     for name in bundle.manifest.heads:
@@ -86,7 +88,7 @@ def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtO
         builder={library.module.__name__: library.version} | {name: importlib.metadata.version(name) for name in packages},
         source=engine_source(bundle),
         graphs={name: f"{name}.plan" for name in made.plans},
-        settings=_settings(bundle, options),
+        settings=settings,
         passes=made.passes,
         relative_difference=NOT_RUN,
         plans=made.plans,

@@ -169,12 +169,14 @@ def test_the_engine_describes_itself(built: Built) -> None:
     assert info.peak_memory_mb > 0 and built_engine(bundle, info.device) == info
 
 
-def test_the_memory_plan_foresees_the_engine(built: Built) -> None:
-    bundle, info = built()
+@pytest.mark.parametrize(("name", "weights"), [("llama", "float32"), ("llama", "int8"), ("opt", "float32")])
+def test_the_memory_plan_foresees_the_engine(built: Built, name: str, weights: str) -> None:
+    """OPT's embeddings are tied: its plan holds the table twice."""
+    bundle, info = built(name, weights, dict(CASES)[weights])
     plan = memory_plan(bundle, "rtx-3060-12gb", OPTIONS)
-    half = info.plans["decoder"].weight_bytes["half"] + info.plans["heads/medusa"].weight_bytes["half"]
-    assert plan.weights_mb == pytest.approx(half / 1e6, rel=0.05)
-    assert plan.kernels_mb == pytest.approx((sum(p.bytes for p in info.plans.values()) - half) / 1e6, rel=0.5)
+    stored = sum(sum(one.weight_bytes.values()) for one in info.plans.values())
+    assert plan.weights_mb == pytest.approx(stored / 1e6, rel=0.05)
+    assert plan.kernels_mb == pytest.approx((sum(one.bytes for one in info.plans.values()) - stored) / 1e6, rel=0.5)
     assert plan.cache_mb == SLOTS * plan.cache_mb_per_1000 / 1000
 
 
@@ -263,6 +265,11 @@ def test_an_engine_too_large_for_its_device(bundle_of: BundleOf) -> None:
     """A batch of a million caches."""
     with pytest.raises(HeadstartError, match=r"does not fit jetson-orin-nano-8gb: .* MB are needed .* Fix: "):
         build(bundle_of("llama").path, "trt-rtx:sm89", options=TensorRtOptions(batch=1_000_000, fits="jetson-orin-nano-8gb"))
+
+
+def test_types_that_a_generation_does_not_have(bundle_of: BundleOf) -> None:
+    with pytest.raises(OptionError, match="sm75 has no bfloat16"):
+        build(bundle_of("llama").path, "trt-rtx:sm75,sm89", options=TensorRtOptions(precision="bfloat16"))
 
 
 @pytest.mark.parametrize(
