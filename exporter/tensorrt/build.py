@@ -154,7 +154,7 @@ class _Building:
         from headstart.exporter.graph import save_graph
         from headstart.exporter.lowering.tensorrt import lower
 
-        lowered = lower(model, self.options.precision, self.sizes)
+        lowered = lower(model, self.options.precision, self.sizes, self.library.native)
         save_graph(lowered.model, file)
         inputs = lowered.model.graph.inputs
         return lowered.passes, {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in inputs}

@@ -79,6 +79,11 @@ class Library:
     def version(self) -> str:
         return str(self.module.__version__)
 
+    @property
+    def native(self) -> bool:
+        """It has layers for attention and for cache updates; TensorRT 10.3, which JetPack 6 brings, has neither."""
+        return hasattr(self.module.INetworkDefinition, "add_kv_cache_update")
+
     def check(self, version_compatible: bool, hardware_compatible: bool) -> None:
         """Raises OptionError for compatibilities that TensorRT for RTX does not have."""
         if self.target.kind == RTX and version_compatible:

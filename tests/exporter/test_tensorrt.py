@@ -157,6 +157,18 @@ def test_attention_of_other_forms(built: Built, name: str, fused: int) -> None:
     assert len(info.plans["decoder"].in_place) == 4
 
 
+def test_the_written_out_form_builds_too(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """What JetPack 6's TensorRT is given, with a parser that is at hand: one profile, caches that come back as copies."""
+    bundle = bundle_of("llama")
+    graph = ir.load(bundle.path / bundle.manifest.graphs["decoder"].file)
+    lowered = lower(graph, "float16", {"batch": 1, "slots": SLOTS, "rows": 4, "chosen": 4}, native=False)
+    save_graph(lowered.model, tmp_path / "decoder.onnx")
+    axes = {value.name: list(value.shape) for value in lowered.model.graph.inputs}
+    library = open_library(parse_target("trt-rtx:sm86"))
+    plan = build_plan(tmp_path / "decoder.onnx", axes, (), library, BuilderOptions(), lambda stage: None)
+    assert "kv_cache_update float16" not in plan.layers and plan.in_place == ()
+
+
 def test_the_engine_describes_itself(built: Built) -> None:
     bundle, info = built()
     file = engine_folder(bundle, info.device) / ENGINE_FILE
