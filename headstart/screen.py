@@ -92,7 +92,7 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
     for name, plan in info.plans.items():
         grid.add_row(name, describe_plan(plan))
     if info.peak_memory_mb:
-        grid.add_row("cache", f"{info.cache_slots} tokens, {info.batch} sequence(s)")
+        grid.add_row("cache", f"{info.cache_slots} slots, {info.batch} sequence(s)")
         grid.add_row("peak memory of the build", f"{info.peak_memory_mb:.0f} MB")
     ran = info.relative_difference >= 0
     grid.add_row(

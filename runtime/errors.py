@@ -28,7 +28,7 @@ class MissingExtraError(HeadstartError):
 
 
 # Which extra brings a package that the bare install lacks.
-_EXTRAS = {"onnxruntime": "cpu", "tensorrt_rtx": "trt-rtx"} | dict.fromkeys(
+_EXTRAS = {"onnxruntime": "cpu", "tensorrt_rtx": "trt-rtx", "cuda": "trt-rtx"} | dict.fromkeys(
     ("torch", "transformers", "optimum", "onnx", "onnx_ir", "safetensors"), "export"
 )
 

@@ -20,6 +20,7 @@ from .library import Library, open_library, parse_target
 from .profiles import FIXED, decoder_profiles
 
 Progress = Callable[[str], None]
+LEAST_TOKENS = 16
 PRECISIONS = ("float16", "bfloat16")
 NOT_RUN = -1.0  # EngineInfo.relative_difference of an engine that could not be run where it was built
 
@@ -30,7 +31,7 @@ class TensorRtOptions:
 
     Attributes:
         precision: of weights and activations of a float32 bundle; one exported in half precision keeps its own.
-        cache: tokens the caches hold; the bundle's longest text by default.
+        cache: tokens of the longest text; the bundle's own limit by default.
         batch: sequences decoded together.
         prefill_rows: the most prompt tokens of one pass; longer prompts take several.
         fits: a board of `devices`; the build stops before it begins where the engine would not fit it.
@@ -52,15 +53,19 @@ class TensorRtOptions:
         if self.prefill_rows < 1:
             raise OptionError(f"--prefill-rows must be at least 1, got {self.prefill_rows}.")
 
-    def slots(self, bundle: Bundle) -> int:
-        """Raises OptionError for a cache the model cannot fill, or that a verify pass cannot fit into."""
+    def tokens(self, bundle: Bundle) -> int:
+        """The longest text. Raises OptionError for one the model cannot read, or that is no text."""
         longest = bundle.manifest.model.max_cache
-        slots = self.cache or longest
-        if slots > longest:
-            raise OptionError(f"--cache {slots} is more than the {longest} tokens that {bundle.path} was exported for.")
-        if slots < MAX_ROWS:
-            raise OptionError(f"--cache {slots} is too small: the largest verify pass alone takes {MAX_ROWS} slots.")
-        return slots
+        tokens = self.cache or longest
+        if tokens > longest:
+            raise OptionError(f"--cache {tokens} is more than the {longest} tokens that {bundle.path} was exported for.")
+        if tokens < LEAST_TOKENS:
+            raise OptionError(f"--cache {tokens} is too small: at least {LEAST_TOKENS} tokens are needed.")
+        return tokens
+
+    def slots(self, bundle: Bundle) -> int:
+        """Of the caches: the text, and behind it the rows of the largest verify pass, padding included."""
+        return self.tokens(bundle) + MAX_ROWS
 
 
 def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtOptions, progress: Progress) -> EngineInfo:
@@ -120,7 +125,7 @@ class _Building:
     def decoder(self) -> None:
         import onnx_ir as ir
 
-        rows = min(self.options.prefill_rows, self.sizes["slots"])
+        rows = min(self.options.prefill_rows, self.options.tokens(self.bundle))
         graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["decoder"].file)
         self.passes = self._graph("decoder", graph, decoder_profiles(rows))
 

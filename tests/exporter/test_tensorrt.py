@@ -24,14 +24,16 @@ from headstart.exporter.tensorrt.plan import read_plan
 from headstart.exporter.tensorrt.profiles import VERIFY_ROWS
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, from_json
+from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, HeadstartError, MissingExtraError, OptionError, OutputError
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
 BundleOf = Callable[[str], Bundle]
 Built = Callable[..., tuple[Bundle, EngineInfo]]
-SLOTS = 128
-OPTIONS = TensorRtOptions(cache=SLOTS, prefill_rows=64)
+TOKENS = 64
+SLOTS = TOKENS + MAX_ROWS
+OPTIONS = TensorRtOptions(cache=TOKENS, prefill_rows=64)
 
 
 def add_head(bundle: Path, folder: Path, hidden: int = 64) -> None:
@@ -262,7 +264,7 @@ def test_an_operator_the_parser_refuses(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (lambda: TensorRtOptions(cache=100_000), "more than the 256 tokens"),
-        (lambda: TensorRtOptions(cache=32), "the largest verify pass alone takes 64 slots"),
+        (lambda: TensorRtOptions(cache=8), "at least 16 tokens are needed"),
         (lambda: TensorRtOptions(precision="float8"), "'float8' is unknown"),
         (lambda: TensorRtOptions(builder=BuilderOptions(optimization_level=9)), "between 0 and 5"),
         (lambda: TensorRtOptions(fits="jetson-tx2"), "Known: jetson-orin-nano-4gb"),
