@@ -176,6 +176,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or what the bundle was built for: trt-rtx:sm89, tensorrt.")] = "cpu",
     threads: Threads = None,
     untuned: Untuned = False,
 ) -> None:
@@ -184,7 +185,7 @@ def generate(
 
     from .screen import print_generation
 
-    model = load(bundle, threads=threads, draft_model=draft_model, tuned=not untuned)
+    model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
     options = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes, **sampling, **rules}

@@ -7,6 +7,7 @@ that run the same lowered graphs in ONNX Runtime; `cuda.Cuda` and `LoadedPlan` H
 
 import dataclasses
 import importlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from headstart.runtime.engines.half import STORED, narrowed, widened
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, missing_extra
 
+TENSORRT_DEVICES = ("trt-rtx", "tensorrt")  # of which the former names GPU generations behind a colon
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
 
 
@@ -30,6 +32,8 @@ class Device(Protocol):
     """Memory on the device and copies in order; see `cuda.Cuda`. Addresses are whole numbers."""
 
     def allocate(self, nbytes: int) -> int: ...
+
+    def free(self, address: int) -> None: ...
 
     def upload(self, address: int, data: NDArray[Any]) -> None: ...
 
@@ -59,6 +63,7 @@ class DeviceCache(KVCache):
         heads = [info.kv_heads for info in infos for _ in range(2)]
         self._planes = list(zip(heads, sizes, strict=True))
         self.addresses = [device.allocate(2 * head * slots * size) for head, size in self._planes]
+        weakref.finalize(self, _free, device, self.addresses)
 
     @property
     def slots(self) -> int:
@@ -73,6 +78,11 @@ class DeviceCache(KVCache):
             for address, (heads, size) in zip(self.addresses, self._planes, strict=True):
                 self._device.move_slot(address, 2 * size * self._slots, 2 * size, heads, source, target)
         self.lengths[row] += len(kept)
+
+
+def _free(device: Device, addresses: Sequence[int]) -> None:
+    for address in addresses:
+        device.free(address)
 
 
 class TensorRtEngine:

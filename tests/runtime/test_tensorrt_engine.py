@@ -44,10 +44,14 @@ class Memory:
 
     def __init__(self) -> None:
         self.bytes, self._end = np.zeros(64 << 20, np.uint8), 256
+        self.freed: list[int] = []
 
     def allocate(self, nbytes: int) -> int:
         address, self._end = self._end, -(-(self._end + nbytes) // 256) * 256
         return address
+
+    def free(self, address: int) -> None:
+        self.freed.append(address)
 
     def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -165,6 +169,16 @@ def test_drafts_change_no_token(bundle: Bundle, engine: TensorRtEngine, drafter:
         plain = model.generate(prompt, max_new_tokens=48, drafter="none", ignore_end=True)
         drafted = model.generate(prompt, max_new_tokens=48, drafter=drafter, ignore_end=True)
         assert drafted.token_ids == plain.token_ids and drafted.stats.drafted_tokens > 0
+
+
+def test_caches_are_given_back(engine: TensorRtEngine) -> None:
+    memory = engine._memory
+    assert isinstance(memory, Memory)
+    cache = engine.new_cache(1, 64)
+    addresses = list(cache.addresses)  # type: ignore[attr-defined]
+    memory.freed.clear()
+    del cache
+    assert memory.freed == addresses
 
 
 def test_limits_are_said(engine: TensorRtEngine) -> None:
