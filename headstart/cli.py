@@ -99,6 +99,7 @@ def build(
     cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
     batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
     prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
+    source: Annotated[int, typer.Option(help="TensorRT: rows of the longest source of an encoder-decoder.")] = 512,
     fits: Annotated[str | None, typer.Option(help="TensorRT: stop unless it fits this board; see headstart plan.")] = None,
     workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
@@ -121,7 +122,9 @@ def build(
     flags = (strip_weights, refit, version_compatible, hardware_compatible)
     builder = BuilderOptions(workspace_mb, optimization_level, *flags, timing_cache)
     with stages() as progress:
-        info = run(bundle, device, force, progress, TensorRtOptions(precision, cache, batch, prefill_rows, fits, builder))
+        info = run(
+            bundle, device, force, progress, TensorRtOptions(precision, cache, batch, prefill_rows, source, fits, builder)
+        )
     show_engine(bundle, info)
 
 

@@ -77,7 +77,7 @@ def _counts(model: Any, grouped: bool) -> dict[str, int]:
         "fused_norms": kinds.count("RMSNormalization") + kinds.count("LayerNormalization"),
         "quantized_weights": kinds.count("DequantizeLinear"),
         "cache_updates": kinds.count("TensorScatter"),
-        "fused_attention_layers": kinds.count("Attention"),
+        "attention_layers": kinds.count("Attention"),
         "written_out_attention_layers": max(keys - kinds.count("Attention"), 0),
         "folded_heads": int(grouped),
     }

@@ -34,6 +34,7 @@ class TensorRtOptions:
         cache: tokens of the longest text; the bundle's own limit by default.
         batch: sequences decoded together.
         prefill_rows: the most prompt tokens of one pass; longer prompts take several.
+        source: rows of the encoder's states, where the encoder leaves them open; shorter sources are masked.
         fits: a board of `devices`; the build stops before it begins where the engine would not fit it.
         builder: what the builder itself is told.
     """
@@ -42,6 +43,7 @@ class TensorRtOptions:
     cache: int | None = None
     batch: int = 1
     prefill_rows: int = 512
+    source: int = 512
     fits: str | None = None
     builder: BuilderOptions = field(default_factory=BuilderOptions)
 
@@ -50,8 +52,9 @@ class TensorRtOptions:
             raise OptionError(f"--precision {self.precision!r} is unknown. Choose one of: {', '.join(PRECISIONS)}.")
         if self.batch < 1:
             raise OptionError(f"--batch must be at least 1, got {self.batch}.")
-        if self.prefill_rows < 1:
-            raise OptionError(f"--prefill-rows must be at least 1, got {self.prefill_rows}.")
+        for name in ("prefill_rows", "source"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
 
     def tokens(self, bundle: Bundle) -> int:
         """The longest text. Raises OptionError for one the model cannot read, or that is no text."""
@@ -66,6 +69,12 @@ class TensorRtOptions:
     def slots(self, bundle: Bundle) -> int:
         """Of the caches: the text, and behind it the rows of the largest verify pass, padding included."""
         return self.tokens(bundle) + MAX_ROWS
+
+    def source_rows(self, bundle: Bundle) -> int:
+        """What the encoder's graph fixes (an audio window), or else `source`."""
+        states = bundle.manifest.graphs["encoder"].outputs[0]
+        rows = states.shape[1]
+        return rows if isinstance(rows, int) else self.source
 
 
 def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtOptions, progress: Progress) -> EngineInfo:
@@ -83,6 +92,8 @@ def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtO
     library.check_types(settings.values())
     made = _Building(bundle, library, folder, options, progress)
     made.decoder()
+    if "encoder" in bundle.manifest.graphs:
+        made.encoder()
     for name in bundle.manifest.heads:
         made.head(name)
     packages = ("headstart", "onnx", "onnx-ir", "onnxscript")
@@ -119,6 +130,8 @@ class _Building:
         self.bundle, self.library, self.folder = bundle, library, folder
         self.options, self.progress = options, progress
         self.sizes = {"batch": options.batch, "slots": options.slots(bundle)}
+        if "encoder" in bundle.manifest.graphs:
+            self.sizes["source"] = options.source_rows(bundle)
         self.plans: dict[str, PlanInfo] = {}
         self.passes: dict[str, int] = {}
 
@@ -128,6 +141,12 @@ class _Building:
         rows = min(self.options.prefill_rows, self.options.tokens(self.bundle))
         graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["decoder"].file)
         self.passes = self._graph("decoder", graph, decoder_profiles(rows))
+
+    def encoder(self) -> None:
+        import onnx_ir as ir
+
+        graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["encoder"].file)
+        self._graph("encoder", graph, FIXED)
 
     def head(self, name: str) -> None:
         from headstart.exporter.heads.builder import load_head

@@ -154,7 +154,7 @@ def test_heads_are_built_too(built: Built, weights: str, device: str) -> None:
 def test_attention_of_other_forms(built: Built, name: str, fused: int) -> None:
     """Gemma 2 caps its scores, which no fused kernel does: written out, and said so. OPT's scale is 1: no copy of its cache."""
     _, info = built(name)
-    assert info.passes["fused_attention_layers"] == fused
+    assert info.passes["attention_layers"] == fused
     assert info.passes["written_out_attention_layers"] == 2 - fused
     assert len(info.plans["decoder"].in_place) == 4
 
@@ -296,6 +296,20 @@ def test_types_that_a_generation_does_not_have(bundle_of: BundleOf) -> None:
 def test_options_that_tensorrt_for_rtx_does_not_have(bundle_of: BundleOf, options: BuilderOptions, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         build(bundle_of("llama").path, "trt-rtx:sm89", options=TensorRtOptions(builder=options))
+
+
+@pytest.mark.parametrize(("size", "fused"), [(8, 0), (64, 1)])
+def test_attention_without_a_kernel_is_computed_in_parts(tmp_path: Path, size: int, fused: int) -> None:
+    """Head size 8 has no fused kernel, and would fail the build if it were not allowed to be decomposed."""
+    ends = [ir.val(name, ir.DataType.FLOAT16, (1, 4, 60, size)) for name in ("query", "key", "value")]
+    node = ir.node("Attention", ends, attributes={"scale": 0.5})
+    node.outputs[0].name, node.outputs[0].dtype = "out", ir.DataType.FLOAT16
+    graph = ir.Graph(ends, node.outputs, nodes=[node], opset_imports={"": 24}, name="attention")
+    ir.save(ir.Model(graph, ir_version=11), tmp_path / "attention.onnx")
+    axes = {value.name: (1, 4, 60, size) for value in ends}
+    library = open_library(parse_target("trt-rtx:sm89"))
+    plan = build_plan(tmp_path / "attention.onnx", axes, (), library, BuilderOptions(), lambda stage: None)
+    assert plan.kernels.get("fused_attention", 0) == fused
 
 
 def test_exchangeable_weights_need_a_gpu(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_half_precision_stays_near_the_canonical_graph(bundle_of: BundleOf, name
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.abs(ours - theirs).max() < FLOAT16_NOISE * np.ptp(theirs)
     layers = bundle.manifest.model.layers
-    assert lowered.passes["fused_attention_layers"] + lowered.passes["written_out_attention_layers"] == layers
+    assert lowered.passes["attention_layers"] + lowered.passes["written_out_attention_layers"] == layers
     assert lowered.passes["cache_updates"] == 2 * layers
 
 
