@@ -285,7 +285,7 @@ def top_two_margin(logits: NDArray[np.float32]) -> float:
 def check_drafters(
     model: Model, prompts: Sequence[Prompt], max_new_tokens: int, tolerance: float, progress: Progress
 ) -> list[DrafterCheck]:
-    """Each prompt decoded plainly once and with every drafter, greedy; continuations past end tokens, so that all lengths are equal.
+    """Each prompt decoded plainly once and with every drafter, greedy; continuations go on past end tokens.
 
     `tolerance`: by how much of their range the logits of two runs may differ from rounding alone.
     """

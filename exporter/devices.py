@@ -65,7 +65,7 @@ _TABLE = (
     Device("jetson-agx-orin-64gb", "sm87", 64, 204.8, 42.5, 5.33, HALF, True, JETSON_ORIN),
     Device("jetson-thor", "sm110", 128, 273, 258, 8.06, FP4, True, JETSON_THOR),
     Device("dgx-spark", "sm121", 128, 273, 125, 31, FP4, True, SPARK),
-    Device("tesla-t4", "sm75", 16, 320, 65, 8.1, ("float16", "int8", "int4"), False, TURING),
+    Device("tesla-t4", "sm75", 16, 320, 65, 8.1, ("float16", "int8"), False, TURING),
     Device("rtx-3060-12gb", "sm86", 12, 360, 51, 12.7, HALF, False, AMPERE),
     Device("rtx-3090", "sm86", 24, 936, 142, 35.6, HALF, False, AMPERE),
     Device("rtx-4060", "sm89", 8, 272, 60, 15.1, FP8, False, ADA),

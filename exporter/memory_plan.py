@@ -12,7 +12,7 @@ from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.errors import EngineError, missing_extra
 
 from .devices import Device, device_named
-from .tensorrt.build import TensorRtOptions
+from .tensorrt.build import LEAST_TOKENS, TensorRtOptions
 from .tensorrt.profiles import decoder_profiles
 
 MB = 1e6
@@ -31,7 +31,7 @@ class MemoryPlan:
     Attributes:
         weights_mb: of the decoder and the heads, as the plans will hold them.
         kernels_mb: of all profiles.
-        cache_mb: of `batch` caches of `cache_tokens` each.
+        cache_mb: of `batch` caches of `cache_slots` each, the longest text and a verify pass.
         cache_mb_per_1000: of one sequence's 1,000 tokens.
         workspace_mb: activations of the largest pass, its logits included.
         context_mb: CUDA and the library.
@@ -43,7 +43,7 @@ class MemoryPlan:
     target: str
     weights_mb: float
     kernels_mb: float
-    cache_tokens: int
+    cache_slots: int
     cache_mb: float
     cache_mb_per_1000: float
     workspace_mb: float
@@ -75,14 +75,14 @@ def memory_plan(bundle: str | Path | Bundle, device: str, options: TensorRtOptio
         raise missing_extra(error, "Planning memory") from error
     model, slots = opened.manifest.model, options.slots(opened)
     per_token = 2 * sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in opened.manifest.caches) / MB
-    rows = min(options.prefill_rows, slots)
+    rows = min(options.prefill_rows, options.tokens(opened))
     profiles = len(decoder_profiles(rows))
     return MemoryPlan(
         device=device,
         target=board.target,
         weights_mb=weights,
         kernels_mb=profiles * (PROFILE_MB + LAYER_MB * model.layers),
-        cache_tokens=slots,
+        cache_slots=slots,
         cache_mb=options.batch * slots * per_token,
         cache_mb_per_1000=1000 * per_token,
         workspace_mb=options.batch * _workspace_mb(opened, rows, slots),
@@ -98,28 +98,34 @@ def check_fits(bundle: Bundle, device: str, options: TensorRtOptions) -> None:
     if plan.fits:
         return
     spare = plan.available_mb - (plan.needed_mb - plan.cache_mb)
-    tokens = int(spare / plan.cache_mb * plan.cache_tokens) if spare > 0 else 0
-    fix = f"--cache {tokens} or less" if tokens >= 64 else "fewer bits (headstart quantize), or a larger device"
+    tokens = int(spare / plan.cache_mb * plan.cache_slots) - MAX_ROWS if spare > 0 else 0
+    fix = f"--cache {tokens} or less" if tokens >= LEAST_TOKENS else "fewer bits (headstart quantize), or a larger device"
     raise EngineError(
         f"{bundle.path} does not fit {device}: {plan.needed_mb:.0f} MB are needed (plans {plan.engine_mb:.0f}, cache of "
-        f"{plan.cache_tokens} tokens {plan.cache_mb:.0f}, workspace {plan.workspace_mb:.0f}, CUDA {plan.context_mb:.0f}) and "
+        f"{plan.cache_slots} slots {plan.cache_mb:.0f}, workspace {plan.workspace_mb:.0f}, CUDA {plan.context_mb:.0f}) and "
         f"{plan.available_mb:.0f} MB are there. Fix: {fix}."
     )
 
 
 def stored_weights_mb(bundle: Bundle) -> float:
-    """Weights of all graphs in half precision, quantized ones as they are. A head's copy of a shared weight counts again."""
+    """Weights of all graphs in half precision, quantized ones as they are.
+
+    A table that is both looked up and multiplied by (tied embeddings) is stored twice, each time as its kernel wants it; so
+    the plans of TensorRT-RTX 1.7.1 say. A head's copy of the target's LM head counts again, too.
+    """
     import onnx_ir as ir
 
     from .heads.builder import load_head
 
     models = [ir.load(bundle.path / graph.file) for graph in bundle.manifest.graphs.values()]
     models += [load_head(bundle, name) for name in bundle.manifest.heads]
-    return sum(_stored_bytes(value.const_value) for model in models for value in model.graph.initializers.values()) / MB
+    return sum(_stored_bytes(value) for model in models for value in model.graph.initializers.values()) / MB
 
 
-def _stored_bytes(tensor: Any) -> float:
-    return float(tensor.nbytes / 2 if tensor.dtype.name == "FLOAT" else tensor.nbytes)
+def _stored_bytes(value: Any) -> float:
+    tensor, readers = value.const_value, {node.op_type for node, _ in value.uses()}
+    copies = 2 if "Gather" in readers and len(readers) > 1 and len(tensor.shape) == 2 else 1
+    return float(copies * (tensor.nbytes / 2 if tensor.dtype.name == "FLOAT" else tensor.nbytes))
 
 
 def _workspace_mb(bundle: Bundle, rows: int, slots: int) -> float:

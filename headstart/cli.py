@@ -109,6 +109,7 @@ def build(
     cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
     batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
     prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
+    source: Annotated[int, typer.Option(help="TensorRT: rows of the longest source of an encoder-decoder.")] = 512,
     fits: Annotated[str | None, typer.Option(help="TensorRT: stop unless it fits this board; see headstart plan.")] = None,
     workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
@@ -131,7 +132,9 @@ def build(
     flags = (strip_weights, refit, version_compatible, hardware_compatible)
     builder = BuilderOptions(workspace_mb, optimization_level, *flags, timing_cache)
     with stages() as progress:
-        info = run(bundle, device, force, progress, TensorRtOptions(precision, cache, batch, prefill_rows, fits, builder))
+        info = run(
+            bundle, device, force, progress, TensorRtOptions(precision, cache, batch, prefill_rows, source, fits, builder)
+        )
     show_engine(bundle, info)
 
 
@@ -194,6 +197,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or what the bundle was built for: trt-rtx:sm89, tensorrt.")] = "cpu",
     threads: Threads = None,
     untuned: Untuned = False,
 ) -> None:
@@ -202,7 +206,7 @@ def generate(
 
     from .screen import print_captions, print_generation, print_transcript
 
-    model = load(bundle, threads=threads, draft_model=draft_model, tuned=not untuned)
+    model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
     given = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes}

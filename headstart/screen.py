@@ -101,7 +101,8 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
     for name, plan in info.plans.items():
         grid.add_row(name, describe_plan(plan))
     if info.peak_memory_mb:
-        grid.add_row("cache", f"{info.cache_slots} tokens, {info.batch} sequence(s)")
+        written = len(info.plans["decoder"].in_place)
+        grid.add_row("cache", f"{info.cache_slots} slots, {info.batch} sequence(s); {written} tensors written in place")
         grid.add_row("peak memory of the build", f"{info.peak_memory_mb:.0f} MB")
     ran = info.relative_difference >= 0
     grid.add_row(
@@ -115,15 +116,18 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
 def describe_plan(plan: PlanInfo) -> str:
     """Size, time, layers that have kernels of their own, and the stored types, of one TensorRT plan."""
     kinds = ("kv_cache_update", "attention_output", "matrix_multiply", "dequantize")
+    fused = plan.kernels.get("fused_attention", 0) // max(len(plan.profiles), 1)
     layers = ", ".join(f"{count} {name}" for name, count in plan.layers.items() if name.startswith(kinds))
     stored = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in plan.weight_bytes.items())
-    parts = [f"{plan.bytes / 1e6:.1f} MB in {plan.build_s:.1f} s, {len(plan.profiles)} profile(s)", layers, stored]
+    parts = [f"{plan.bytes / 1e6:.1f} MB in {plan.build_s:.1f} s, {len(plan.profiles)} profile(s)", layers]
+    parts += [f"{fused} fused attention kernels a profile"] if fused else []
+    parts += [stored]
     return "; ".join(part for part in parts if part)
 
 
 def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
-    columns = ("plans MB", "cache MB", "per 1,000 tokens", "workspace", "needed", "there is", "fits", "peak of the build")
-    grid = table(f"{bundle}: memory of a TensorRT engine, predicted", "device", "build for", *columns)
+    columns = ("plans", "cache", "per 1k", "scratch", "needed", "there is", "fits", "build")
+    grid = table(f"{bundle}: memory of a TensorRT engine in MB, predicted", "device", "--device", *columns)
     for one in plans:
         sizes = (one.engine_mb, one.cache_mb, one.cache_mb_per_1000, one.workspace_mb, one.needed_mb, one.available_mb)
         grid.add_row(
@@ -134,6 +138,7 @@ def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
             f"{one.build_mb:.0f}",
         )
     out.print(grid)
+    out.print("per 1k: cache of 1,000 tokens. there is: without the system's share. build: peak memory of the build itself.")
 
 
 def show_tuning(bundle: Path, tuning: Tuning) -> None:

@@ -18,6 +18,7 @@ from .drafters.first_that_pays import FirstThatPays
 from .drafters.medusa import MedusaDrafter
 from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
+from .engines.tensorrt import TENSORRT_DEVICES, TensorRtEngine
 from .errors import BundleError, OptionError, PromptError
 from .loop import DecodingLoop, FinishReason, LoopOptions, Text
 from .rules import TokenRules
@@ -26,7 +27,8 @@ from .tokenizer import TextStream, Tokenizer
 from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
 from .tuning import Tuning, read_tuning
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "trt-rtx:sm89 (as it was built)", "tensorrt")
+BuiltEngine = OnnxRuntimeEngine | TensorRtEngine
 # Sources that are no text.
 ARRAYS = {"audio": "audio features", "states": "encoder states of the target whose assistant it is (load it as draft model)"}
 Prompt = str | Path | NDArray[Any]  # text; for encoders of speech a sound file of one window, or its features
@@ -80,7 +82,7 @@ class Model:
     def __init__(
         self,
         bundle: Bundle,
-        engine: OnnxRuntimeEngine,
+        engine: BuiltEngine,
         tokenizer: Tokenizer,
         drafters: dict[str, Drafter],
         tuning: Tuning | None = None,
@@ -396,7 +398,7 @@ def load(
 
     Args:
         path: the bundle's folder.
-        device: "cpu".
+        device: "cpu", or what the bundle was built for with TensorRT: "trt-rtx:sm89", "tensorrt".
         threads: of the engine; all cores when None.
         draft_model: another bundle with the same vocabulary, offered as the drafter "draft_model".
         tuned: use what `headstart tune` found; False takes fixed trees and n-grams for "auto".
@@ -405,12 +407,12 @@ def load(
         BundleError: no bundle, another schema, or a file that was edited.
         MissingExtraError: no engine is installed.
         OptionError: unknown device, or a draft model with another vocabulary.
-        EngineError: the built engine or the tuning is of another bundle, machine or number of threads.
+        EngineError: the built engine or the tuning is of another bundle, machine or number of threads; or there is no GPU.
     """
-    if device not in DEVICES:
+    if device != "cpu" and device.split(":")[0] not in TENSORRT_DEVICES:
         raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
     bundle = Bundle.load(path, check_hashes=False)  # the engine checks what it reads
-    engine = OnnxRuntimeEngine.open(bundle, threads)
+    engine = OnnxRuntimeEngine.open(bundle, threads) if device == "cpu" else TensorRtEngine.open(bundle, device)
     tuning = read_tuning(bundle, device, engine.built[0] if engine.built else None, engine.threads) if tuned else None
     draft_engine = None if draft_model is None else _draft_engine(draft_model, bundle)
     drafters = _drafters(bundle, engine, draft_engine, tuning)
@@ -418,7 +420,7 @@ def load(
 
 
 def _drafters(
-    bundle: Bundle, engine: OnnxRuntimeEngine, draft_engine: OnnxRuntimeEngine | None, tuning: Tuning | None
+    bundle: Bundle, engine: BuiltEngine, draft_engine: OnnxRuntimeEngine | None, tuning: Tuning | None
 ) -> dict[str, Drafter]:
     """The bundle's heads, n-grams, the draft model, and the pairs that tuning measured; each believing its measured rates."""
     tuned: dict[str, TunedDrafter] = {}

@@ -235,7 +235,9 @@ def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
 
 
 def test_plan_says_what_fits(bundle_of: BundleOf) -> None:
-    done = headstart("plan", bundle_of("llama").path, "--on", "jetson-orin-nano-8gb", "--on", "rtx-4090")
+    bundle = bundle_of("llama").path
+    done = headstart("plan", bundle, "--on", "jetson-orin-nano-8gb", "--on", "rtx-4090")
     assert done.returncode == 0, done.stderr
     assert "jetson-orin-nano-8gb" in done.stdout and "tensorrt" in done.stdout and "trt-rtx:sm89" in done.stdout
-    assert "the board 'jetson-9' is unknown. Known: jetson" in refused("plan", bundle_of("llama").path, "--on", "jetson-9")
+    assert "the board 'jetson-9' is unknown. Known: jetson" in refused("plan", bundle, "--on", "jetson-9")
+    assert "is not built for trt-rtx:sm89" in refused("generate", bundle, "abc", "--device", "trt-rtx:sm89")

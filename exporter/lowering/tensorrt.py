@@ -19,8 +19,12 @@ from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.grouped_heads import fold_grouped_heads
 from headstart.exporter.passes.half import to_half
 from headstart.exporter.passes.rms_norm import fuse_rms_norms
-from headstart.exporter.passes.whole_number_scatter import scatter_whole_numbers
+from headstart.exporter.passes.scatter_elements import scatter_elements
+from headstart.exporter.passes.written_out_attention import write_out_attention
+from headstart.runtime import contract
 
+KEY_CACHE = contract.key_name(0).removesuffix("0")
+WRITTEN_OUT_OPSET = 21  # the last with block-wise DequantizeLinear that TensorRT 10.3 knows
 WEIGHT_TYPES = {"INT4": "int4", "INT8": "int8", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT": "float32"}
 
 
@@ -33,22 +37,30 @@ class Lowered:
     weight_bytes: dict[str, int]
 
 
-def lower(model: Any, precision: str, sizes: Mapping[str, int]) -> Lowered:
+def lower(model: Any, precision: str, sizes: Mapping[str, int], native: bool = True) -> Lowered:
     """Lower a decoder, an encoder or a head.
 
-    `precision`: float16 or bfloat16. `sizes`: axes with one size (batch, slots, …); the others stay open for the profiles.
+    Args:
+        precision: float16 or bfloat16.
+        sizes: axes with one size (batch, slots, …); the others stay open for the profiles.
+        native: the builder has layers for attention, cache updates and norms; else they are written out, in the operators of
+            ONNX opset 21.
     """
     common.ShapeInferencePass(strict_mode=False)(model)  # quantizing leaves values whose type nobody stated
     model, _ = split_gemms(model)
-    model, _ = fuse_rms_norms(model)
+    if native:
+        model, _ = fuse_rms_norms(model)
     model, _ = dequantize_tables(model)
-    model, _ = scatter_whole_numbers(model)
+    model, _ = scatter_elements(model, floats=not native)
     common.ShapeInferencePass(strict_mode=False)(model)
     if _computes_in_float32(model):
         model, _ = to_half(model, precision)
     model, _ = add_masks(model)
     model, _ = avoid_unit_scale(model)
     grouped = fold_grouped_heads(model)[1]
+    if not native:
+        model, _ = write_out_attention(model)
+        model.graph.opset_imports[""] = WRITTEN_OUT_OPSET
     model, _ = fix_sizes(model, sizes)
     return Lowered(model, _counts(model, grouped), weight_bytes(model))
 
@@ -60,16 +72,13 @@ def _computes_in_float32(model: Any) -> bool:
 
 def _counts(model: Any, grouped: bool) -> dict[str, int]:
     kinds = [node.op_type for node in model.graph]
-    written = sum(
-        node.op_type == "TensorScatter" and node.inputs[0].is_graph_input() and node.inputs[0].name.startswith("key_cache")
-        for node in model.graph
-    )
+    keys = sum(value.name.startswith(KEY_CACHE) for value in model.graph.inputs)
     return {
         "fused_norms": kinds.count("RMSNormalization") + kinds.count("LayerNormalization"),
         "quantized_weights": kinds.count("DequantizeLinear"),
         "cache_updates": kinds.count("TensorScatter"),
-        "fused_attention_layers": kinds.count("Attention"),
-        "written_out_attention_layers": max(written - kinds.count("Attention"), 0),
+        "attention_layers": kinds.count("Attention"),
+        "written_out_attention_layers": max(keys - kinds.count("Attention"), 0),
         "folded_heads": int(grouped),
     }
 

@@ -20,6 +20,7 @@ from .library import Library, open_library, parse_target
 from .profiles import FIXED, decoder_profiles
 
 Progress = Callable[[str], None]
+LEAST_TOKENS = 16
 PRECISIONS = ("float16", "bfloat16")
 NOT_RUN = -1.0  # EngineInfo.relative_difference of an engine that could not be run where it was built
 
@@ -30,9 +31,10 @@ class TensorRtOptions:
 
     Attributes:
         precision: of weights and activations of a float32 bundle; one exported in half precision keeps its own.
-        cache: tokens the caches hold; the bundle's longest text by default.
+        cache: tokens of the longest text; the bundle's own limit by default.
         batch: sequences decoded together.
         prefill_rows: the most prompt tokens of one pass; longer prompts take several.
+        source: rows of the encoder's states, where the encoder leaves them open; shorter sources are masked.
         fits: a board of `devices`; the build stops before it begins where the engine would not fit it.
         builder: what the builder itself is told.
     """
@@ -41,6 +43,7 @@ class TensorRtOptions:
     cache: int | None = None
     batch: int = 1
     prefill_rows: int = 512
+    source: int = 512
     fits: str | None = None
     builder: BuilderOptions = field(default_factory=BuilderOptions)
 
@@ -49,18 +52,29 @@ class TensorRtOptions:
             raise OptionError(f"--precision {self.precision!r} is unknown. Choose one of: {', '.join(PRECISIONS)}.")
         if self.batch < 1:
             raise OptionError(f"--batch must be at least 1, got {self.batch}.")
-        if self.prefill_rows < 1:
-            raise OptionError(f"--prefill-rows must be at least 1, got {self.prefill_rows}.")
+        for name in ("prefill_rows", "source"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+
+    def tokens(self, bundle: Bundle) -> int:
+        """The longest text. Raises OptionError for one the model cannot read, or that is no text."""
+        longest = bundle.manifest.model.max_cache
+        tokens = self.cache or longest
+        if tokens > longest:
+            raise OptionError(f"--cache {tokens} is more than the {longest} tokens that {bundle.path} was exported for.")
+        if tokens < LEAST_TOKENS:
+            raise OptionError(f"--cache {tokens} is too small: at least {LEAST_TOKENS} tokens are needed.")
+        return tokens
 
     def slots(self, bundle: Bundle) -> int:
-        """Raises OptionError for a cache the model cannot fill, or that a verify pass cannot fit into."""
-        longest = bundle.manifest.model.max_cache
-        slots = self.cache or longest
-        if slots > longest:
-            raise OptionError(f"--cache {slots} is more than the {longest} tokens that {bundle.path} was exported for.")
-        if slots < MAX_ROWS:
-            raise OptionError(f"--cache {slots} is too small: the largest verify pass alone takes {MAX_ROWS} slots.")
-        return slots
+        """Of the caches: the text, and behind it the rows of the largest verify pass, padding included."""
+        return self.tokens(bundle) + MAX_ROWS
+
+    def source_rows(self, bundle: Bundle) -> int:
+        """What the encoder's graph fixes (an audio window), or else `source`."""
+        states = bundle.manifest.graphs["encoder"].outputs[0]
+        rows = states.shape[1]
+        return rows if isinstance(rows, int) else self.source
 
 
 def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtOptions, progress: Progress) -> EngineInfo:
@@ -75,8 +89,12 @@ def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtO
         check_fits(bundle, options.fits, options)
     _check_caches(bundle)
     library = open_library(parse_target(device))
+    settings = _settings(bundle, options)
+    library.check_types(settings.values())
     made = _Building(bundle, library, folder, options, progress)
     made.decoder()
+    if "encoder" in bundle.manifest.graphs:
+        made.encoder()
     for name in bundle.manifest.heads:
         made.head(name)
     packages = ("headstart", "onnx", "onnx-ir", "onnxscript")
@@ -87,7 +105,7 @@ def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtO
         builder={library.module.__name__: library.version} | {name: importlib.metadata.version(name) for name in packages},
         source=engine_source(bundle),
         graphs={name: f"{name}.plan" for name in made.plans},
-        settings=_settings(bundle, options),
+        settings=settings,
         passes=made.passes,
         relative_difference=NOT_RUN,
         plans=made.plans,
@@ -122,15 +140,23 @@ class _Building:
         self.bundle, self.library, self.folder = bundle, library, folder
         self.options, self.progress = options, progress
         self.sizes = {"batch": options.batch, "slots": options.slots(bundle)}
+        if "encoder" in bundle.manifest.graphs:
+            self.sizes["source"] = options.source_rows(bundle)
         self.plans: dict[str, PlanInfo] = {}
         self.passes: dict[str, int] = {}
 
     def decoder(self) -> None:
         import onnx_ir as ir
 
-        rows = min(self.options.prefill_rows, self.sizes["slots"])
+        rows = min(self.options.prefill_rows, self.options.tokens(self.bundle))
         graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["decoder"].file)
         self.passes = self._graph("decoder", graph, decoder_profiles(rows))
+
+    def encoder(self) -> None:
+        import onnx_ir as ir
+
+        graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["encoder"].file)
+        self._graph("encoder", graph, FIXED)
 
     def head(self, name: str) -> None:
         from headstart.exporter.heads.builder import load_head
@@ -162,7 +188,7 @@ class _Building:
         from headstart.exporter.graph import save_graph
         from headstart.exporter.lowering.tensorrt import lower
 
-        lowered = lower(model, self.options.precision, self.sizes)
+        lowered = lower(model, self.options.precision, self.sizes, self.library.native)
         save_graph(lowered.model, file)
         inputs = lowered.model.graph.inputs
         return lowered.passes, {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in inputs}

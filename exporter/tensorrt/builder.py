@@ -72,6 +72,7 @@ def build_plan(
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, file, log, module_of)
+    allow_decomposition(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, options)
     library.configure(config, options.timing_cache)
@@ -153,6 +154,18 @@ def _parse(trt: Any, network: Any, file: Path, log: Any, module_of: Callable[[st
     )
 
 
+def allow_decomposition(trt: Any, network: Any) -> None:
+    """Let attention without a kernel of its own, as in encoders of some sizes, be computed in parts, instead of failing.
+
+    Where there is a fused kernel it is used all the same; `PlanInfo.kernels` counts them.
+    """
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == getattr(trt.LayerType, "ATTENTION_INPUT", None):
+            layer.__class__ = trt.IAttentionInputLayer  # get_layer knows no subclasses; this is how NVIDIA's samples cast
+            layer.attention.decomposable = True
+
+
 def _configure(trt: Any, config: Any, options: BuilderOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace_mb is not None:
@@ -175,6 +188,9 @@ def _profile(builder: Any, network: Any, axes: Mapping[str, Sequence[str | int]]
     made = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
+        unknown = [axis for axis in axes[name] if not isinstance(axis, int) and axis not in profile.sizes]
+        if unknown:
+            raise EngineError(f"The axis {unknown[0]} of the input {name} has no size that could be fixed: not supported yet.")
         if all(isinstance(axis, int) for axis in axes[name]):
             continue
         shapes = [

@@ -10,6 +10,7 @@ Everything else in this folder speaks to either.
 """
 
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ ELSEWHERE = {
     "sm103": "B300",
     "sm110": "Jetson Thor",
 }
+# What a generation's kernels do not take, as TensorRT-RTX 1.7.1 says when it is asked.
+NOT_THERE = {"sm75": ("bfloat16", "int4")}
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,24 @@ class Library:
     def version(self) -> str:
         return str(self.module.__version__)
 
+    @property
+    def native(self) -> bool:
+        """It has layers for attention and for cache updates; TensorRT 10.3, which JetPack 6 brings, has neither."""
+        return hasattr(self.module.INetworkDefinition, "add_kv_cache_update")
+
     def check(self, version_compatible: bool, hardware_compatible: bool) -> None:
         """Raises OptionError for compatibilities that TensorRT for RTX does not have."""
         if self.target.kind == RTX and version_compatible:
             raise OptionError("--version-compatible: TensorRT for RTX has no lean runtime. Fix: leave it out, and build anew.")
         if self.target.kind == RTX and hardware_compatible:
             raise OptionError("--hardware-compatible: name every generation instead, as in --device trt-rtx:sm86,sm120.")
+
+    def check_types(self, types: Collection[str]) -> None:
+        """Raises OptionError for a type of weights or activations that a target generation does not have."""
+        for generation in self.target.generations:
+            missing = [name for name in NOT_THERE.get(generation, ()) if name in types]
+            if missing:
+                raise OptionError(f"{generation} has no {missing[0]}. Fix: --precision float16, with float or int8 weights.")
 
     def configure(self, config: Any, timing_cache: Path | None) -> None:
         """Set what the engine is for; with classic TensorRT, take up the timings of earlier builds on this device."""

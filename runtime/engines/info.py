@@ -63,7 +63,7 @@ class EngineInfo:
         relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range;
             -1 where the engine was not run, because it was built for another machine.
         plans: name of a graph -> what was built of it, for TensorRT.
-        cache_slots: tokens the caches hold, where that is fixed at build; else 0.
+        cache_slots: of the caches, where that is fixed at build: the longest text and a verify pass behind it; else 0.
         batch: sequences decoded together, where that is fixed at build; else 0.
         peak_memory_mb: of the building process, where it was measured; else 0.
         files: sha256 of each file beside this one.

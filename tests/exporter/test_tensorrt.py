@@ -24,14 +24,16 @@ from headstart.exporter.tensorrt.plan import read_plan
 from headstart.exporter.tensorrt.profiles import VERIFY_ROWS
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, from_json
+from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, HeadstartError, MissingExtraError, OptionError, OutputError
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
 BundleOf = Callable[[str], Bundle]
 Built = Callable[..., tuple[Bundle, EngineInfo]]
-SLOTS = 128
-OPTIONS = TensorRtOptions(cache=SLOTS, prefill_rows=64)
+TOKENS = 64
+SLOTS = TOKENS + MAX_ROWS
+OPTIONS = TensorRtOptions(cache=TOKENS, prefill_rows=64)
 
 
 def add_head(bundle: Path, folder: Path, hidden: int = 64) -> None:
@@ -152,9 +154,21 @@ def test_heads_are_built_too(built: Built, weights: str, device: str) -> None:
 def test_attention_of_other_forms(built: Built, name: str, fused: int) -> None:
     """Gemma 2 caps its scores, which no fused kernel does: written out, and said so. OPT's scale is 1: no copy of its cache."""
     _, info = built(name)
-    assert info.passes["fused_attention_layers"] == fused
+    assert info.passes["attention_layers"] == fused
     assert info.passes["written_out_attention_layers"] == 2 - fused
     assert len(info.plans["decoder"].in_place) == 4
+
+
+def test_the_written_out_form_builds_too(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """What JetPack 6's TensorRT is given, with a parser that is at hand: one profile, caches that come back as copies."""
+    bundle = bundle_of("llama")
+    graph = ir.load(bundle.path / bundle.manifest.graphs["decoder"].file)
+    lowered = lower(graph, "float16", {"batch": 1, "slots": SLOTS, "rows": 4, "chosen": 4}, native=False)
+    save_graph(lowered.model, tmp_path / "decoder.onnx")
+    axes = {value.name: list(value.shape) for value in lowered.model.graph.inputs}
+    library = open_library(parse_target("trt-rtx:sm86"))
+    plan = build_plan(tmp_path / "decoder.onnx", axes, (), library, BuilderOptions(), lambda stage: None)
+    assert "kv_cache_update float16" not in plan.layers and plan.in_place == ()
 
 
 def test_the_engine_describes_itself(built: Built) -> None:
@@ -169,12 +183,14 @@ def test_the_engine_describes_itself(built: Built) -> None:
     assert info.peak_memory_mb > 0 and built_engine(bundle, info.device) == info
 
 
-def test_the_memory_plan_foresees_the_engine(built: Built) -> None:
-    bundle, info = built()
+@pytest.mark.parametrize(("name", "weights"), [("llama", "float32"), ("llama", "int8"), ("opt", "float32")])
+def test_the_memory_plan_foresees_the_engine(built: Built, name: str, weights: str) -> None:
+    """OPT's embeddings are tied: its plan holds the table twice."""
+    bundle, info = built(name, weights, dict(CASES)[weights])
     plan = memory_plan(bundle, "rtx-3060-12gb", OPTIONS)
-    half = info.plans["decoder"].weight_bytes["half"] + info.plans["heads/medusa"].weight_bytes["half"]
-    assert plan.weights_mb == pytest.approx(half / 1e6, rel=0.05)
-    assert plan.kernels_mb == pytest.approx((sum(p.bytes for p in info.plans.values()) - half) / 1e6, rel=0.5)
+    stored = sum(sum(one.weight_bytes.values()) for one in info.plans.values())
+    assert plan.weights_mb == pytest.approx(stored / 1e6, rel=0.05)
+    assert plan.kernels_mb == pytest.approx((sum(one.bytes for one in info.plans.values()) - stored) / 1e6, rel=0.5)
     assert plan.cache_mb == SLOTS * plan.cache_mb_per_1000 / 1000
 
 
@@ -248,7 +264,7 @@ def test_an_operator_the_parser_refuses(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (lambda: TensorRtOptions(cache=100_000), "more than the 256 tokens"),
-        (lambda: TensorRtOptions(cache=32), "the largest verify pass alone takes 64 slots"),
+        (lambda: TensorRtOptions(cache=8), "at least 16 tokens are needed"),
         (lambda: TensorRtOptions(precision="float8"), "'float8' is unknown"),
         (lambda: TensorRtOptions(builder=BuilderOptions(optimization_level=9)), "between 0 and 5"),
         (lambda: TensorRtOptions(fits="jetson-tx2"), "Known: jetson-orin-nano-4gb"),
@@ -265,6 +281,11 @@ def test_an_engine_too_large_for_its_device(bundle_of: BundleOf) -> None:
         build(bundle_of("llama").path, "trt-rtx:sm89", options=TensorRtOptions(batch=1_000_000, fits="jetson-orin-nano-8gb"))
 
 
+def test_types_that_a_generation_does_not_have(bundle_of: BundleOf) -> None:
+    with pytest.raises(OptionError, match="sm75 has no bfloat16"):
+        build(bundle_of("llama").path, "trt-rtx:sm75,sm89", options=TensorRtOptions(precision="bfloat16"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -275,6 +296,20 @@ def test_an_engine_too_large_for_its_device(bundle_of: BundleOf) -> None:
 def test_options_that_tensorrt_for_rtx_does_not_have(bundle_of: BundleOf, options: BuilderOptions, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         build(bundle_of("llama").path, "trt-rtx:sm89", options=TensorRtOptions(builder=options))
+
+
+@pytest.mark.parametrize(("size", "fused"), [(8, 0), (64, 1)])
+def test_attention_without_a_kernel_is_computed_in_parts(tmp_path: Path, size: int, fused: int) -> None:
+    """Head size 8 has no fused kernel, and would fail the build if it were not allowed to be decomposed."""
+    ends = [ir.val(name, ir.DataType.FLOAT16, (1, 4, 60, size)) for name in ("query", "key", "value")]
+    node = ir.node("Attention", ends, attributes={"scale": 0.5})
+    node.outputs[0].name, node.outputs[0].dtype = "out", ir.DataType.FLOAT16
+    graph = ir.Graph(ends, node.outputs, nodes=[node], opset_imports={"": 24}, name="attention")
+    ir.save(ir.Model(graph, ir_version=11), tmp_path / "attention.onnx")
+    axes = {value.name: (1, 4, 60, size) for value in ends}
+    library = open_library(parse_target("trt-rtx:sm89"))
+    plan = build_plan(tmp_path / "attention.onnx", axes, (), library, BuilderOptions(), lambda stage: None)
+    assert plan.kernels.get("fused_attention", 0) == fused
 
 
 def test_exchangeable_weights_need_a_gpu(tmp_path: Path) -> None:

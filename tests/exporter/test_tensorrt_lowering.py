@@ -82,7 +82,7 @@ def test_half_precision_stays_near_the_canonical_graph(bundle_of: BundleOf, name
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.abs(ours - theirs).max() < FLOAT16_NOISE * np.ptp(theirs)
     layers = bundle.manifest.model.layers
-    assert lowered.passes["fused_attention_layers"] + lowered.passes["written_out_attention_layers"] == layers
+    assert lowered.passes["attention_layers"] + lowered.passes["written_out_attention_layers"] == layers
     assert lowered.passes["cache_updates"] == 2 * layers
 
 
@@ -132,3 +132,18 @@ def test_grouped_heads_are_folded_and_masks_added_once(bundle_of: BundleOf) -> N
 def test_unit_scales_are_avoided(bundle_of: BundleOf) -> None:
     model = lower(decoder(bundle_of("opt")), "float16", {"batch": 1, "slots": SLOTS}).model
     assert {float(node.attributes["scale"].value) for node in model.graph if node.op_type == "Attention"} == {0.5}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_written_out_where_the_builder_has_no_such_layers(bundle_of: BundleOf, name: str, tmp_path: Path) -> None:
+    """For JetPack 6: nothing that came with ONNX's later opsets, and the same logits."""
+    bundle = bundle_of(name)
+    wanted = run(decoder(bundle), bundle, tmp_path / "canonical.onnx")
+    lowered = lower(decoder(bundle), "float16", {"batch": 1, "slots": SLOTS}, native=False)
+    kinds = {node.op_type for node in lowered.model.graph}
+    assert not kinds & {"Attention", "TensorScatter", "RMSNormalization", "RotaryEmbedding", "Swish"}
+    assert lowered.model.graph.opset_imports[""] == 21
+    assert lowered.passes["written_out_attention_layers"] == 2
+    found = run(lowered.model, bundle, tmp_path / "lowered.onnx")
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert np.abs(ours - theirs).max() < FLOAT16_NOISE * np.ptp(theirs)
