@@ -141,6 +141,9 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     graphs = {"decoder": graph_info(model, DECODER)}
     if "encoder" in bundle.manifest.graphs:
         graphs["encoder"] = _write_encoder(bundle, folder, options, rounder, progress)
+    if "frontend" in bundle.manifest.graphs:  # a Fourier transform, whose precision everything behind it rests on
+        graphs["frontend"] = bundle.manifest.graphs["frontend"]
+        save_graph(ir.load(bundle.path / graphs["frontend"].file), folder / graphs["frontend"].file)
     manifest = dataclasses.replace(
         bundle.manifest,
         graphs=graphs,

@@ -105,7 +105,7 @@ class Report:
 
 def verify(
     bundle: str | Path,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Prompt] = (),
     max_new_tokens: int = 128,
     checkpoint: str | Path | None = None,
     draft_model: str | Path | None = None,
@@ -128,7 +128,7 @@ def verify(
     if checkpoint is not None:
         logits.append(check_checkpoint(model.engine, checkpoint, golden["input_ids"], golden.get("sources")))
         progress("checkpoint", 1, 1)
-    texts = list(prompts) or golden_prompts(model, golden)
+    texts = [*prompts] or golden_prompts(model, golden)
     noise = tree_noise(model.engine, golden["input_ids"], golden.get("sources"))
     tolerance = max(noise, TOLERANCE[model.engine.model.dtype])
     if not model.engine.exact:

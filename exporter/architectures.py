@@ -56,6 +56,25 @@ def decoder_inputs(decoder: Any, mask: Tensor) -> dict[str, Any]:
     return {name: value for name, value in ours.items() if _takes(decoder, name)}
 
 
+class _NotAll:
+    """Stands for `torch.isfinite(x)` while tracing."""
+
+    def all(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def always_clamped(model: Any) -> Iterator[None]:
+    """In float16 BART and Marian clamp their states where one has overflowed, a branch no graph has; here they always do."""
+    kept = torch.isfinite
+    if model.dtype == torch.float16:
+        torch.isfinite = lambda _: _NotAll()
+    try:
+        yield
+    finally:
+        torch.isfinite = kept
+
+
 def _takes(module: Any, name: str) -> bool:
     return name in inspect.signature(module.forward).parameters
 

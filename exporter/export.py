@@ -198,7 +198,7 @@ def generation_rules(model: Any) -> GenerationRules:
     return GenerationRules(
         eos_token_ids=_token_ids(settings.eos_token_id),
         bos_token_id=settings.bos_token_id,
-        suppress_tokens=_token_ids(stated("suppress_tokens")),
+        suppress_tokens=_token_ids(stated("suppress_tokens")) + _bad_tokens(stated("bad_words_ids", [])),
         pad_token_id=stated("pad_token_id"),
         decoder_start_token_id=start if model.config.is_encoder_decoder else None,
         forced_bos_token_id=stated("forced_bos_token_id"),
@@ -220,6 +220,11 @@ def generation_rules(model: Any) -> GenerationRules:
         max_initial_timestamp_index=stated("max_initial_timestamp_index"),
         prev_sot_token_id=stated("prev_sot_token_id"),
     )
+
+
+def _bad_tokens(words: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Words of one token that must not be generated: Marian's padding, as a rule."""
+    return tuple(word[0] for word in words if len(word) == 1)
 
 
 def _token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:

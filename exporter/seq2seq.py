@@ -20,7 +20,7 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import CacheInfo
 from headstart.runtime.errors import CheckpointError
 
-from .architectures import decoder_inputs, encoder_masks, explicit_positions
+from .architectures import always_clamped, decoder_inputs, encoder_masks, explicit_positions
 from .tracing import (
     EXAMPLE,
     ShapeProbe,
@@ -251,7 +251,7 @@ def trace_decoder(
 
 def _export(graph: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[Any, ...]) -> Any:
     model: Any = graph.model
-    with our_attention(model), explicit_positions(model), torch.no_grad(), quiet_exporter():
+    with our_attention(model), explicit_positions(model), always_clamped(model), torch.no_grad(), quiet_exporter():
         return torch.onnx.export(
             graph.eval(),
             inputs,

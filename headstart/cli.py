@@ -138,7 +138,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    no_repeat_ngram: Annotated[int | None, typer.Option(help="0 is off; the checkpoint's own when not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
     decoder_prompt: Annotated[str, typer.Option(help="Text an encoder-decoder's output begins with.")] = "",
@@ -184,13 +184,13 @@ def tune(
     """Measure this machine and choose the drafter and its trees; or none."""
     from headstart.calibration.tune import TuneOptions
     from headstart.calibration.tune import tune as run
-    from headstart.runtime.prompts import read_prompts
+    from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_tuning
 
     options = TuneOptions(max_new_tokens, max_nodes)
     with counted() as progress:
-        found = run(bundle, read_prompts(data)[:limit], device, threads, draft_model, options, force, progress)
+        found = run(bundle, read_inputs(data)[:limit], device, threads, draft_model, options, force, progress)
     show_tuning(bundle, found)
 
 
@@ -269,11 +269,11 @@ def verify(
 ) -> None:
     """Lossless? Equal to the checkpoint? Exit code 1 on a fault."""
     from headstart.calibration.verify import verify as run
-    from headstart.runtime.prompts import read_prompts
+    from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_report, write_json
 
-    texts = read_prompts(prompts)[:limit] if prompts else []
+    texts = read_inputs(prompts)[:limit] if prompts else []
     with counted() as progress:
         report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, progress=progress)
     show_report(report)

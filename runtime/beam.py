@@ -7,7 +7,7 @@ rows of one batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class BeamOptions:
 
     num_beams: int = 4
     length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
+    early_stopping: bool | str = False
     renormalize: bool = False
     max_new_tokens: int = 128
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

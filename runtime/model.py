@@ -8,6 +8,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .beam import BeamOptions, beam_search
 from .budget import Budget
 from .bundle import Bundle, GenerationRules
 from .drafters.aligned_copy import previous_hypothesis, source_copy
@@ -26,7 +27,7 @@ from .transcription import Caption, Recording, Transcriber, Transcript, live_cap
 from .tuning import Tuning, read_tuning
 
 DEVICES = ("cpu",)
-Prompt = str | NDArray[Any]  # text, or the audio features an encoder reads
+Prompt = str | Path | NDArray[Any]  # text; for encoders of speech a sound file of one window, or its features
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,15 @@ class Result:
     prompt_tokens: int
     finish_reason: FinishReason
     stats: Stats
+
+
+@dataclass(frozen=True)
+class Beam:
+    """One of several completed texts; score: its log-probability under the length penalty, per token when that is 1."""
+
+    text: str
+    token_ids: list[int]
+    score: float
 
 
 class Model:
@@ -126,7 +136,7 @@ class Model:
         """Yield the completion piece by piece, never half a character and never part of a stop string.
 
         Args:
-            prompt: the text to complete; with an encoder, its source: text, or audio features.
+            prompt: the text to complete; with an encoder, its source: text, a sound file of one window, or audio features.
             decoder_prompt: text or token ids that the output of an encoder-decoder begins with, behind its start token.
             max_new_tokens: the most tokens to add (128).
             drafter: "auto" (n-gram, until heads are tuned to the device), "none", or a name from `drafters`.
@@ -175,12 +185,52 @@ class Model:
         """
         return live_captions(Transcriber(self, language, task, None, options), chunks)
 
+    def beam_search(
+        self,
+        prompt: Prompt,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | str | None = None,
+        max_new_tokens: int = 128,
+        decoder_prompt: str | Sequence[int] = (),
+        **rules: Any,
+    ) -> list[Beam]:
+        """The most probable texts of one prompt, best first, without drafting: as `transformers.generate(num_beams=n)`.
+
+        Args:
+            prompt, decoder_prompt, max_new_tokens: see `stream`.
+            num_beams, length_penalty, early_stopping: see BeamOptions; the checkpoint's own when None.
+            rules: repetition_penalty, no_repeat_ngram.
+
+        Raises:
+            PromptError: the prompt is empty or too long for the cache.
+            OptionError: an option has a value it cannot have.
+        """
+        stated = self.bundle.manifest.generation
+        options = BeamOptions(
+            num_beams=stated.num_beams if num_beams is None else num_beams,
+            length_penalty=stated.length_penalty if length_penalty is None else length_penalty,
+            early_stopping=stated.early_stopping if early_stopping is None else early_stopping,
+            renormalize=stated.renormalize_logits,
+            max_new_tokens=max_new_tokens,
+            sampling=_sampling_options(rules, stated),
+            end_tokens=frozenset(stated.eos_token_ids),
+            rules=TokenRules.of(stated),
+        )
+        _check_given([prompt])
+        source, token_ids = self.inputs(prompt, decoder_prompt)
+        found = beam_search(self.engine, token_ids, options, source)
+        return [Beam(self.tokenizer.decode(h.token_ids), h.token_ids, h.score) for h in found]
+
     def inputs(self, prompt: Prompt, decoder_prompt: str | Sequence[int] = ()) -> tuple[NDArray[Any] | None, list[int]]:
         """(what the encoder reads, None without one; the token ids the decoder starts from).
 
         Raises PromptError for text where audio is read, or the other way round, and for a decoder prompt without an encoder.
         """
         kind = self.bundle.manifest.model.source
+        if isinstance(prompt, Path):
+            source, start = Transcriber(self, None, "transcribe", False, {}).inputs(prompt)
+            return source, self._decoder_start(decoder_prompt or start)
         if isinstance(prompt, str) == (kind == "audio"):
             wanted = "audio features" if kind == "audio" else "text"
             raise PromptError(f"{self.bundle.manifest.model.architecture} reads {wanted}, and the prompt is not.")
@@ -235,8 +285,7 @@ class Generation:
         timestamps: bool = False,
         **sampling: Any,
     ) -> None:
-        if not prompts or not all(np.size(prompt) and len(prompt) for prompt in prompts):
-            raise PromptError("The prompt is empty: decoding needs some text to start from.")
+        _check_given(prompts)
         if hypotheses and len(hypotheses) != len(prompts):
             raise OptionError(f"There must be one hypothesis for each of the {len(prompts)} prompts, got {len(hypotheses)}.")
         stated = model.bundle.manifest.generation
@@ -305,12 +354,17 @@ class Generation:
         )
 
 
+def _check_given(prompts: Sequence[Prompt]) -> None:
+    if not prompts or any(prompt.size == 0 if isinstance(prompt, np.ndarray) else prompt == "" for prompt in prompts):
+        raise PromptError("The prompt is empty: decoding needs some text to start from.")
+
+
 def _sampling_options(values: dict[str, Any], stated: GenerationRules) -> SamplingOptions:
     """The user's options, and the model's own where the user says nothing."""
     try:
-        return SamplingOptions(
-            suppress_tokens=stated.suppress_tokens, **({"no_repeat_ngram": stated.no_repeat_ngram_size} | values)
-        )
+        if values.get("no_repeat_ngram") is None:
+            values = values | {"no_repeat_ngram": stated.no_repeat_ngram_size}
+        return SamplingOptions(suppress_tokens=stated.suppress_tokens, **values)
     except TypeError as error:
         known = ", ".join(name for name in SamplingOptions.__dataclass_fields__ if name != "suppress_tokens")
         raise OptionError(f"unknown option ({error}). Sampling options are: {known}.") from error

@@ -123,11 +123,29 @@ class Transcriber:
         no_times = self._rules.no_timestamps_token_id
         return [*language, *self._task, *([] if timestamps or no_times is None else [no_times])]
 
+    def inputs(self, recording: Recording) -> tuple[NDArray[np.float32], list[int]]:
+        """(what the encoder reads, what the decoder starts from) of a recording within one window, without timestamps.
+
+        Raises AudioError, and PromptError for a longer recording.
+        """
+        audio = load_audio(recording, self.sampling_rate)
+        self.check_length(audio)
+        features = self._features(audio.samples)
+        self._hear_language(features)
+        return features, self.prompt(timestamps=False)
+
+    def check_length(self, audio: Audio) -> None:
+        """Raises PromptError where a recording has no room in one window."""
+        if self.window is not None and len(audio.samples) > self.window:
+            raise PromptError(
+                f"The recording has {audio.duration_s:.1f} s, and one window {self.window / self.sampling_rate:.0f} s. "
+                "Fix: timestamps, where the model has them: longer recordings are read from one to the next."
+            )
+
     def decode(self, samples: Samples, timestamps: bool, hypothesis: Sequence[int] = ()) -> "Result":
         """Decode one window: at most `window` samples."""
         features = self._features(samples)
-        if not self.language and self._rules.lang_to_id:
-            self.language = self._heard_language(features)
+        self._hear_language(features)
         prompt = self.prompt(timestamps)
         room = self._model.engine.model.max_cache - len(prompt) - 1  # behind prompt and start token
         options = {"max_new_tokens": room} | self._options
@@ -145,14 +163,15 @@ class Transcriber:
             samples = np.pad(samples, (0, self.window - len(samples)))
         return self._model.engine.features(samples)
 
-    def _heard_language(self, features: NDArray[np.float32]) -> str:
-        """The most probable language token behind the start token."""
-        start = self._rules.decoder_start_token_id
+    def _hear_language(self, features: NDArray[np.float32]) -> None:
+        """Choose the most probable language token behind the start token, once, where the user named none."""
+        engine, known, start = self._model.engine, self._rules.lang_to_id, self._rules.decoder_start_token_id
+        if self.language or not known:
+            return
         assert start is not None
-        engine, known = self._model.engine, self._rules.lang_to_id
         cache = engine.new_cache(1, 64, engine.encode([features]))
         logits = prefill(engine, cache, [start]).logits[0, 0]
-        return max(known, key=lambda token: float(logits[known[token]]))
+        self.language = max(known, key=lambda token: float(logits[known[token]]))
 
     def seek(self, samples: Samples) -> "Iterator[tuple[list[Segment], Result]]":
         """Decode window by window with timestamps; each window's segments, times counted from the first sample."""
@@ -162,7 +181,7 @@ class Transcriber:
             window = samples[at : at + self.window]
             result = self.decode(window, timestamps=True)
             spans, advance = self.spans(result.token_ids, len(window))
-            yield self.segments(spans, at / self.sampling_rate), result
+            yield self.segments(spans, at, len(samples)), result
             at += advance
 
     @property
@@ -177,25 +196,23 @@ class Transcriber:
         spans, advance = split_window(text, no_times + 1, samples // self.samples_per_step)
         return spans, advance * self.samples_per_step
 
-    def segments(self, spans: Sequence[Span], begin_s: float) -> list[Segment]:
-        """The spans that hold text."""
-        texts = [(span, self._model.tokenizer.decode(span.token_ids).strip()) for span in spans]
-        return [
-            Segment(round(begin_s + span.start * STEP_S, 2), round(begin_s + span.end * STEP_S, 2), text, span.token_ids)
-            for span, text in texts
-            if text
-        ]
+    def segments(self, spans: Sequence[Span], begin: int, end: int) -> list[Segment]:
+        """The spans that hold text, of a window that begins at sample `begin` of a recording with `end` samples."""
+        begin_s, end_s = begin / self.sampling_rate, end / self.sampling_rate
+        found = []
+        for span in spans:
+            text = self._model.tokenizer.decode(span.token_ids).strip()
+            start, stop = (min(begin_s + steps * STEP_S, end_s) for steps in (span.start, span.end))
+            if text:
+                found.append(Segment(round(start, 2), round(stop, 2), text, span.token_ids))
+        return found
 
 
 def transcribe(transcriber: Transcriber, recording: Recording) -> Transcript:
     """All of a recording. Raises AudioError, and PromptError for one that is too long for a model without timestamps."""
     audio = load_audio(recording, transcriber.sampling_rate)
-    window, rate = transcriber.window, transcriber.sampling_rate
-    if not transcriber.timestamps and window is not None and len(audio.samples) > window:
-        raise PromptError(
-            f"The recording has {audio.duration_s:.1f} s, and one window {window / rate:.0f} s. "
-            "Fix: timestamps, where the model has them: longer recordings are read from one to the next."
-        )
+    if not transcriber.timestamps:
+        transcriber.check_length(audio)
     if transcriber.timestamps and transcriber.window is not None:
         parts = list(transcriber.seek(audio.samples))
         segments = [segment for found, _ in parts for segment in found]
@@ -244,4 +261,4 @@ def _settle(transcriber: Transcriber, window: Samples, begin: int, draft: Sequen
         raise PromptError("The recording has become longer than one window, and this model writes no timestamps to go on from.")
     result = transcriber.decode(window, True, draft)
     spans, advance = transcriber.spans(result.token_ids, len(window))
-    return transcriber.segments(spans, begin / transcriber.sampling_rate), advance
+    return transcriber.segments(spans, begin, begin + len(window)), advance

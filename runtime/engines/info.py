@@ -24,7 +24,8 @@ class EngineInfo:
         created: ISO 8601, UTC.
         builder: package versions that built it.
         source: sha256 of each of the bundle's files it was built from.
-        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "heads/<name>", "probe" -> file beside this one.
+        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "encoder", "heads/<name>", "probe" -> file beside
+            this one.
         settings: what was chosen for this device, e.g. the type of integer activations.
         passes: what each lowering pass did, in order.
         relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range.

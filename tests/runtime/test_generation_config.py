@@ -9,7 +9,7 @@ from architectures import save_checkpoint, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache
 
 from headstart.exporter.export import export
-from headstart.runtime.errors import OptionError
+from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.model import Model, load
 
 TEXTS = ["abcab cab", "What is said twice is said twice.", "7 of 9"]
@@ -45,9 +45,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "encoder_no_repeat_ngram_size": 3,
         "begin_suppress_tokens": [40, 41],
         "suppress_tokens": [77, 78],
+        "num_beams": 5,
+        "early_stopping": True,
+        "length_penalty": 0.6,
     },
-    "marian": {"forced_eos_token_id": 2, "bad_words_ids": [[1], [50, 60]], "renormalize_logits": True},
-    "t5": {"min_new_tokens": 5, "suppress_tokens": [100, 101]},
+    "marian": {"forced_eos_token_id": 2, "bad_words_ids": [[1], [50, 60]], "renormalize_logits": True, "num_beams": 4},
+    "t5": {"min_new_tokens": 5, "suppress_tokens": [100, 101], "num_beams": 3, "early_stopping": "never"},
 }
 
 
@@ -65,7 +68,7 @@ def test_greedy_text_is_that_of_transformers(drafter: str, pair: tuple[Any, Mode
     checkpoint, model = pair
     results = model.generate(TEXTS, max_new_tokens=24, drafter=drafter)
     for text, result in zip(TEXTS, results, strict=True):
-        assert result.token_ids == reference(checkpoint, ids_of(model, text), max_new_tokens=24, do_sample=False)
+        assert result.token_ids == reference(checkpoint, ids_of(model, text), max_new_tokens=24, do_sample=False, num_beams=1)
 
 
 def test_a_hypothesis_is_drafted_and_changes_nothing(pair: tuple[Any, Model]) -> None:
@@ -79,3 +82,18 @@ def test_a_hypothesis_is_drafted_and_changes_nothing(pair: tuple[Any, Model]) ->
     assert all(now < before / 2 for now, before in calls)
     with pytest.raises(OptionError, match="one hypothesis for each of the 3 prompts, got 1"):
         model.generate(TEXTS, hypotheses=hypotheses[:1])
+
+
+def test_beams_are_those_of_transformers(pair: tuple[Any, Model]) -> None:
+    """With what the checkpoint says of beams, and with what the user says."""
+    checkpoint, model = pair
+    for settings in ({}, {"num_beams": 2, "length_penalty": 1.5, "early_stopping": False}):
+        for text in TEXTS:
+            best = model.beam_search(text, max_new_tokens=24, **settings)[0]
+            wanted = reference(checkpoint, ids_of(model, text), max_new_tokens=24, do_sample=False, **settings)
+            assert best.token_ids == wanted and best.text == model.tokenizer.decode(wanted)
+    assert len(model.beam_search(TEXTS[0])) == checkpoint.generation_config.num_beams
+    with pytest.raises(PromptError, match="empty"):
+        model.beam_search("")
+    with pytest.raises(OptionError, match="num_beams"):
+        model.beam_search(TEXTS[0], num_beams=0)

@@ -5,18 +5,30 @@ The model is random, the shipped speech sample's tokenizer, front-end and genera
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from architectures import save_checkpoint, tiny_model
 from speech import RATE, SPEECH, random_whisper, recording
-from transformers import GenerationConfig, WhisperFeatureExtractor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    Speech2TextFeatureExtractor,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
 
 import headstart
+from headstart.calibration.quantize import quantize
+from headstart.exporter.build import build
+from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.model import Model
+from headstart.runtime.prompts import read_inputs
 from headstart.runtime.segments import split_window
 
 WINDOW_S = 6
@@ -66,6 +78,7 @@ def test_longer_recordings_go_on_from_the_last_finished_segment(model: Model) ->
     assert [segment.token_ids for segment in transcript.segments] == texts
     starts = [segment.start for segment in transcript.segments]
     assert starts == sorted(starts)
+    assert max(segment.end for segment in transcript.segments) <= 15.0  # whatever the model writes
     assert transcript.text == " ".join(segment.text for segment in transcript.segments)
 
 
@@ -104,6 +117,24 @@ def test_a_wav_file_goes_in(model: Model) -> None:
     assert transcript.duration_s == pytest.approx(soundfile.info(SPEECH / "recordings" / "voice-5.wav").duration)
 
 
+def test_int8_bundles_and_engines_keep_the_front_end(speech_bundle: Bundle, tmp_path: Path) -> None:
+    quantize(speech_bundle.path, tmp_path / "int8")
+    build(tmp_path / "int8")
+    transcript = headstart.load(tmp_path / "int8").transcribe(recording(2), max_new_tokens=8)
+    assert transcript.windows[0].token_ids
+
+
+def test_a_sound_file_is_a_prompt(model: Model) -> None:
+    """Whatever takes prompts takes recordings: verify, tune, bench."""
+    inputs = read_inputs(SPEECH / "recordings" / "texts.jsonl")
+    assert inputs[0] == SPEECH / "recordings" / "sentences-1.wav"
+    found = model.generate(inputs[0], drafter="none", max_new_tokens=30)
+    said = model.transcribe(inputs[0], drafter="none", max_new_tokens=30, timestamps=False)
+    assert found.token_ids == said.windows[0].token_ids
+    with pytest.raises(PromptError, match=r"one window 6 s"):
+        model.generate(SPEECH / "recordings" / "long.wav")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -124,3 +155,27 @@ def test_long_recordings_need_timestamps(model: Model) -> None:
 def test_a_model_of_text_takes_no_recording(bundle_of: Callable[[str], Bundle]) -> None:
     with pytest.raises(OptionError, match="reads text, not speech"):
         headstart.load(bundle_of("llama").path).transcribe(recording(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "extractor"),
+    [
+        ("moonshine", Wav2Vec2FeatureExtractor(do_normalize=False)),
+        ("speech2text", Speech2TextFeatureExtractor(feature_size=20, num_mel_bins=20)),
+    ],
+)
+def test_models_without_windows_read_recordings_whole(name: str, extractor: Any, tmp_path: Path) -> None:
+    whisperless = tiny_model(name)
+    save_checkpoint(whisperless, tmp_path / "checkpoint")
+    extractor.save_pretrained(tmp_path / "checkpoint")
+    model = headstart.load(export(tmp_path / "checkpoint", tmp_path / "bundle").path)
+    samples = recording(1.5)
+    transcript = model.transcribe(samples, drafter="none", max_new_tokens=12, ignore_end=True)
+    features = extractor(samples, sampling_rate=RATE, return_tensors="pt")
+    wanted = GenerationMixin.generate(
+        whisperless, features[whisperless.main_input_name], max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    assert transcript.windows[0].token_ids == wanted[0, -12:].tolist()
+    assert (transcript.segments[0].start, transcript.segments[0].end) == (0.0, 1.5)
+    with pytest.raises(OptionError, match="writes no timestamps"):
+        model.transcribe(samples, timestamps=True)
