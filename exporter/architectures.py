@@ -141,6 +141,15 @@ def _embedded_positions(module: Any) -> Callable[..., Tensor]:
     return forward
 
 
+def refuse_sparse(model: Any) -> None:
+    """Raises CheckpointError for attention that changes with the length of the source: a traced graph has one form."""
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        raise CheckpointError(
+            f"{type(model).__name__} is not supported: its encoder sees blocks of a long source, and all of a short one. "
+            'Fix: "attention_type": "original_full" in config.json, at that attention\'s cost.'
+        )
+
+
 def encoder_masks(encoder: Any, mask: Tensor) -> Any:
     """What the encoder takes as its mask: [B, 1, E, E] bool, or one for each kind of layer where some see a window."""
     config = encoder.config.get_text_config()

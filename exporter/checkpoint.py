@@ -130,7 +130,7 @@ def _model_class(path: Path, config: Any) -> Any:
     from optimum.exporters.tasks import TasksManager
 
     names = getattr(config, "architectures", None) or []
-    if names and names[0] in ENCODER_DECODERS:
+    if names and names[0] in ENCODER_DECODERS and config.is_encoder_decoder:  # some read audio with a decoder alone
         return getattr(transformers, names[0])
     if not names:
         return TasksManager.get_model_class_for_task(TASK, model_type=config.model_type)

@@ -256,8 +256,15 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def _convert_tokenizer(source: Path, target: Path) -> None:
     from transformers import AutoTokenizer
 
+    from . import pieces
+
     try:
+        if pieces.has_own_vocabulary(source):
+            pieces.convert(source).save(str(target / "tokenizer.json"))
+            return
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    except CheckpointError:
+        raise
     except Exception as error:  # each tokenizer class raises its own kinds
         raise CheckpointError(f"{source} holds no tokenizer.json and no tokenizer that can become one ({error}).") from error
     if not (target / "tokenizer.json").is_file():

@@ -20,7 +20,7 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import CacheInfo
 from headstart.runtime.errors import CheckpointError
 
-from .architectures import always_clamped, decoder_inputs, encoder_masks, explicit_positions
+from .architectures import always_clamped, decoder_inputs, encoder_masks, explicit_positions, refuse_sparse
 from .tracing import (
     EXAMPLE,
     ShapeProbe,
@@ -95,12 +95,14 @@ class EncoderGraph(torch.nn.Module):
     def forward(self, source: Tensor, encoder_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """`source` as the encoder's main input; `encoder_mask` [B, E] bool for text. [B, E', H], then [B, G, E', D] each."""
         encoder = self.model.get_encoder()
-        inputs = {encoder_input(self.model): source}
-        with during(_first_step(source.shape[0])):
+        inputs, step = {encoder_input(self.model): source}, _first_step(source.shape[0])
+        with during(step):
             if encoder_mask is not None:
                 seen = encoder_mask[:, None, None, :].expand(-1, -1, encoder_mask.shape[1], -1)
                 inputs["attention_mask"] = encoder_masks(encoder, seen)
             states = encoder(**inputs).last_hidden_state
+        if not step.attended:
+            raise CheckpointError(not_through_us(encoder, 0, encoder.config.num_hidden_layers))
         cross, _ = _record(self.model, states)
         return (states, *cross)
 
@@ -196,6 +198,7 @@ def cache_infos(model: Any) -> tuple[tuple[CacheInfo, ...], tuple[CacheInfo, ...
 
     Raises CheckpointError when its layers keep other state than that.
     """
+    refuse_sparse(model)
     try:
         with our_attention(model), explicit_positions(model), torch.no_grad():
             states = EncoderGraph(model)(*_example_source(model))
@@ -252,15 +255,22 @@ def trace_decoder(
 def _export(graph: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[Any, ...]) -> Any:
     model: Any = graph.model
     with our_attention(model), explicit_positions(model), always_clamped(model), torch.no_grad(), quiet_exporter():
-        return torch.onnx.export(
-            graph.eval(),
-            inputs,
-            dynamo=True,
-            dynamic_shapes=axes,
-            opset_version=contract.OPSET,
-            optimize=True,
-            verbose=False,
-        )
+        try:
+            return torch.onnx.export(
+                graph.eval(),
+                inputs,
+                dynamo=True,
+                dynamic_shapes=axes,
+                opset_version=contract.OPSET,
+                optimize=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = error.__cause__ or error
+            raise CheckpointError(
+                f"{type(model).__name__} is not supported: its code cannot be traced into one graph "
+                f"({str(reason).splitlines()[0]}). Nearest supported: an encoder-decoder such as T5, BART or Whisper."
+            ) from error
 
 
 def _names(infos: tuple[CacheInfo, ...]) -> list[str]:
