@@ -280,7 +280,7 @@ def encoder_sha256(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.get_encoder().state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
