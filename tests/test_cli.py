@@ -18,7 +18,7 @@ from headstart.runtime.bundle import Bundle
 BundleOf = Callable[[str], Bundle]
 CheckpointOf = Callable[[str], Path]
 COMMAND = [sys.executable, "-m", "headstart"]
-COMMANDS = ("export", "quantize", "build", "tune", "compare", "bench", "inspect", "generate", "verify", "demo", "heads")
+COMMANDS = ("export", "quantize", "build", "plan", "tune", "compare", "bench", "inspect", "generate", "verify", "demo", "heads")
 
 
 def headstart(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -223,7 +223,7 @@ def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
 
 def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("llama").path
-    assert "device 'tpu' is unknown. Choose one of: cpu." in refused("build", bundle, "--device", "tpu")
+    assert "device 'tpu' is unknown. Choose one of: cpu, trt-rtx:sm89" in refused("build", bundle, "--device", "tpu")
     assert "cannot be read" in refused("tune", bundle, "--data", tmp_path / "none.txt")
     (tmp_path / "prompts.txt").write_text("abc\n")
     assert "drafter 'eagle' is unknown" in refused("bench", bundle, "--prompts", tmp_path / "prompts.txt", "--drafter", "eagle")
@@ -233,3 +233,12 @@ def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
         "quantize", bundle, "-o", out, "--method", "gptq", "--data", tmp_path / "tiny.txt"
     )
     assert not out.exists()
+
+
+def test_plan_says_what_fits(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("llama").path
+    done = headstart("plan", bundle, "--on", "jetson-orin-nano-8gb", "--on", "rtx-4090")
+    assert done.returncode == 0, done.stderr
+    assert "jetson-orin-nano-8gb" in done.stdout and "tensorrt" in done.stdout and "trt-rtx:sm89" in done.stdout
+    assert "the board 'jetson-9' is unknown. Known: jetson" in refused("plan", bundle, "--on", "jetson-9")
+    assert "is not built for trt-rtx:sm89" in refused("generate", bundle, "abc", "--device", "trt-rtx:sm89")
