@@ -18,8 +18,6 @@ app = typer.Typer(
 heads_app = typer.Typer(help="Draft heads: train, import, list.", no_args_is_help=True)
 app.add_typer(heads_app, name="heads")
 
-SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")  # what libsndfile reads by name
-
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
@@ -417,7 +415,7 @@ def heads_train(
     rate = learning_rate
     options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=rate, distill=distill, family=family)
     with counted() as progress:
-        report = train_medusa(checkpoint, training_files(data), output, options, force, progress)
+        report = train_medusa(checkpoint, data, output, options, force, progress)
     show_accuracy(report)
 
 
@@ -441,22 +439,6 @@ def demo(
     if json_file:
         write_json(json_file, table.rows)
     raise typer.Exit(0 if table.ok else 1)
-
-
-def training_files(paths: list[Path]) -> list[Path]:
-    """Files as given. A folder stands for the sound files below it, where there are any, else for its text files.
-
-    Text is told as git does it: no NUL among the first bytes.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        below = sorted(file for file in path.rglob("*") if file.is_file())
-        sounds = [file for file in below if file.suffix.lower() in SOUND_FILES]
-        files += sounds or [file for file in below if b"\0" not in file.read_bytes()[:8000]]
-    return files
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -190,16 +190,17 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_folders_stand_for_their_text_or_sound_files(tmp_path: Path) -> None:
-    from headstart.cli import training_files
+    from headstart.calibration.files import training_files
 
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/b.py").write_text("b")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "weights.bin").write_bytes(b"\x01\0\x02")
-    assert training_files([tmp_path]) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
-    assert training_files([tmp_path / "weights.bin"]) == [tmp_path / "weights.bin"], "what is named is taken"
+    assert training_files([tmp_path], sound=False) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
+    assert training_files([tmp_path / "weights.bin"], sound=False) == [tmp_path / "weights.bin"], "what is named is taken"
     (tmp_path / "sub/said.WAV").write_bytes(b"RIFF\0")
-    assert training_files([tmp_path]) == [tmp_path / "sub/said.WAV"], "transcripts beside recordings are no recordings"
+    assert training_files([tmp_path], sound=True) == [tmp_path / "sub/said.WAV"], "transcripts beside recordings are none"
+    assert tmp_path / "sub/said.WAV" not in training_files([tmp_path], sound=False), "recordings beside text are none"
 
 
 def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
