@@ -15,7 +15,7 @@ from typing import Any
 from headstart.runtime.budget import VerifyCost
 from headstart.runtime.errors import OptionError
 from headstart.runtime.memory import peak_memory_mb
-from headstart.runtime.model import Generation, Model
+from headstart.runtime.model import Generation, Model, Prompt
 from headstart.runtime.tuning import processor
 
 from .picture import load_pyplot
@@ -84,7 +84,7 @@ class _Run:
 
 def bench(
     model: Model,
-    prompts: Mapping[str, Sequence[str]],
+    prompts: Mapping[str, Sequence[Prompt]],
     max_new_tokens: int = 128,
     rounds: int = 5,
     drafters: Sequence[str] = (),
@@ -106,7 +106,7 @@ def bench(
             for name in names:
                 runs.setdefault((name, kind), []).append(_run(model, name, texts, max_new_tokens))
         progress("decoding", done + 1, rounds)
-    cost = verify_cost(model.engine, progress)
+    cost = verify_cost(model.engine, progress, model.inputs(next(iter(prompts.values()))[0])[0])
     return Bench(
         machine=machine(model.engine.threads),
         commit=_commit(),
@@ -119,7 +119,7 @@ def bench(
     )
 
 
-def _run(model: Model, drafter: str, texts: Sequence[str], max_new_tokens: int) -> _Run:
+def _run(model: Model, drafter: str, texts: Sequence[Prompt], max_new_tokens: int) -> _Run:
     clocks, sequences = [], []
     for text in texts:
         generation = Generation(model, [text], max_new_tokens=max_new_tokens, drafter=drafter, ignore_end=True)

@@ -6,7 +6,7 @@ computed once and a training step costs the heads alone.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from headstart.runtime.errors import OptionError
 
 Progress = Callable[[str, int, int], None]  # what, done, of
+IGNORED = -100  # stands behind the end of a text that is shorter than others
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class DistillOptions:
     """How the text is made.
 
     Attributes:
-        prompt_tokens, new_tokens: of each sequence.
+        prompt_tokens, new_tokens: of each sequence; of encoder-decoders only the second counts, as the most.
         sequences: how many the base writes.
         batch: sequences generated at once.
-        temperature: of the sampled half.
-        original: share of further sequences that are the files' own text.
+        temperature: of the sampled half, of decoders.
+        original: share of further sequences that are the files' own text, of decoders.
     """
 
     prompt_tokens: int = 64
@@ -52,7 +53,7 @@ class DistillOptions:
 
 @dataclass(frozen=True)
 class HiddenData:
-    """[N, T] tokens and the [N, T, H] float16 hidden states the LM head read at them."""
+    """[N, T] tokens, IGNORED behind a text's end, and the [N, T, H] float16 hidden states the LM head read at them."""
 
     token_ids: Tensor
     hidden: Tensor
@@ -94,7 +95,7 @@ def distill(model: Any, tokens: NDArray[np.int64], options: DistillOptions, seed
     batches = range(0, len(token_ids), options.batch)
     for done, start in enumerate(batches):
         rows = slice(start, start + options.batch)
-        hidden[rows] = hidden_states(model, token_ids[rows])
+        hidden[rows] = hidden_states(model, {"input_ids": token_ids[rows]})
         progress("hidden states", done + 1, len(batches))
     return HiddenData(token_ids, hidden)
 
@@ -106,7 +107,10 @@ def hidden_size(model: Any) -> int:
 
 def check_memory(model: Any, options: DistillOptions) -> None:
     """Raises OptionError when the hidden states, all kept in memory, would not fit; before an hour is spent on them."""
-    rows = int(options.sequences * (1 + options.original)) * (options.prompt_tokens + options.new_tokens)
+    if model.config.is_encoder_decoder:
+        rows = options.sequences * options.new_tokens
+    else:
+        rows = int(options.sequences * (1 + options.original)) * (options.prompt_tokens + options.new_tokens)
     needed, free = 2 * rows * hidden_size(model), _free_memory_bytes()
     if needed > free:
         raise OptionError(
@@ -151,12 +155,12 @@ def _continue(model: Any, prompts: Tensor, options: DistillOptions, sampled: boo
 
 
 @torch.no_grad()
-def hidden_states(model: Any, token_ids: Tensor) -> Tensor:
-    """[B, T, H]: what the output embedding reads, after the final norm."""
+def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[B, T, H]: what the output embedding reads, after the final norm; `inputs` as the model's forward takes them."""
     captured: list[Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     try:
-        model(input_ids=token_ids, use_cache=False)
+        model(**inputs, use_cache=False)
     finally:
         hook.remove()
     return captured[0]

@@ -13,25 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from headstart.exporter.golden import GREEDY, golden_inputs, save_golden
-from headstart.exporter.graph import graph_info, save_graph, weight_infos
+from headstart.exporter.golden import GREEDY, save_golden
+from headstart.exporter.graph import graph_info, save_beside, save_graph, weight_infos
 from headstart.exporter.heads.builder import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, put_in_place
-from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
+from headstart.runtime.bundle import Bundle, GraphInfo, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 
+from .integers import cache_ranges, quantize_caches, quantize_inputs
+from .observers import calibration_windows
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
-from .verify import all_logits, greedy_tokens
+from .verify import Texts, all_logits, greedy_tokens, read_golden
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
-DECODER = "graphs/decoder.onnx"
-METHODS = ("rtn", "awq", "gptq")
+DECODER, ENCODER = "graphs/decoder.onnx", "graphs/encoder.onnx"
+METHODS = ("rtn", "awq", "gptq", "smoothquant")
 INT8 = WeightScheme(8)
+KEPT = ("weights", "method", "activations", "kv_cache", "lm_head", "embedding", "heads")  # options named in the manifest
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,21 @@ class QuantizeOptions:
     Attributes:
         weights: of the linear layers inside the decoder: int8 or int4.
         group: inputs that share an int4 scale: 32, 64 or 128.
-        method: rtn (each weight to its nearest value), awq or gptq (both want calibration text).
+        method: rtn (each weight to its nearest value), awq, gptq or smoothquant (all three want calibration text).
+        activations: what quantized layers inside the decoder read: dynamic (as the device likes, a scale per row on CPUs), or
+            static (int8 with a fixed scale, as TensorRT needs; wants calibration text, and int8 weights).
+        kv_cache: int8 (one scale per head; wants calibration text) or none.
         lm_head: int8 or none, whatever `weights` is: its errors go straight into the logits.
         embedding: int8 or none.
         heads: linear layers of the draft heads: int8 or none.
-        calibration_tokens: of the text that awq and gptq look at.
+        calibration_tokens: of the text that is looked at.
     """
 
     weights: str = "int8"
     group: int = 32
     method: str = "rtn"
+    activations: str = "dynamic"
+    kv_cache: str = "none"
     lm_head: str = "int8"
     embedding: str = "int8"
     heads: str = "int8"
@@ -59,9 +68,13 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         _one_of("--weights", self.weights, ("int8", "int4"))
         _one_of("--method", self.method, METHODS)
-        for name in ("lm_head", "embedding", "heads"):
+        _one_of("--activations", self.activations, ("dynamic", "static"))
+        for name in ("kv_cache", "lm_head", "embedding", "heads"):
             _one_of(f"--{name.replace('_', '-')}", getattr(self, name), ("int8", "none"))
         WeightScheme(4, self.group)  # raises for an unknown group
+        for option, value in (("--activations", "static"), ("--method", "smoothquant")):
+            if self.weights != "int8" and value in (self.activations, self.method):
+                raise OptionError(f"{option} {value} makes int8 products, with int8 weights only. Fix: --weights int8.")
         if self.calibration_tokens < 256:
             raise OptionError(f"--calibration-tokens {self.calibration_tokens} is too few: at least 256 are needed.")
 
@@ -69,9 +82,14 @@ class QuantizeOptions:
     def scheme(self) -> WeightScheme:
         return INT8 if self.weights == "int8" else WeightScheme(4, self.group)
 
+    @property
+    def calibrated(self) -> bool:
+        """Something is measured on text."""
+        return self.method != "rtn" or self.activations == "static" or self.kv_cache != "none"
+
     def described(self) -> dict[str, str]:
         """For the manifest."""
-        parts = {name: getattr(self, name) for name in ("weights", "method", "lm_head", "embedding", "heads")}
+        parts = {name: getattr(self, name) for name in KEPT}
         return parts | ({"group": str(self.group)} if self.weights == "int4" else {})
 
 
@@ -91,7 +109,7 @@ def quantize(
     """Write a quantized copy of `bundle` to `output`.
 
     Args:
-        data: text or JSONL file; awq and gptq measure on it what each layer reads.
+        data: text or JSONL file; on it is measured what layers read and caches hold.
 
     Raises:
         BundleError: no bundle, or one that is quantized already.
@@ -119,8 +137,16 @@ def _check(bundle: Bundle, options: QuantizeOptions, data: str | Path | None) ->
         )
     if bundle.manifest.model.dtype != "float32":
         raise BundleError(f"{bundle.path} is {bundle.manifest.model.dtype}; quantization starts from float32 weights.")
-    if options.method != "rtn" and data is None:
-        raise OptionError(f"--method {options.method} measures what each layer reads. Fix: --data FILE, or --method rtn.")
+    if options.calibrated and bundle.manifest.model.source:
+        raise OptionError(
+            f"Only decoders that continue a text are measured, and {bundle.path} has an encoder. "
+            "Fix: --method rtn, without --activations static and --kv-cache int8."
+        )
+    if options.calibrated and data is None:
+        raise OptionError(
+            "awq, gptq, smoothquant, static activations and an int8 cache are measured on text. "
+            "Fix: --data FILE, or --method rtn alone."
+        )
 
 
 def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | Path | None, progress: Progress) -> Manifest:
@@ -129,20 +155,47 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     shutil.copytree(bundle.path / "tokenizer", folder / "tokenizer")
     model, _ = split_gemms(ir.load(bundle.path / bundle.manifest.graphs["decoder"].file))
     _check_groups(model, bundle.manifest.model.vocab_size, options)
-    rounder = _rounder(bundle, model, options, data, progress)
-    quantize_decoder(model, bundle.manifest.model.vocab_size, options, rounder, progress)
+    windows = calibration_windows(bundle, Path(data), options.calibration_tokens) if options.calibrated and data else None
+    ranges = cache_ranges(model, bundle, windows) if windows is not None and options.kv_cache == "int8" else {}
+    rounder = _rounder(bundle, model, options, windows, progress)
+    quantize_graph(model, bundle.manifest.model.vocab_size, options, rounder, progress)
+    caches = bundle.manifest.caches
+    if windows is not None and options.activations == "static":
+        inner = [linear for linear in linears(model) if not is_lm_head(linear, bundle.manifest.model.vocab_size)]
+        quantize_inputs(model, inner, bundle, windows)
+    if ranges:
+        quantize_caches(model, caches, ranges)
+        caches = tuple(dataclasses.replace(cache, dtype="int8") for cache in caches)
     save_graph(model, folder / DECODER)
+    graphs = {"decoder": graph_info(model, DECODER)}
+    if "encoder" in bundle.manifest.graphs:
+        graphs["encoder"] = _write_encoder(bundle, folder, options, rounder, progress)
+    if "frontend" in bundle.manifest.graphs:  # a Fourier transform, whose precision everything behind it rests on
+        graphs["frontend"] = bundle.manifest.graphs["frontend"]
+        save_graph(ir.load(bundle.path / graphs["frontend"].file), folder / graphs["frontend"].file)
     manifest = dataclasses.replace(
         bundle.manifest,
-        graphs={"decoder": graph_info(model, DECODER)},
+        caches=caches,
+        graphs=graphs,
         weights=weight_infos(folder / DECODER, "graphs"),
         quantization=options.described() | {"date": datetime.date.today().isoformat()},
     )
     for done, name in enumerate(manifest.heads):
         _write_head(bundle, folder, manifest, name, options)
         progress("heads", done + 1, len(manifest.heads))
-    _write_golden(Bundle(folder, manifest))
+    _write_golden(Bundle(folder, manifest), read_golden(bundle))
     return manifest
+
+
+def _write_encoder(bundle: Bundle, folder: Path, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> GraphInfo:
+    """The encoder, and what it computes of the source for each decoder layer; tables it shares with the decoder lie there."""
+    import onnx_ir as ir
+
+    model, _ = split_gemms(ir.load(bundle.path / bundle.manifest.graphs["encoder"].file))
+    _check_groups(model, bundle.manifest.model.vocab_size, options)
+    quantize_graph(model, bundle.manifest.model.vocab_size, options, rounder, progress)
+    save_beside(model, folder / ENCODER, folder / DECODER)
+    return graph_info(model, ENCODER)
 
 
 def _check_groups(model: Any, vocab_size: int, options: QuantizeOptions) -> None:
@@ -154,17 +207,17 @@ def _check_groups(model: Any, vocab_size: int, options: QuantizeOptions) -> None
             )
 
 
-def _rounder(bundle: Bundle, model: Any, options: QuantizeOptions, data: str | Path | None, progress: Progress) -> Rounder:
-    if options.method == "rtn":
+def _rounder(
+    bundle: Bundle, model: Any, options: QuantizeOptions, windows: NDArray[np.int64] | None, progress: Progress
+) -> Rounder:
+    if windows is None or options.method == "rtn":
         return lambda linear, scheme: round_to_nearest(linear.dequantized(), scheme)
-    from .methods import calibrated_rounder
+    from .methods import CalibratedRounder
 
-    assert data is not None
-    rounder: Rounder = calibrated_rounder(bundle, model, options.method, Path(data), options.calibration_tokens, progress)
-    return rounder
+    return CalibratedRounder(bundle, model, options.method, windows, progress)
 
 
-def quantize_decoder(model: Any, vocab_size: int, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> None:
+def quantize_graph(model: Any, vocab_size: int, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> None:
     """Replace every linear layer's weight, and the embedding's table, in place."""
     found = list(linears(model))
     for done, linear in enumerate(found):
@@ -254,12 +307,12 @@ def _share(model: Any, linear: Linear, shared: dict[str, WeightInfo]) -> None:
     linear.node.replace_input_with(1, result)
 
 
-def _write_golden(bundle: Bundle) -> None:
-    """What the quantized canonical graph says, in place of what the checkpoint said."""
+def _write_golden(bundle: Bundle, golden: dict[str, NDArray[Any]]) -> None:
+    """What the quantized canonical graph says on the golden inputs, in place of what the checkpoint said."""
     model = bundle.manifest.model
     engine = OnnxRuntimeEngine(bundle)
-    input_ids = golden_inputs(model.vocab_size, model.max_cache)
-    tokens = min(GREEDY, model.max_cache - input_ids.shape[1])
-    logits = np.stack([all_logits(engine, ids) for ids in input_ids])
-    greedy = np.stack([greedy_tokens(engine, ids.tolist(), tokens) for ids in input_ids])
-    save_golden(bundle.path, input_ids, logits, greedy)
+    texts = Texts(golden["input_ids"], golden.get("sources"))
+    tokens = min(GREEDY, model.max_cache - texts.input_ids.shape[1])
+    logits = np.stack([all_logits(engine, ids, source) for ids, source in texts.pairs()])
+    greedy = np.stack([greedy_tokens(engine, ids.tolist(), tokens, source) for ids, source in texts.pairs()])
+    save_golden(bundle.path, texts.input_ids, logits, greedy, texts.sources)

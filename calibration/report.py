@@ -117,6 +117,9 @@ class _Quality:
 def _quality(paths: Sequence[Path], windows: NDArray[np.int64], progress: Progress) -> list[_Quality]:
     """All bundles side by side, one window at a time: the reference's logits are never kept."""
     engines = [load(path, tuned=False).engine for path in paths]
+    for path, engine in zip(paths, engines, strict=True):
+        if engine.model.source:
+            raise OptionError(f"{path} has an encoder; perplexity is measured on text that a decoder continues by itself.")
     sums = [_Quality() for _ in engines]
     for done, ids in enumerate(windows):
         reference: NDArray[np.float64] | None = None
@@ -152,7 +155,10 @@ def _acceptance(path: Path, prompts: Sequence[str], max_new_tokens: int) -> dict
 def _scheme(path: Path, quality: _Quality, acceptance: dict[str, float]) -> SchemeReport:
     bundle = Bundle.load(path, check_hashes=False)
     settings = bundle.manifest.quantization
-    scheme = " ".join(filter(None, (settings.get("weights"), settings.get("method"), settings.get("group")))) or "float32"
+    parts = [settings.get(name) for name in ("weights", "method", "group")]
+    parts += ["static"] if settings.get("activations") == "static" else []
+    parts += ["int8 cache"] if settings.get("kv_cache") == "int8" else []
+    scheme = " ".join(filter(None, parts)) or "float32"
     return SchemeReport(
         bundle=path.name,
         scheme=scheme,

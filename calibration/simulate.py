@@ -21,7 +21,7 @@ from headstart.runtime.bundle import Bundle, atomic_write, to_json
 from headstart.runtime.drafters.base import TunedDrafter
 from headstart.runtime.errors import OptionError, OutputError, missing_extra
 from headstart.runtime.loop import LoopOptions
-from headstart.runtime.model import Model, load
+from headstart.runtime.model import Model, Prompt, load
 from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint, tuning_file
 
 from .roofline import FITTED, Coefficients, Work, pass_ms
@@ -47,7 +47,7 @@ class PricedBudget(Budget):
 
 def simulate(
     bundle: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     device: str,
     threads: int | None = None,
     cache: int | None = None,
@@ -122,7 +122,7 @@ def matrix_millions(model: Any, dtype: str) -> Mapping[str, float]:
     return counts
 
 
-def _chosen(model: Model, made: Tuning, prompts: Sequence[str], options: TuneOptions, progress: Progress) -> Tuning:
+def _chosen(model: Model, made: Tuning, prompts: Sequence[Prompt], options: TuneOptions, progress: Progress) -> Tuning:
     """Decode with each budget, price the rounds, and choose."""
     found = {}
     for done, name in enumerate(made.drafters):
@@ -135,7 +135,7 @@ def _chosen(model: Model, made: Tuning, prompts: Sequence[str], options: TuneOpt
     return dataclasses.replace(made, drafters=found, chosen=chosen, reason=f"simulated for {made.device}: {verdict}: {listed}")
 
 
-def _priced(model: Model, made: Tuning, name: str, prompts: Sequence[str], options: TuneOptions) -> DrafterTuning:
+def _priced(model: Model, made: Tuning, name: str, prompts: Sequence[Prompt], options: TuneOptions) -> DrafterTuning:
     """A drafter's acceptance length and speed-up under its budget, at the board's prices."""
     one = made.drafters[name]
     budgets: list[PricedBudget] = []

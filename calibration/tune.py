@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from headstart.runtime.budget import VerifyCost
+from headstart.runtime.budget import Standing, VerifyCost
 from headstart.runtime.bundle import Bundle, atomic_write, to_json
 from headstart.runtime.cache import KVCache
 from headstart.runtime.drafters.base import DraftRequest, TunedDrafter
@@ -23,7 +25,8 @@ from headstart.runtime.drafters.first_that_pays import FirstThatPays
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import OptionError, OutputError
 from headstart.runtime.loop import DecodingLoop, LoopOptions
-from headstart.runtime.model import Model, load
+from headstart.runtime.model import Model, Prompt, load
+from headstart.runtime.prefill import open_cache
 from headstart.runtime.tree import ROOT, DraftTree
 from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint, tuning_file
 
@@ -53,7 +56,7 @@ class TuneOptions:
 
 def tune(
     bundle: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     device: str = "cpu",
     threads: int | None = None,
     draft_model: str | Path | None = None,
@@ -77,7 +80,7 @@ def tune(
     if file.exists() and not force:
         raise OutputError(f"{file} exists and is not overwritten. Fix: --force.")
     model = load(bundle, device, threads, draft_model, tuned=False)
-    cost = verify_cost(model.engine, progress)
+    cost = verify_cost(model.engine, progress, model.inputs(prompts[0])[0])
     names = [name for name in model.drafters if isinstance(model.drafter(name), TunedDrafter)]
     plain_ms = other_ms_per_round(decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
     drafters = {name: observe(model, name, prompts, options, plain_ms, progress) for name in names}
@@ -102,11 +105,11 @@ def tune(
     return made
 
 
-def verify_cost(engine: Engine, progress: Progress) -> VerifyCost:
-    """t(n), medians over interleaved rounds so that a noisy moment hits all sizes alike."""
+def verify_cost(engine: Engine, progress: Progress, source: NDArray[Any] | None = None) -> VerifyCost:
+    """t(n), medians over interleaved rounds so that a noisy moment hits all sizes alike. `source`: what an encoder reads."""
     longest = max(SHORT_HISTORY, min(LONG_HISTORY, engine.model.max_cache - MAX_ROWS))
     histories = (min(SHORT_HISTORY, longest // 2), longest)
-    caches = {history: engine.new_cache(1, history + MAX_ROWS) for history in histories}
+    caches = {history: open_cache(engine, history + MAX_ROWS, source) for history in histories}
     seconds: dict[tuple[int, int], list[float]] = {}
     for done in range(COST_ROUNDS):
         for history, cache in caches.items():
@@ -184,7 +187,7 @@ class Recorder:
 
 
 def observe(
-    model: Model, name: str, prompts: Sequence[str], options: TuneOptions, plain_ms: float, progress: Progress
+    model: Model, name: str, prompts: Sequence[Prompt], options: TuneOptions, plain_ms: float, progress: Progress
 ) -> DrafterTuning:
     """Decode the prompts with generous trees, and count.
 
@@ -223,9 +226,10 @@ def as_deep_as_pays(found: DrafterTuning, cost: VerifyCost) -> DrafterTuning:
     return dataclasses.replace(found, rates=rates, draft_ms=best * step_ms)
 
 
-def decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: str, options: LoopOptions) -> DecodingLoop:
+def decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: Prompt, options: LoopOptions) -> DecodingLoop:
     """Decode one prompt to its end."""
-    loop = DecodingLoop(model.engine, drafter, [model.tokenizer.encode(prompt)], options)
+    source, start = model.inputs(prompt)
+    loop = DecodingLoop(model.engine, drafter, [start], options, [] if source is None else [source])
     for _ in loop.rounds():
         pass
     return loop
@@ -242,14 +246,15 @@ def drafter_pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning
     return pairs
 
 
-def _prove(model: Model, tuning: Tuning, prompts: Sequence[str], options: TuneOptions, progress: Progress) -> Tuning:
+def _prove(model: Model, tuning: Tuning, prompts: Sequence[Prompt], options: TuneOptions, progress: Progress) -> Tuning:
     """Decode with each budget and without, interleaved; fill in what came of it, and choose."""
     drafters = {name: with_rates(model, name, found) for name, found in tuning.drafters.items()}
     seconds: dict[str, list[float]] = {"none": [], **{name: [] for name in drafters}}
+    settings = {name: _budgeted(tuning, name, options) for name in seconds}
     lengths: dict[str, float] = {}
     for done in range(PROOF_ROUNDS):
         for name in seconds:
-            loops = [decode(model, drafters.get(name), p, _budgeted(tuning, name, options)) for p in prompts]
+            loops = [decode(model, drafters.get(name), p, settings[name]) for p in prompts]
             seconds[name].append(sum(loop.clock.decode_s for loop in loops))
             calls = sum(loop.sequences[0].verify_calls for loop in loops)
             lengths[name] = sum(loop.sequences[0].new_tokens - 1 for loop in loops) / max(calls, 1)
@@ -280,4 +285,5 @@ def with_rates(model: Model, name: str, found: DrafterTuning) -> TunedDrafter:
 
 
 def _budgeted(tuning: Tuning, name: str, options: TuneOptions) -> LoopOptions:
-    return LoopOptions(options.max_new_tokens, budgets=lambda: tuning.budget(name))
+    standing = Standing()
+    return LoopOptions(options.max_new_tokens, budgets=lambda: tuning.budget(name, standing))

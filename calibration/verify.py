@@ -22,14 +22,26 @@ from headstart.exporter.build import LIMITS
 from headstart.runtime.bundle import GOLDEN, Bundle
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
-from headstart.runtime.model import Model, load
-from headstart.runtime.prefill import prefill
+from headstart.runtime.model import ARRAYS, Model, Prompt, load
+from headstart.runtime.prefill import open_cache, prefill
 from headstart.runtime.tree import ROOT, DraftTree, chain
 
 # Largest |Δlogit| allowed, relative to the row's logit range (max - min), where only the order of summation differs.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
 DECOYS = (1, 2, 4, 8)  # sizes of the branch that stands before the right one when a tree's noise is measured
 Progress = Callable[[str, int, int], None]  # what, done, of
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Decoder inputs [N, T], and what the encoder reads beside each when the model has one."""
+
+    input_ids: NDArray[np.int64]
+    sources: NDArray[Any] | None
+
+    def pairs(self) -> list[tuple[NDArray[np.int64], NDArray[Any] | None]]:
+        sources = [None] * len(self.input_ids) if self.sources is None else self.sources
+        return list(zip(self.input_ids, sources, strict=True))
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Report:
 
 def verify(
     bundle: str | Path,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Prompt] = (),
     max_new_tokens: int = 128,
     checkpoint: str | Path | None = None,
     draft_model: str | Path | None = None,
@@ -110,20 +122,31 @@ def verify(
             "--checkpoint compares exported logits with the checkpoint's, and this bundle's weights are quantized. "
             "Fix: leave it out, or verify the float32 bundle."
         )
+    if checkpoint is not None and model.bundle.manifest.model.source == "states":
+        raise OptionError(
+            f"--checkpoint needs sources, and {bundle} is an assistant, which reads encoder states. Fix: leave it out."
+        )
     golden = read_golden(model.bundle)
     logits = [check_golden(model.engine, golden)]
     progress("golden outputs", 1, 1)
     if checkpoint is not None:
-        logits.append(check_checkpoint(model.engine, checkpoint, golden["input_ids"]))
+        logits.append(check_checkpoint(model.engine, checkpoint, golden["input_ids"], golden.get("sources")))
         progress("checkpoint", 1, 1)
-    texts = list(prompts) or [model.tokenizer.decode(ids) for ids in golden["input_ids"].tolist()]
-    noise = tree_noise(model.engine, golden["input_ids"])
+    texts = [*prompts] or golden_prompts(model, golden)
+    noise = tree_noise(model.engine, golden["input_ids"], golden.get("sources"))
     tolerance = max(noise, TOLERANCE[model.engine.model.dtype])
     if not model.engine.exact:
         # One value that is rounded the other way sets off others behind it: the result is then another draw of the rounding
         # noise, which is seldom, so that `noise` may have missed it. Its size is what rounding does to a typical row.
         tolerance = max(tolerance, logits[0].median_relative_difference)
     return Report(tuple(logits), tuple(check_drafters(model, texts, max_new_tokens, tolerance, progress)), noise)
+
+
+def golden_prompts(model: Model, golden: dict[str, NDArray[Any]]) -> list[Prompt]:
+    """The golden inputs, or what the encoder reads beside them, in the form that `generate` takes."""
+    if model.bundle.manifest.model.source in ARRAYS:
+        return list(golden["sources"])
+    return [model.tokenizer.decode(ids) for ids in golden.get("sources", golden["input_ids"]).tolist()]
 
 
 def read_golden(bundle: Bundle) -> dict[str, NDArray[Any]]:
@@ -137,13 +160,16 @@ def read_golden(bundle: Bundle) -> dict[str, NDArray[Any]]:
 def check_golden(engine: Engine, golden: dict[str, NDArray[Any]]) -> LogitCheck:
     """All rows' top logits, and greedy continuations, against those recorded at export."""
     differences = []
-    for ids, top_ids, top_logits in zip(golden["input_ids"], golden["top_ids"], golden["top_logits"], strict=True):
-        ours = np.take_along_axis(all_logits(engine, ids), top_ids.astype(np.int64), axis=-1)
+    texts = Texts(golden["input_ids"], golden.get("sources"))
+    for (ids, source), top_ids, top_logits in zip(texts.pairs(), golden["top_ids"], golden["top_logits"], strict=True):
+        ours = np.take_along_axis(all_logits(engine, ids, source), top_ids.astype(np.int64), axis=-1)
         differences.append(np.abs(ours - top_logits).max(axis=-1))
-    return _logit_check("golden", engine, np.stack(differences), golden["spread"], golden["input_ids"], golden["greedy"])
+    return _logit_check("golden", engine, np.stack(differences), golden["spread"], texts, golden["greedy"])
 
 
-def check_checkpoint(engine: Engine, checkpoint: str | Path, input_ids: NDArray[np.int64]) -> LogitCheck:
+def check_checkpoint(
+    engine: Engine, checkpoint: str | Path, input_ids: NDArray[np.int64], sources: NDArray[Any] | None = None
+) -> LogitCheck:
     """Every logit, and greedy continuations, against the checkpoint run by transformers in float32."""
     try:
         from headstart.exporter.checkpoint import load_checkpoint
@@ -151,18 +177,18 @@ def check_checkpoint(engine: Engine, checkpoint: str | Path, input_ids: NDArray[
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Comparing with a checkpoint") from error
     model = load_checkpoint(checkpoint).model
-    reference = reference_logits(model, input_ids)
+    reference = reference_logits(model, input_ids, sources)
     if reference.shape[-1] != engine.model.vocab_size:
         raise OptionError(
             f"{checkpoint} has {reference.shape[-1]} logits, the bundle {engine.model.vocab_size}: another model."
         )
-    differences = np.stack(
-        [np.abs(all_logits(engine, ids) - r).max(axis=-1) for ids, r in zip(input_ids, reference, strict=True)]
-    )
+    texts = Texts(input_ids, sources)
+    ours = [all_logits(engine, ids, source) for ids, source in texts.pairs()]
+    differences = np.stack([np.abs(o - r).max(axis=-1) for o, r in zip(ours, reference, strict=True)])
     tokens = min(GREEDY, engine.model.max_cache - input_ids.shape[1])
-    greedy = reference_greedy(model, input_ids, tokens)
+    greedy = reference_greedy(model, input_ids, tokens, sources)
     spread = reference.max(axis=-1) - reference.min(axis=-1)
-    return _logit_check(str(checkpoint), engine, differences, spread, input_ids, greedy)
+    return _logit_check(str(checkpoint), engine, differences, spread, texts, greedy)
 
 
 def _logit_check(
@@ -170,12 +196,13 @@ def _logit_check(
     engine: Engine,
     differences: NDArray[np.float32],  # [N, T]
     spread: NDArray[np.float32],  # [N, T]
-    input_ids: NDArray[np.int64],
+    texts: "Texts",
     greedy: NDArray[np.int64],  # [N, tokens]
 ) -> LogitCheck:
     relative = float((differences / spread).max())
     tolerance = logit_tolerance(engine)
-    runs = [compare_greedy(engine, ids.tolist(), wanted.tolist()) for ids, wanted in zip(input_ids, greedy, strict=True)]
+    pairs = zip(texts.pairs(), greedy, strict=True)
+    runs = [compare_greedy(engine, ids.tolist(), wanted.tolist(), source) for (ids, source), wanted in pairs]
     ties = sum(1 for margin in runs if margin is not None and margin <= 2 * tolerance)
     faults = sum(1 for margin in runs if margin is not None) - ties + int(relative > tolerance)
     equal = sum(1 for margin in runs if margin is None)
@@ -188,16 +215,16 @@ def logit_tolerance(engine: Engine) -> float:
     return TOLERANCE[engine.model.dtype] if engine.exact else LIMITS["integer"]
 
 
-def tree_noise(engine: Engine, input_ids: NDArray[np.int64]) -> float:
+def tree_noise(engine: Engine, input_ids: NDArray[np.int64], sources: NDArray[Any] | None = None) -> float:
     """How far logits move, over their range, when other branches stand before a path: the largest seen on [N, T] texts."""
     half = input_ids.shape[1] // 2
     worst = 0.0
-    for ids in input_ids:
+    for ids, source in Texts(input_ids, sources).pairs():
         path = ids[half:]
-        chain_logits = _behind(engine, ids[:half], chain(path[1:].tolist(), [0.0] * (len(path) - 1)), int(path[0]))
+        chain_logits = _behind(engine, ids[:half], chain(path[1:].tolist(), [0.0] * (len(path) - 1)), int(path[0]), source)
         spread = np.ptp(chain_logits[1:], axis=-1)
         for decoys in DECOYS:
-            logits = _behind(engine, ids[:half], _behind_decoys(ids[:decoys], path[1:]), int(path[0]))
+            logits = _behind(engine, ids[:half], _behind_decoys(ids[:decoys], path[1:]), int(path[0]), source)
             difference = np.abs(logits[1 + decoys :] - chain_logits[1:]).max(axis=-1)
             worst = max(worst, float((difference / spread).max()))
     return worst
@@ -209,9 +236,11 @@ def _behind_decoys(decoys: NDArray[np.int64], path: NDArray[np.int64]) -> DraftT
     return DraftTree(np.concatenate([decoys, path]), np.array(parents, np.int64), np.zeros(len(parents), np.float32))
 
 
-def _behind(engine: Engine, history: NDArray[np.int64], tree: DraftTree, root: int) -> NDArray[np.float32]:
+def _behind(
+    engine: Engine, history: NDArray[np.int64], tree: DraftTree, root: int, source: NDArray[Any] | None
+) -> NDArray[np.float32]:
     """[1 + nodes, V] logits of a root and its tree behind some history."""
-    cache = engine.new_cache(1, len(history) + MAX_ROWS)
+    cache = open_cache(engine, len(history) + MAX_ROWS, source)
     prefill(engine, cache, history.tolist())
     rows = np.arange(len(tree) + 1)[None]
     ids = np.array([[root, *tree.token_ids]], np.int64)
@@ -219,27 +248,27 @@ def _behind(engine: Engine, history: NDArray[np.int64], tree: DraftTree, root: i
     return np.array(engine.forward(cache, ids, len(history) + tree.depths()[None], mask, rows).logits[0])
 
 
-def all_logits(engine: Engine, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+def all_logits(engine: Engine, token_ids: NDArray[np.int64], source: NDArray[Any] | None = None) -> NDArray[np.float32]:
     """[T, V] logits of every row of one text, in one forward."""
     count = len(token_ids)
-    cache = engine.new_cache(1, count)
+    cache = open_cache(engine, count, source)
     rows = np.arange(count)[None]
     output = engine.forward(cache, token_ids[None], rows, np.tri(count, dtype=np.bool_)[None], rows)
     return np.array(output.logits[0])
 
 
-def greedy_tokens(engine: Engine, prompt: list[int], count: int) -> NDArray[np.int64]:
+def greedy_tokens(engine: Engine, prompt: list[int], count: int, source: NDArray[Any] | None = None) -> NDArray[np.int64]:
     """[count] tokens of plain greedy decoding, one row at a time, without end tokens or logit rules."""
-    cache = engine.new_cache(1, len(prompt) + count)
+    cache = open_cache(engine, len(prompt) + count, source)
     tokens = [int(prefill(engine, cache, prompt).logits[0, 0].argmax())]
     while len(tokens) < count:
         tokens.append(int(prefill(engine, cache, tokens[-1:]).logits[0, 0].argmax()))
     return np.array(tokens, np.int64)
 
 
-def compare_greedy(engine: Engine, prompt: list[int], wanted: list[int]) -> float | None:
+def compare_greedy(engine: Engine, prompt: list[int], wanted: list[int], source: NDArray[Any] | None = None) -> float | None:
     """None when the engine's greedy tokens equal `wanted`, else the relative top-2 margin where they first differ."""
-    cache = engine.new_cache(1, len(prompt) + len(wanted))
+    cache = open_cache(engine, len(prompt) + len(wanted), source)
     logits = prefill(engine, cache, prompt).logits[0, 0]
     for token in wanted:
         if int(logits.argmax()) != token:
@@ -254,7 +283,7 @@ def top_two_margin(logits: NDArray[np.float32]) -> float:
 
 
 def check_drafters(
-    model: Model, prompts: Sequence[str], max_new_tokens: int, tolerance: float, progress: Progress
+    model: Model, prompts: Sequence[Prompt], max_new_tokens: int, tolerance: float, progress: Progress
 ) -> list[DrafterCheck]:
     """Each prompt decoded plainly once and with every drafter, greedy, past end tokens so that all lengths are equal.
 
@@ -283,14 +312,15 @@ def check_drafters(
 
 
 def _divergence(
-    model: Model, index: int, prompt: str, plain: list[int], speculative: list[int], tolerance: float
+    model: Model, index: int, prompt: Prompt, plain: list[int], speculative: list[int], tolerance: float
 ) -> Divergence | None:
     if plain == speculative:
         return None
     both = zip(plain, speculative, strict=False)
     first = next((i for i, (a, b) in enumerate(both) if a != b), min(len(plain), len(speculative)))
-    token_ids = model.tokenizer.encode(prompt) + plain[:first]
-    logits = prefill(model.engine, model.engine.new_cache(1, len(token_ids)), token_ids).logits[0, 0]
+    source, start = model.inputs(prompt)
+    token_ids = start + plain[:first]
+    logits = prefill(model.engine, open_cache(model.engine, len(token_ids), source), token_ids).logits[0, 0]
     margin = top_two_margin(logits)
     tie = margin <= 2 * tolerance * float(logits.max() - logits.min())  # both of the two best logits may have moved
     one_ended = first >= min(len(plain), len(speculative))

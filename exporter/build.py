@@ -9,11 +9,12 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, new_folder, to_json
+from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, hash_files, new_folder, to_json
 from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from headstart.runtime.errors import EngineError, OptionError, missing_extra
@@ -63,6 +64,7 @@ def build(
                 info = build_tensorrt(opened, device, folder, options or TensorRtOptions(), progress)
         except ModuleNotFoundError as error:
             raise missing_extra(error, "Building an engine") from error
+        info = dataclasses.replace(info, files=hash_files(folder))
         atomic_write(folder / ENGINE_FILE, to_json(info))
     return info
 
@@ -70,9 +72,9 @@ def build(
 def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
     import onnx_ir as ir
 
-    from .graph import save_graph, save_sharing
+    from .graph import save_beside, save_graph, save_sharing
     from .heads.builder import load_head
-    from .lowering.cpu import lower_decoder, lower_head, probe_model
+    from .lowering.cpu import lower_decoder, lower_graph, probe_model
 
     progress("probing the CPU's integer products")
     activations = fastest_exact(folder)
@@ -83,9 +85,14 @@ def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
     save_graph(lowered.single, folder / "decoder.onnx")
     save_sharing(lowered.batch, folder / "decoder_batch.onnx", folder / "decoder.onnx")
     graphs = {"decoder": "decoder.onnx", "decoder_batch": "decoder_batch.onnx", "probe": "probe.onnx"}
+    if "encoder" in manifest.graphs:
+        progress("lowering the encoder")
+        encoder = lower_graph(ir.load(bundle.path / manifest.graphs["encoder"].file), activations)
+        save_beside(encoder, folder / "encoder.onnx", folder / "decoder.onnx")
+        graphs["encoder"] = "encoder.onnx"
     for name in manifest.heads:
         progress(f"lowering the head {name}")
-        save_graph(lower_head(load_head(bundle, name), activations), folder / "heads" / f"{name}.onnx")
+        save_graph(lower_graph(load_head(bundle, name), activations), folder / "heads" / f"{name}.onnx")
         graphs[f"heads/{name}"] = f"heads/{name}.onnx"
     info = EngineInfo(
         schema_version=ENGINE_SCHEMA,
@@ -127,11 +134,13 @@ def fastest_exact(folder: Path) -> str:
 
 def _compare(bundle: Bundle, folder: Path, info: EngineInfo) -> float:
     """Largest relative difference of both lowered forms; raises EngineError above the limit."""
-    input_ids = np.load(bundle.path / GOLDEN)["input_ids"][:1]
-    wanted = _outputs(OnnxRuntimeEngine(bundle), input_ids)
+    with np.load(bundle.path / GOLDEN) as golden:
+        input_ids, sources = golden["input_ids"][:1], list(golden["sources"][:1]) if "sources" in golden else []
+    wanted = _outputs(OnnxRuntimeEngine(bundle), input_ids, sources)
     worst = 0.0
     for batch in (1, 2):
-        found = _outputs(OnnxRuntimeEngine(bundle, built=(info, folder)), np.repeat(input_ids, batch, axis=0))
+        engine = OnnxRuntimeEngine(bundle, built=(info, folder))
+        found = _outputs(engine, np.repeat(input_ids, batch, axis=0), sources * batch)
         for ours, theirs in zip(found, wanted, strict=True):
             worst = max(worst, float((np.abs(ours - theirs).max(-1) / np.ptp(theirs, axis=-1)).max()))
     limit = LIMITS["integer" if info.passes["integer_products"] else "float"]
@@ -143,10 +152,10 @@ def _compare(bundle: Bundle, folder: Path, info: EngineInfo) -> float:
     return worst
 
 
-def _outputs(engine: OnnxRuntimeEngine, input_ids: NDArray[np.int64]) -> list[NDArray[np.float32]]:
+def _outputs(engine: OnnxRuntimeEngine, input_ids: NDArray[np.int64], sources: list[NDArray[Any]]) -> list[NDArray[np.float32]]:
     """Logits of a prefill, and of a tree behind it, so that history, ancestors and positions are all in play."""
     batch, length = input_ids.shape
-    cache = engine.new_cache(batch, 2 * length)
+    cache = engine.new_cache(batch, 2 * length, engine.encode(sources) if sources else None)
     rows = np.broadcast_to(np.arange(length), (batch, length))
     causal = np.broadcast_to(np.tri(length, dtype=np.bool_), (batch, length, length))
     first = engine.forward(cache, input_ids, rows, causal, rows).logits.copy()

@@ -14,12 +14,21 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from headstart.runtime.bundle import sha256_of
 from headstart.runtime.errors import CheckpointError
 
 TASK = "text-generation"
+# Classes whose encoder reads text or speech. optimum's tasks name some of them after other things they can do.
+ENCODER_DECODERS = {
+    *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values(),
+}
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -35,11 +44,15 @@ class Checkpoint:
     def architecture(self) -> str:
         return type(self.model).__name__
 
+    @property
+    def has_encoder(self) -> bool:
+        return self.architecture in ENCODER_DECODERS
+
 
 def load_checkpoint(source: str | Path, dtype: str = "float32") -> Checkpoint:
     """Load a checkpoint folder, or a hub name, with weights in `dtype`.
 
-    Raises CheckpointError when it is missing, truncated, of an unknown architecture, or not a text-generation decoder.
+    Raises CheckpointError when it is missing, truncated, of an unknown architecture, or generates no text.
     """
     path = local_folder(source)
     with _quiet_transformers():
@@ -112,10 +125,13 @@ def _config(path: Path) -> Any:
 
 
 def _model_class(path: Path, config: Any) -> Any:
-    """The class the checkpoint names, when optimum says that it generates text."""
+    """The class the checkpoint names, when it is an encoder-decoder or optimum says that it generates text."""
+    import transformers
     from optimum.exporters.tasks import TasksManager
 
     names = getattr(config, "architectures", None) or []
+    if names and names[0] in ENCODER_DECODERS and config.is_encoder_decoder:  # some read audio with a decoder alone
+        return getattr(transformers, names[0])
     if not names:
         return TasksManager.get_model_class_for_task(TASK, model_type=config.model_type)
     try:
@@ -125,8 +141,8 @@ def _model_class(path: Path, config: Any) -> Any:
         raise CheckpointError(f"{path}: architecture {names[0]} is not in the installed transformers ({error}).") from error
     if TasksManager.map_from_synonym(task) != TASK:
         raise CheckpointError(
-            f"{path}: {names[0]} does {task}; this version exports {TASK} (decoder-only, …ForCausalLM). "
-            f"Fix: a causal checkpoint of the {config.model_type} family."
+            f"{path}: {names[0]} does {task}; this version exports {TASK} (…ForCausalLM) and encoder-decoders for text or "
+            f"speech (…ForConditionalGeneration). Fix: such a checkpoint of the {config.model_type} family."
         )
     return model_class
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from headstart.exporter.passes.linear import is_lm_head, linears
 from headstart.runtime.bundle import GraphInfo, TensorInfo, WeightInfo
 
+SMALL = 1024  # bytes; smaller weights stand inside the graph's own file
 SCOPES = "pkg.torch.onnx.name_scopes"  # metadata the tracer leaves on each node: the module path it came from
 
 
@@ -47,22 +48,51 @@ def _rename_initializer(model: Any, value: Any, name: str) -> None:
 def save_graph(model: Any, file: Path) -> None:
     """Write `file` and its weights beside it (`file.data`); each tensor once, however often it is used."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    _strip(model)
+    ir.save(model, file, external_data=f"{file.name}.data")
+
+
+def _strip(model: Any) -> None:
     model.producer_name = "headstart"
     for node in model.graph:  # stack traces of the exporting machine: half the file, and nobody else's business
         node.metadata_props.clear()
         node.doc_string = None
-    ir.save(model, file, external_data=f"{file.name}.data")
+
+
+def save_beside(model: Any, file: Path, other: Path) -> None:
+    """As `save_graph`, but for weights which `other`, beside it, holds too: they are read from there."""
+    _strip(model)
+    shared = _share(model, other)
+    own = [weight for name, weight in model.graph.initializers.items() if name not in shared]
+    large = [weight for weight in own if weight.const_value.nbytes > SMALL]
+    tensors = ir.external_data.convert_tensors_to_external([w.const_value for w in large], file.parent, f"{file.name}.data")
+    for weight, tensor in zip(large, tensors, strict=True):
+        weight.const_value = tensor
+    ir.save(model, file)
 
 
 def save_sharing(model: Any, file: Path, other: Path) -> None:
     """Write `file` so that weights which `other`, beside it, holds under the same name are read from there."""
+    model.producer_name = "headstart"
+    _share(model, other)
+    ir.save(model, file)
+
+
+def _share(model: Any, other: Path) -> set[str]:
+    """Let weights that `other` holds be read from there; returns their names."""
+    shared = set()
     stored = {name: value.const_value for name, value in ir.load(other).graph.initializers.items()}
     for name, value in model.graph.initializers.items():
         twin = stored.get(name)
-        if isinstance(twin, ir.ExternalTensor) and (twin.shape, twin.dtype) == (value.shape, value.dtype):
+        if isinstance(twin, ir.ExternalTensor) and _equal(twin, value.const_value):
             value.const_value = twin
-    model.producer_name = "headstart"
-    ir.save(model, file)
+            shared.add(name)
+    return shared
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Of the same bytes: names that the tracer made up are no proof."""
+    return bool((a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes())
 
 
 def graph_info(model: Any, file: str) -> GraphInfo:

@@ -25,7 +25,7 @@ ATTENTION = "headstart"
 # Sizes of the traced example. All differ, so that no two dynamic axes are taken for one.
 EXAMPLE = {"batch": 2, "rows": 3, "slots": 32, "chosen": 5}
 # Arguments an architecture may pass to its attention that change the result and that we do not compute.
-REFUSED = ("s_aux", "position_bias", "head_mask", "block_mask", "indexer")
+REFUSED = ("s_aux", "head_mask", "block_mask", "indexer")
 
 
 @dataclass
@@ -35,11 +35,27 @@ class Step:
     position_ids: Tensor  # [B, T] int64
     write_index: Tensor  # [B] int64
     caches: list[Tensor]  # key, value, key, value, …; each [B, G, S, D]
-    attended: set[int] = field(default_factory=set)  # layers whose attention went through us
-    slot_positions: Tensor | None = None  # [B, S], filled when a sliding window asks
+    cross_mask: Tensor | None = None  # [B, 1, T, E] bool, which source rows cross-attention may see
+    attended: set[int] = field(default_factory=set)  # layers whose self-attention went through us
+    slot_positions: Tensor | None = None  # [B, S], filled when a sliding window or a relative bias asks
 
 
 _step: ContextVar[Step] = ContextVar("headstart_step")
+
+
+def current_step() -> Step:
+    """The step of the forward being traced."""
+    return _step.get()
+
+
+@contextlib.contextmanager
+def during(step: Step) -> Iterator[None]:
+    """Make `step` the current one."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
 
 
 class SlotCache:
@@ -77,35 +93,43 @@ def attention(
     query: Tensor,  # [B, heads, T, D]
     key: Tensor,  # [B, G, S, D]
     value: Tensor,  # [B, G, S, Dv]
-    attention_mask: Tensor,  # [B, 1, T, S] bool
+    attention_mask: Tensor | None,  # [B, 1, T, S] bool
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    position_bias: Tensor | None = None,  # [B or 1, heads, T, S], added to the scores
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The registered attention: mask, sliding window from positions, soft cap. Returns [B, T, heads, Dv]."""
+    """The registered attention: mask, sliding window from positions, bias, soft cap. Returns [B, T, heads, Dv].
+
+    Cross-attention is told by its mask: the step's own, or none at all where an architecture never masks its source.
+    """
     refused = [name for name in REFUSED if others.get(name) is not None]
     if refused:
         raise CheckpointError(
             f"{type(module).__name__} passes {', '.join(refused)} to its attention, which is not supported yet."
         )
-    step = _step.get()
-    step.attended.add(getattr(module, "layer_idx", len(step.attended)))
-    if sliding_window is not None:
-        attention_mask = attention_mask & _inside_window(step, key.shape[2], sliding_window)
+    step = current_step()
+    mask = step.cross_mask if attention_mask is None else attention_mask
+    if mask is None or mask is not step.cross_mask:
+        step.attended.add(getattr(module, "layer_idx", len(step.attended)))
+        if sliding_window is not None and mask is not None:
+            mask = mask & inside_window(step, key.shape[2], sliding_window)
+        if position_bias is not None and mask is not None:
+            mask = torch.where(mask, position_bias, torch.finfo(query.dtype).min)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if softcap is not None or not torch.onnx.is_in_onnx_export():
         # Spelled out: whether every runtime's operator caps before it masks, as the checkpoints do, was not checked.
-        result = _attention_from_primitives(query, key, value, attention_mask, scale, softcap)
+        result = _attention_from_primitives(query, key, value, mask, scale, softcap)
     else:
         shape = (*query.shape[:3], value.shape[-1])
-        inputs = (query, key, value, attention_mask)
+        inputs = (query, key, value) if mask is None else (query, key, value, mask)
         result = torch.onnx.ops.symbolic("Attention", inputs, {"scale": scale}, dtype=query.dtype, shape=shape, version=24)
     return result.transpose(1, 2).contiguous(), None
 
 
 def _attention_from_primitives(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """MatMul, soft cap, mask, Softmax, MatMul, with the query heads of one key/value head folded into its rows."""
     batch, heads, rows, size = query.shape
@@ -115,14 +139,22 @@ def _attention_from_primitives(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.reshape(batch, heads, rows, -1)
-    scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
+    if mask is not None:
+        least = torch.finfo(scores.dtype).min
+        scores = torch.where(mask, scores, least) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     weights = weights.reshape(batch, groups, heads // groups * rows, -1)
     return (weights @ value).reshape(batch, heads, rows, value.shape[-1])
 
 
-def _inside_window(step: Step, slots: int, window: int) -> Tensor:
-    """[B, 1, T, S] bool: the slot's position lies fewer than `window` before the row's.
+def inside_window(step: Step, slots: int, window: int) -> Tensor:
+    """[B, 1, T, S] bool: the slot's position lies fewer than `window` before the row's."""
+    distance = step.position_ids[:, :, None] - slot_positions(step, slots)[:, None, :]
+    return (distance < window)[:, None]
+
+
+def slot_positions(step: Step, slots: int) -> Tensor:
+    """[B, S] int64: the position of what stands in each slot.
 
     A committed slot holds the position of its own index; the rows being written hold theirs, which in a tree
     are not the slot's.
@@ -132,19 +164,22 @@ def _inside_window(step: Step, slots: int, window: int) -> Tensor:
         positions = torch.arange(slots, device=step.position_ids.device)[None, None, :, None].expand(batch, 1, slots, 1)
         written = tensor_scatter(positions, step.position_ids[:, None, :, None], step.write_index)
         step.slot_positions = written[:, 0, :, 0]
-    distance = step.position_ids[:, :, None] - step.slot_positions[:, None, :]
-    return (distance < window)[:, None]
+    return step.slot_positions
 
 
 @contextlib.contextmanager
-def _our_attention(model: Any) -> Iterator[None]:
+def our_attention(model: Any) -> Iterator[None]:
+    """Let every layer of the model attend through us. An encoder and a decoder may each hold a copy of the configuration."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
-    previous = model.config._attn_implementation
-    model.config._attn_implementation = ATTENTION
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    previous = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation = ATTENTION
     try:
         yield
     finally:
-        model.config._attn_implementation = previous
+        for key, config in configs.items():
+            config._attn_implementation = previous[key]
 
 
 class DecoderGraph(torch.nn.Module):
@@ -165,10 +200,7 @@ class DecoderGraph(torch.nn.Module):
         caches: list[Tensor],
     ) -> tuple[Tensor, ...]:
         step = Step(position_ids, write_index, list(caches))
-        token = _step.set(step)
-        captured: list[Tensor] = []
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(_choose_rows(output_rows, captured))
-        try:
+        with during(step), chosen_rows(self.model, output_rows) as captured:
             out = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -177,30 +209,39 @@ class DecoderGraph(torch.nn.Module):
                 use_cache=True,
                 output_hidden_states=bool(self.aux_layers),
             )
-        finally:
-            hook.remove()
-            _step.reset(token)
-        if len(step.attended) != len(caches) // 2:
-            raise CheckpointError(_not_through_us(self.model, len(step.attended), len(caches) // 2))
+        check_attended(self.model, step)
         aux = [torch.cat([out.hidden_states[i] for i in self.aux_layers], dim=-1)] if self.aux_layers else []
         return (out.logits, captured[0], *aux, *step.caches)
 
 
-def _choose_rows(output_rows: Tensor, captured: list[Tensor]) -> Any:
-    """A hook before the LM head: keep what it reads ([B, T, H], after the final norm), pass on the chosen rows only.
+@contextlib.contextmanager
+def chosen_rows(model: Any, output_rows: Tensor) -> Iterator[list[Tensor]]:
+    """Keep what the LM head reads ([B, T, H], after the final norm; yielded), and hand it the chosen rows only.
 
     Hooking there leaves whatever the architecture does after the LM head (soft caps, logit scales) in place.
     """
+    captured: list[Tensor] = []
 
     def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         captured.append(args[0])
         index = output_rows[:, :, None].expand(-1, -1, args[0].shape[-1])
         return (torch.gather(args[0], 1, index),)
 
-    return hook
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield captured
+    finally:
+        handle.remove()
 
 
-def _not_through_us(model: Any, attended: int, layers: int) -> str:
+def check_attended(model: Any, step: Step) -> None:
+    """Raises CheckpointError unless every layer that has a cache attended through us."""
+    layers = len(step.caches) // 2
+    if len(step.attended) != layers:
+        raise CheckpointError(not_through_us(model, len(step.attended), layers))
+
+
+def not_through_us(model: Any, attended: int, layers: int) -> str:
     return (
         f"{type(model).__name__} is not supported: {attended} of its {layers} layers attend through transformers' attention "
         "interface, and the graph contract needs all of them. Nearest supported: Llama, Qwen, Mistral, Gemma, Phi-3, GPT-2, "
@@ -232,9 +273,9 @@ def cache_infos(model: Any) -> tuple[CacheInfo, ...]:
     probe = ShapeProbe()
     positions = torch.arange(2)[None]
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    token = _step.set(Step(positions, torch.zeros(1, dtype=torch.long), []))
+    step = Step(positions, torch.zeros(1, dtype=torch.long), [])
     try:
-        with _our_attention(model), torch.no_grad():
+        with during(step), our_attention(model), torch.no_grad():
             model(
                 input_ids=torch.zeros(1, 2, dtype=torch.long),
                 position_ids=positions,
@@ -249,11 +290,9 @@ def cache_infos(model: Any) -> tuple[CacheInfo, ...]:
             f"{type(model).__name__} is not supported: it needs more of its cache or inputs than keys, values, mask and "
             f"positions ({error}). Nearest supported: a decoder with plain attention layers, such as Llama or Qwen3."
         ) from error
-    finally:
-        _step.reset(token)
     layers = model.config.get_text_config().num_hidden_layers
     if sorted(probe.shapes) != list(range(layers)):
-        raise CheckpointError(_not_through_us(model, len(probe.shapes), layers))
+        raise CheckpointError(not_through_us(model, len(probe.shapes), layers))
     return tuple(CacheInfo(contract.key_name(i), contract.value_name(i), *probe.shapes[i]) for i in range(layers))
 
 
@@ -263,24 +302,24 @@ def trace_decoder(model: Any, caches: tuple[CacheInfo, ...], aux_layers: tuple[i
     Raises CheckpointError when the model does not fit the contract.
     """
     wrapper = DecoderGraph(model, aux_layers).eval()
-    with _our_attention(model), torch.no_grad(), _quiet_exporter():
+    with our_attention(model), torch.no_grad(), quiet_exporter():
         program = torch.onnx.export(
             wrapper,
-            _example_inputs(model, caches),
+            example_inputs(model, caches),
             dynamo=True,
-            dynamic_shapes=_dynamic_shapes(len(caches)),
+            dynamic_shapes=dynamic_shapes(len(caches)),
             opset_version=contract.OPSET,
             optimize=True,
             verbose=False,
         )
     cache_names = [name for cache in caches for name in (cache.key_name, cache.value_name)]
-    _rename(program.model.graph.inputs, [*contract.STEP_INPUTS, *cache_names])
+    rename(program.model.graph.inputs, [*contract.STEP_INPUTS, *cache_names])
     aux = [contract.AUX_HIDDEN] if aux_layers else []
-    _rename(program.model.graph.outputs, [contract.LOGITS, contract.HIDDEN, *aux, *map(contract.updated, cache_names)])
+    rename(program.model.graph.outputs, [contract.LOGITS, contract.HIDDEN, *aux, *map(contract.updated, cache_names)])
     return program.model
 
 
-def _example_inputs(model: Any, caches: tuple[CacheInfo, ...]) -> tuple[Any, ...]:
+def example_inputs(model: Any, caches: tuple[CacheInfo, ...]) -> tuple[Any, ...]:
     batch, rows, slots, chosen = EXAMPLE.values()
     whole = {"dtype": torch.long}
     buffers = [
@@ -298,7 +337,7 @@ def _example_inputs(model: Any, caches: tuple[CacheInfo, ...]) -> tuple[Any, ...
     )
 
 
-def _dynamic_shapes(layers: int) -> tuple[Any, ...]:
+def dynamic_shapes(layers: int) -> tuple[Any, ...]:
     batch, rows, slots, chosen = (torch.export.Dim(name) for name in EXAMPLE)
     return (
         {0: batch, 1: rows},
@@ -310,14 +349,14 @@ def _dynamic_shapes(layers: int) -> tuple[Any, ...]:
     )
 
 
-def _rename(values: Any, names: list[str]) -> None:
+def rename(values: Any, names: list[str]) -> None:
     assert len(values) == len(names), f"{len(values)} values for {len(names)} names"
     for value, name in zip(values, names, strict=True):
         value.name = name
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     # It warns about torchvision, treespec internals and axis names, none of which a user can act on.
     logger = logging.getLogger("torch.onnx")
     level = logger.level

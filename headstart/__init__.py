@@ -25,16 +25,21 @@ if TYPE_CHECKING:
     from headstart.runtime.bundle import Bundle
     from headstart.runtime.errors import HeadstartError
     from headstart.runtime.model import Model, Result, Stats, load
+    from headstart.runtime.segments import Segment
+    from headstart.runtime.transcription import Caption, Transcript
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Bundle": "headstart.runtime.bundle",
+    "Caption": "headstart.runtime.transcription",
     "HeadstartError": "headstart.runtime.errors",
     "Model": "headstart.runtime.model",
     "QuantizeOptions": "headstart.calibration.quantize",
     "Result": "headstart.runtime.model",
+    "Segment": "headstart.runtime.segments",
     "Stats": "headstart.runtime.model",
+    "Transcript": "headstart.runtime.transcription",
     "TuneOptions": "headstart.calibration.tune",
     "bench": "headstart.calibration.bench",
     "build": "headstart.exporter.build",
@@ -50,11 +55,14 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "Caption",
     "HeadstartError",
     "Model",
     "QuantizeOptions",
     "Result",
+    "Segment",
     "Stats",
+    "Transcript",
     "TuneOptions",
     "bench",
     "build",

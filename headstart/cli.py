@@ -5,7 +5,7 @@ Heavy packages are imported inside the commands, so that `--help` is instant and
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 heads_app = typer.Typer(help="Draft heads: train, import, list.", no_args_is_help=True)
 app.add_typer(heads_app, name="heads")
+
+SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")  # what libsndfile reads by name
 
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -50,6 +52,9 @@ def export(
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and activations.")] = "float32",
     max_cache: Annotated[int | None, typer.Option(help="Longest text in tokens; the model's limit by default.")] = None,
     aux_layers: Annotated[str, typer.Option(help="hidden_states indices that heads read, e.g. 2,8,13.")] = "",
+    assistant_of: Annotated[
+        Path | None, typer.Option(help="Bundle with the very same encoder: leave it out here, and draft for that one.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Export a checkpoint, with draft heads, to a bundle."""
@@ -58,7 +63,8 @@ def export(
     from .screen import stages
 
     with stages() as progress:
-        bundle = run(checkpoint, output, head or (), dtype, max_cache, _integers(aux_layers), force, progress)
+        layers = _integers(aux_layers)
+        bundle = run(checkpoint, output, head or (), dtype, max_cache, layers, force, progress, assistant_of)
     print(f"{bundle.path}: {bundle.manifest.model.architecture}, heads: {', '.join(bundle.manifest.heads) or 'none'}")
 
 
@@ -68,11 +74,15 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="The quantized bundle's folder.", show_default=False)],
     weights: Annotated[Literal["int8", "int4"], typer.Option(help="Of the linear layers.")] = "int8",
     group: Annotated[int, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128.")] = 32,
-    method: Annotated[Literal["rtn", "awq", "gptq"], typer.Option(help="rtn needs no data.")] = "rtn",
+    method: Annotated[Literal["rtn", "awq", "gptq", "smoothquant"], typer.Option(help="rtn needs no data.")] = "rtn",
+    activations: Annotated[
+        Literal["dynamic", "static"], typer.Option(help="static: int8 with fixed scales, as TensorRT needs.")
+    ] = "dynamic",
+    kv_cache: Annotated[Literal["none", "int8"], typer.Option(help="Of the keys and values.")] = "none",
     lm_head: Annotated[Literal["int8", "none"], typer.Option(help="Of the LM head.")] = "int8",
     embedding: Annotated[Literal["int8", "none"], typer.Option(help="Of the embedding table.")] = "int8",
     heads: Annotated[Literal["int8", "none"], typer.Option(help="Of the draft heads.")] = "int8",
-    data: Annotated[Path | None, typer.Option(help="Calibration text, or JSONL; for awq and gptq.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Calibration text, or JSONL.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to look at.")] = 8192,
     force: Force = False,
 ) -> None:
@@ -82,7 +92,7 @@ def quantize(
 
     from .screen import counted
 
-    options = QuantizeOptions(weights, group, method, lm_head, embedding, heads, calibration_tokens)
+    options = QuantizeOptions(weights, group, method, activations, kv_cache, lm_head, embedding, heads, calibration_tokens)
     with counted() as progress:
         made = run(bundle, output, options, data, force, progress)
     print(f"{made.path}: " + ", ".join(f"{key} {value}" for key, value in made.manifest.quantization.items()))
@@ -162,10 +172,17 @@ def inspect(bundle: BundleArg) -> None:
 def generate(
     bundle: BundleArg,
     prompt: Annotated[str | None, typer.Argument(help="The text to complete; - reads standard input.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to add.")] = 128,
+    audio: Annotated[Path | None, typer.Option(help="A recording to transcribe in place of a prompt: WAV, FLAC …")] = None,
+    language: Annotated[str | None, typer.Option(help="Spoken in the recording, such as en; heard by default.")] = None,
+    task: Annotated[str, typer.Option(help="transcribe, or translate where the model can.")] = "transcribe",
+    timestamps: Annotated[bool | None, typer.Option(help="Print segments with times; --no-timestamps decodes without.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", help="The most tokens to add: 128; all there is room for with --audio."),
+    ] = None,
     drafter: Annotated[
-        str, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
-    ] = "auto",
+        str | None, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
+    ] = None,
     draft_nodes: Annotated[int | None, typer.Option(help="Nodes of the draft tree.")] = None,
     draft_model: DraftModel = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -173,29 +190,36 @@ def generate(
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    no_repeat_ngram: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    no_repeat_ngram: Annotated[int | None, typer.Option(help="0 is off; the checkpoint's own when not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
+    decoder_prompt: Annotated[str, typer.Option(help="Text an encoder-decoder's output begins with.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or what the bundle was built for: trt-rtx:sm89, tensorrt.")] = "cpu",
     threads: Threads = None,
     untuned: Untuned = False,
 ) -> None:
-    """Complete a prompt."""
+    """Complete a prompt, or transcribe a recording."""
     from headstart.runtime.model import load
 
-    from .screen import print_generation
+    from .screen import print_captions, print_generation, print_transcript
 
     model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
-    options = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes, **sampling, **rules}
-    text = _prompt(prompt)
-    if chat:
-        text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    print_generation(model, text, options, stream, stats)
+    given = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | {**sampling, **rules}
+    if audio is not None and stream:
+        print_captions(model, audio, {"language": language, "task": task, **options}, stats)
+    elif audio is not None:
+        print_transcript(model, audio, {"language": language, "task": task, "timestamps": timestamps, **options}, stats)
+    else:
+        text = _prompt(prompt)
+        if chat:
+            text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        print_generation(model, text, {"decoder_prompt": decoder_prompt, **options}, stream, stats)
 
 
 @app.command()
@@ -216,11 +240,11 @@ def tune(
     from headstart.calibration.tune import TuneOptions
     from headstart.calibration.tune import tune as run
     from headstart.runtime.errors import OptionError
-    from headstart.runtime.prompts import read_prompts
+    from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_tuning
 
-    options, prompts = TuneOptions(max_new_tokens, max_nodes), read_prompts(data)[:limit]
+    options, prompts = TuneOptions(max_new_tokens, max_nodes), read_inputs(data)[:limit]
     if simulate and draft_model:
         raise OptionError("--simulate knows draft heads and n-grams only. Fix: leave --draft-model out.")
     with counted() as progress:
@@ -308,11 +332,11 @@ def verify(
 ) -> None:
     """Lossless? Equal to the checkpoint? Exit code 1 on a fault."""
     from headstart.calibration.verify import verify as run
-    from headstart.runtime.prompts import read_prompts
+    from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_report, write_json
 
-    texts = read_prompts(prompts)[:limit] if prompts else []
+    texts = read_inputs(prompts)[:limit] if prompts else []
     with counted() as progress:
         report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, progress=progress)
     show_report(report)
@@ -337,6 +361,7 @@ def heads_import(
     head: Annotated[Path, typer.Argument(help="Folder of the head, in a published format.", show_default=False)],
     name: Annotated[str | None, typer.Option(help="What to call it; its family by default.")] = None,
     top_k: Annotated[int, typer.Option(help="Candidates per head.", min=1)] = 10,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Take heads whose published model is not lossless.")] = False,
     force: Force = False,
 ) -> None:
     """Add a draft head to a bundle."""
@@ -346,7 +371,7 @@ def heads_import(
 
     with stages() as progress:
         progress("importing the head")
-        info = import_head(bundle, head, name, top_k, force)
+        info = import_head(bundle, head, name, top_k, force, lossy)
     print(f"{bundle}/heads/{info.name}: {info.heads} heads, format {info.dialect}")
 
 
@@ -354,10 +379,10 @@ def heads_import(
 def heads_train(
     checkpoint: Annotated[str, typer.Argument(help="The base: a checkpoint folder or hub name.", show_default=False)],
     data: Annotated[
-        list[Path], typer.Option(help="Text file, or a folder whose text files are taken; may be repeated.", show_default=False)
+        list[Path], typer.Option(help="Text or sound file, or a folder of such; may be repeated.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The heads' folder.", show_default=False)],
-    family: Annotated[Literal["medusa"], typer.Option(help="Family of heads.")] = "medusa",
+    family: Annotated[Literal["medusa", "blockwise"], typer.Option(help="Family of heads.")] = "medusa",
     heads: Annotated[int, typer.Option(help="Future tokens, one head each.")] = 4,
     layers: Annotated[int, typer.Option(help="Residual blocks per head.")] = 1,
     share_lm_head: Annotated[bool, typer.Option("--share-lm-head", help="Project with the base's LM head.")] = False,
@@ -366,16 +391,17 @@ def heads_train(
     learning_rate: Annotated[float, typer.Option(help="Peak rate.")] = 1e-3,
     force: Force = False,
 ) -> None:
-    """Train draft heads on the base's own continuations of your text."""
+    """Train draft heads on the base's own continuations of your text, or its outputs for your sources, one a line."""
     from headstart.calibration.distill import DistillOptions
     from headstart.calibration.train import TrainOptions, train_medusa
 
     from .screen import counted, show_accuracy
 
     distill = DistillOptions(sequences=sequences)
-    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=learning_rate, distill=distill)
+    rate = learning_rate
+    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=rate, distill=distill, family=family)
     with counted() as progress:
-        report = train_medusa(checkpoint, text_files(data), output, options, force, progress)
+        report = train_medusa(checkpoint, training_files(data), output, options, force, progress)
     show_accuracy(report)
 
 
@@ -398,15 +424,19 @@ def demo(
     raise typer.Exit(0 if table.ok else 1)
 
 
-def text_files(paths: list[Path]) -> list[Path]:
-    """Files as given; a folder stands for every text file below it (as git tells: no NUL among the first bytes)."""
+def training_files(paths: list[Path]) -> list[Path]:
+    """Files as given. A folder stands for the sound files below it, where there are any, else for its text files.
+
+    Text is told as git does it: no NUL among the first bytes.
+    """
     files: list[Path] = []
     for path in paths:
         if not path.is_dir():
             files.append(path)
             continue
         below = sorted(file for file in path.rglob("*") if file.is_file())
-        files += [file for file in below if b"\0" not in file.read_bytes()[:8000]]
+        sounds = [file for file in below if file.suffix.lower() in SOUND_FILES]
+        files += sounds or [file for file in below if b"\0" not in file.read_bytes()[:8000]]
     return files
 
 

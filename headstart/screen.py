@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from headstart.runtime.bundle import Bundle, atomic_write
+from headstart.runtime.audio import load_audio
+from headstart.runtime.bundle import Bundle, Manifest, atomic_write
 from headstart.runtime.engines.info import EngineInfo, PlanInfo
 from headstart.runtime.model import Generation, Model, Result
 from headstart.runtime.tuning import Tuning
@@ -70,6 +72,7 @@ def show_bundle(bundle: Bundle) -> None:
         "model": f"{model.architecture}, {model.parameters / 1e6:.2f} M parameters, {model.dtype}",
         "sizes": f"{model.layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
         "cache": f"up to {model.max_cache} tokens, {cache * bytes_each / 1024:.1f} KiB per token",
+        **({"encoder reads": _source(manifest)} if model.source else {}),
         "graphs": ", ".join(graph.file for graph in manifest.graphs.values()),
         "heads": ", ".join(manifest.heads) or "none",
         "quantization": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items()) or "none",
@@ -81,6 +84,12 @@ def show_bundle(bundle: Bundle) -> None:
     for name, value in rows.items():
         grid.add_row(name, escape(value))
     out.print(grid)
+
+
+def _source(manifest: Manifest) -> str:
+    shape = manifest.graphs["encoder"].inputs[0].shape
+    longest = f"at most {manifest.model.max_source}" if manifest.model.max_source else "of any length"
+    return f"{manifest.model.source} {list(shape[1:])}, {longest}; cross-attention of {len(manifest.cross_caches)} layers"
 
 
 def show_engine(bundle: Path, info: EngineInfo) -> None:
@@ -199,6 +208,38 @@ def print_generation(model: Model, prompt: str, options: dict[str, Any], stream:
     print("" if stream else result.text)
     if stats:
         err.print(escape(describe(result)))
+
+
+def print_transcript(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+    """The text, or segments with their times where those were asked for; notes and figures on standard error."""
+    started = time.perf_counter()
+    transcript = model.transcribe(recording, **options)
+    seconds = time.perf_counter() - started
+    _print_notes(transcript.notes)
+    times = [f"[{segment.start:6.2f} → {segment.end:6.2f}] {segment.text}" for segment in transcript.segments]
+    print("\n".join(times) if options["timestamps"] else transcript.text)
+    if stats:
+        for window in transcript.windows:
+            err.print(escape(describe(window)))
+        factor = f"{seconds / transcript.duration_s:.3f} of real time"
+        err.print(f"{transcript.duration_s:.2f} s of sound in {seconds:.2f} s: {factor}, opening the graphs included")
+
+
+def print_captions(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+    """A recording as if it were heard live, a second at a time: a caption a line."""
+    audio = load_audio(recording)
+    _print_notes(audio.notes)
+    seconds = range(0, len(audio.samples), audio.sampling_rate)
+    chunks = (audio.samples[begin : begin + audio.sampling_rate] for begin in seconds)
+    for caption in model.stream_audio(chunks, **options):
+        print(f"[{caption.heard_s:6.2f} s] {caption.text}")
+        if stats and caption.window is not None:
+            err.print(escape(describe(caption.window)))
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        err.print(f"note: {escape(note)}")
 
 
 def describe(result: Result) -> str:

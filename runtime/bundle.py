@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,21 +55,33 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The key and value cache of one attention layer."""
+    """The keys and values of one attention layer: its own cache, or what it reads of the source.
+
+    `dtype` None is the model's own.
+    """
 
     key_name: str
     value_name: str
     kv_heads: int
     key_size: int
     value_size: int
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the target model is. `aux_layers` index `hidden_states[i]` in the transformers convention."""
+    """What the target model is.
+
+    Attributes:
+        aux_layers: indices into `hidden_states` in the transformers convention.
+        source: what the encoder reads: "text", "audio", or "" without an encoder; "states" for an assistant, which has no
+            encoder of its own and reads the states of its target's.
+        max_source: the longest source in tokens, or in frames or samples of audio; 0 is no limit.
+        encoder_sha256: of the checkpoint's encoder, by which a target and its assistants know one another.
+    """
 
     architecture: str
-    family: str  # "decoder"
+    family: str  # "decoder" or "encoder-decoder"
     dtype: str
     vocab_size: int
     hidden_size: int
@@ -77,15 +89,57 @@ class ModelInfo:
     max_cache: int  # tokens
     parameters: int
     aux_layers: tuple[int, ...] = ()
+    source: str = ""
+    max_source: int = 0
+    encoder_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """How recordings are fed to the model.
+
+    Attributes:
+        sampling_rate: Hz.
+        window: samples of one window, to which shorter recordings are filled up with silence; None takes any length.
+        hop: samples between two of the front-end's frames; None where the encoder reads the samples themselves.
+    """
+
+    sampling_rate: int
+    window: int | None = None
+    hop: int | None = None
 
 
 @dataclass(frozen=True)
 class GenerationRules:
-    """What the checkpoint says about ending and suppressing tokens."""
+    """What the checkpoint's generation_config says; names and meanings are those of transformers.
+
+    Lengths count the decoder's tokens, its first included. The last block is Whisper's: tokens by language ("<|en|>") and
+    task ("transcribe"), and what its timestamps need.
+    """
 
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     suppress_tokens: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    begin_suppress_tokens: tuple[int, ...] = ()
+    min_length: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int | None = None
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    renormalize_logits: bool = False
+    lang_to_id: dict[str, int] = field(default_factory=dict)
+    task_to_id: dict[str, int] = field(default_factory=dict)
+    no_timestamps_token_id: int | None = None
+    max_initial_timestamp_index: int | None = None
+    prev_sot_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +179,8 @@ class Manifest:
     caches: tuple[CacheInfo, ...]
     generation: GenerationRules
     provenance: Provenance
+    audio: AudioInfo | None = None  # of models that read recordings
+    cross_caches: tuple[CacheInfo, ...] = ()  # keys and values of the source, one for each decoder layer
     heads: tuple[str, ...] = ()
     weights: dict[str, WeightInfo] = field(default_factory=dict)
     quantization: dict[str, str] = field(default_factory=dict)
@@ -147,17 +203,10 @@ class Bundle:
             bundle.check_hashes()
         return bundle
 
-    def check_hashes(self) -> None:
-        for name, expected in self.manifest.files.items():
-            file = self.path / name
-            if not file.is_file():
-                raise BundleError(f"{file} is missing: the manifest lists it. Fix: export or copy the bundle again.")
-            found = sha256_of(file)
-            if found != expected:
-                raise BundleError(
-                    f"{file} was changed after it was written: the manifest says sha256 {expected[:16]}…, "
-                    f"the file has {found[:16]}…. Fix: export or copy the bundle again."
-                )
+    def check_hashes(self, unread: Collection[str] = ()) -> None:
+        """Hash every file but those in `unread`. Raises BundleError for one that is missing or was edited."""
+        wanted = {name: digest for name, digest in self.manifest.files.items() if name not in unread}
+        check_files(self.path, wanted, "the manifest", "export or copy the bundle again")
 
     def head(self, name: str) -> HeadInfo:
         """The description of one draft head. Raises BundleError when there is none of that name."""
@@ -186,11 +235,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Hash every file of the bundle and write `manifest.json` by rename."""
-    files = {
-        file.relative_to(path).as_posix(): sha256_of(file)
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and _is_hashed(file.relative_to(path))
-    }
+    files = hash_files(path, _is_hashed)
     atomic_write(path / MANIFEST, to_json(dataclasses.replace(manifest, files=files)))
 
 
@@ -225,10 +270,32 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return tuple(_decode(args[0], item, where) for item in value)
     if origin is dict:
         return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, dict) and args:
+        return _decode(args[0], value, where)  # an optional dataclass
     scalars = args if origin in (typing.Union, types.UnionType) else (kind,)
     if not isinstance(value, scalars):
         raise BundleError(f"{where}: expected {kind}, found {value!r}. Fix: export or copy the bundle again.")
     return value
+
+
+def check_files(folder: Path, hashes: Mapping[str, str], listing: str, fix: str) -> None:
+    """Compare files with the sha256 that `listing` gives them. Raises BundleError for one that is missing or was edited."""
+    for name, expected in hashes.items():
+        file = folder / name
+        if not file.is_file():
+            raise BundleError(f"{file} is missing: {listing} lists it. Fix: {fix}.")
+        found = sha256_of(file)
+        if found != expected:
+            raise BundleError(
+                f"{file} was changed after it was written: {listing} says sha256 {expected[:16]}…, "
+                f"the file has {found[:16]}…. Fix: {fix}."
+            )
+
+
+def hash_files(folder: Path, chosen: Callable[[Path], bool] = lambda relative: True) -> dict[str, str]:
+    """sha256 of the files below `folder`, by path relative to it; of those that are `chosen`."""
+    files = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {relative.as_posix(): sha256_of(file) for relative, file in files.items() if chosen(relative)}
 
 
 def sha256_of(file: Path) -> str:

@@ -1,6 +1,7 @@
 """The graph contract's names, fixed in one place (design: decoder inputs and outputs).
 
-Axes: B batch, T new rows, S cache slots, R chosen rows, G key/value heads, D head size, H hidden size, V vocabulary.
+Axes: B batch, T new rows, S cache slots, R chosen rows, G key/value heads, D head size, H hidden size, V vocabulary,
+E rows of the encoder's states (one per source token, or fewer per audio frame).
 """
 
 OPSET = 24  # the first with TensorScatter
@@ -14,6 +15,12 @@ LOGITS = "logits"  # [B, R, V]
 HIDDEN = "hidden"  # [B, T, H]
 AUX_HIDDEN = "aux_hidden"  # [B, T, n * H]
 
+AUDIO = "audio"  # [B, samples] float32, into the front-end's graph
+INPUT_FEATURES = "input_features"  # out of it; [B, bands, frames], or as the encoder's graph takes it
+ENCODER_MASK = "encoder_mask"  # [B, E] bool, which source rows exist; the encoder's graph takes it for text
+ENCODER_STATES = "encoder_states"  # [B, E, H of the encoder], what an assistant's graph takes in the place of a source
+ENCODER_HIDDEN = "encoder_hidden"  # [B, E, H of the encoder]
+
 STEP_INPUTS = (INPUT_IDS, POSITION_IDS, ATTENTION_MASK, WRITE_INDEX, OUTPUT_ROWS)
 
 
@@ -25,6 +32,16 @@ def key_name(layer: int) -> str:
 def value_name(layer: int) -> str:
     """[B, G, S, D], in and out."""
     return f"value_cache.{layer}"
+
+
+def cross_key_name(layer: int) -> str:
+    """[B, G, E, D], out of the encoder's graph and into the decoder's."""
+    return f"cross_key.{layer}"
+
+
+def cross_value_name(layer: int) -> str:
+    """[B, G, E, D], out of the encoder's graph and into the decoder's."""
+    return f"cross_value.{layer}"
 
 
 def updated(name: str) -> str:

@@ -3,14 +3,15 @@
 An engine knows its graphs and its buffers. It knows nothing of trees, drafters or acceptance.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import ModelInfo
-from .cache import KVCache
+from .cache import CrossState, KVCache
 
 MAX_ROWS = 64  # the most rows of one verify pass, root included
 
@@ -31,7 +32,7 @@ class StepOutput:
 
 
 class Engine(Protocol):
-    """A bundle's decoder made ready for one device."""
+    """A bundle's graphs made ready for one device."""
 
     model: ModelInfo
     device: str
@@ -41,8 +42,19 @@ class Engine(Protocol):
         """Only the order of summation differs from the canonical graph; False when activations are rounded to integers."""
         ...
 
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        """Empty caches for `batch` sequences of up to `slots` tokens."""
+    def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
+        """Run the encoder over each source: [E] int64 token ids, or features as the encoder's graph takes them.
+
+        Raises PromptError for a source it cannot take.
+        """
+        ...
+
+    def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[samples] of a recording to what the encoder reads of it."""
+        ...
+
+    def new_cache(self, batch: int, slots: int, cross: CrossState | None = None) -> KVCache:
+        """Empty caches for `batch` sequences of up to `slots` tokens, over the sources that were encoded."""
         ...
 
     def forward(

@@ -4,6 +4,7 @@
     ├── MissingExtraError        an optional package is not installed
     ├── OptionError              an option or an argument has a value it cannot have
     ├── PromptError              a prompt that cannot be decoded: empty, or longer than the cache
+    ├── AudioError               a recording that cannot be used: empty, truncated, or no sound at all
     ├── BundleError              a bundle that is missing, incomplete, edited, or of another schema
     ├── OutputError              an output folder that exists or cannot be written
     ├── CheckpointError          a checkpoint that is missing, truncated, or of an unknown architecture
@@ -28,9 +29,13 @@ class MissingExtraError(HeadstartError):
 
 
 # Which extra brings a package that the bare install lacks.
-_EXTRAS = {"onnxruntime": "cpu", "tensorrt_rtx": "trt-rtx", "cuda": "trt-rtx"} | dict.fromkeys(
-    ("torch", "transformers", "optimum", "onnx", "onnx_ir", "safetensors"), "export"
-)
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    "tensorrt_rtx": "trt-rtx",
+    "cuda": "trt-rtx",
+    "soundfile": "audio",
+    "soxr": "audio",
+} | dict.fromkeys(("torch", "transformers", "optimum", "onnx", "onnx_ir", "safetensors"), "export")
 
 
 def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingExtraError:
@@ -47,6 +52,10 @@ class OptionError(HeadstartError):
 
 class PromptError(HeadstartError):
     """A prompt that cannot be decoded."""
+
+
+class AudioError(HeadstartError):
+    """A recording that cannot be used."""
 
 
 class BundleError(HeadstartError):

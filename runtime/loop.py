@@ -9,7 +9,7 @@ Invariant: a sequence's cache holds all its tokens but the last. The last, the r
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from .acceptance import Accepted, RandomChance, accept
 from .budget import Budget
 from .cache import KVCache
-from .drafters.base import Drafter, DraftRequest
+from .drafters.base import Drafter, DraftRequest, SourceReader
 from .engine import MAX_ROWS, Engine, StepOutput
-from .errors import OptionError, PromptError
-from .prefill import prefill
+from .errors import OptionError
+from .prefill import check_prompts, prefill
+from .rules import TokenRules
 from .sampling import LogitRules, SamplingOptions
 from .tree import DraftTree, empty_tree
 
@@ -33,7 +34,8 @@ class LoopOptions:
     """How a batch is decoded.
 
     `draft_nodes` None leaves the tree's size to the tuned budget, of which `budgets` makes one per sequence, or to the
-    drafter's own default where it makes none.
+    drafter's own default where it makes none. `rules` are the model's. `hypotheses`, one per sequence, are what was decoded
+    of earlier, shorter inputs: drafts for whoever wants them.
     """
 
     max_new_tokens: int = 128
@@ -41,6 +43,8 @@ class LoopOptions:
     end_tokens: frozenset[int] = frozenset()
     draft_nodes: int | None = None
     budgets: Callable[[], Budget | None] = lambda: None
+    rules: TokenRules = field(default_factory=TokenRules)
+    hypotheses: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -80,11 +84,23 @@ class Clock:
 
 
 class DecodingLoop:
-    """Decodes one batch. Iterate over `rounds()`; between rounds the caller may set a sequence's finish_reason."""
+    """Decodes one batch. Iterate over `rounds()`; between rounds the caller may set a sequence's finish_reason.
 
-    def __init__(self, engine: Engine, drafter: Drafter | None, prompts: Sequence[Sequence[int]], options: LoopOptions) -> None:
+    `sources`: what the encoder reads for each sequence, see Engine.encode; the prompts are then what the decoder starts from.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        drafter: Drafter | None,
+        prompts: Sequence[Sequence[int]],
+        options: LoopOptions,
+        sources: Sequence[NDArray[Any]] = (),
+    ) -> None:
         self._engine, self._drafter, self._options = engine, drafter, options
-        self._prompts = prompts
+        self._prompts, self._sources = prompts, sources
+        is_text = engine.model.source == "text"
+        self._source_ids: list[list[int]] = [source.tolist() for source in sources] if is_text else [[] for _ in prompts]
         self.clock = Clock()
         self.sequences: list[Text] = []
         self._limit = engine.model.max_cache
@@ -92,14 +108,8 @@ class DecodingLoop:
 
     def _new_cache(self) -> KVCache:
         """Sized by prompts and options alone, so that plain and speculative decoding compute in equal shapes."""
-        longest = max(map(len, self._prompts), default=0)
-        if longest == 0 or any(len(prompt) == 0 for prompt in self._prompts):
-            raise PromptError("The prompt is empty: decoding needs at least one token to start from.")
-        if longest >= self._limit:
-            raise PromptError(
-                f"The prompt has {longest} tokens, and this bundle's cache holds {self._limit} with room for no new one. "
-                f"Fix: at most {self._limit - 1} tokens, or export again with a larger --max-cache."
-            )
+        check_prompts(self._prompts, self._limit)
+        longest = max(map(len, self._prompts))
         slots = min(self._limit, longest + self._options.max_new_tokens) + MAX_ROWS
         return self._engine.new_cache(len(self._prompts), -(-slots // SLOT_STEP) * SLOT_STEP)
 
@@ -108,6 +118,10 @@ class DecodingLoop:
         if self._drafter is not None:
             self._drafter.open(len(self._prompts))
         started = time.perf_counter()
+        if self._sources:
+            self._cache.cross = self._engine.encode(self._sources)
+        if isinstance(self._drafter, SourceReader):
+            self._drafter.read(self._sources, self._cache.cross)
         self.sequences = [self._start(row, list(prompt)) for row, prompt in enumerate(self._prompts)]
         self.clock.prefill_s = time.perf_counter() - started
         yield [s.token_ids[s.prompt_tokens :] for s in self.sequences]
@@ -120,14 +134,20 @@ class DecodingLoop:
     def _start(self, row: int, prompt: list[int]) -> Text:
         """Prefill one prompt and decide its first token. One at a time: prompts differ in length."""
         output = prefill(self._engine, self._cache.row(row), prompt)
-        options = self._options.sampling
-        seed = None if options.seed is None else options.seed + row
+        seed = self._options.sampling.seed
+        seed = None if seed is None else seed + row
         budget = self._options.budgets() if self._options.draft_nodes is None else None
         hidden = output.hidden[0, -1].copy()
-        sequence = Text(row, prompt, len(prompt), LogitRules(options), RandomChance(seed), hidden, budget)
+        sequence = Text(row, prompt, len(prompt), self._rules(row, prompt), RandomChance(seed), hidden, budget)
         first = accept(empty_tree(), output.logits[0], sequence.rules, prompt, sequence.chance, self._options.end_tokens)
         self._append(sequence, first.token_ids)
         return sequence
+
+    def _rules(self, row: int, prompt: list[int]) -> LogitRules:
+        options = self._options
+        longest = min(self._limit, len(prompt) + options.max_new_tokens)
+        rules = options.rules.for_text(len(prompt), longest, options.end_tokens, self._source_ids[row])
+        return LogitRules(options.sampling, rules)
 
     def _round(self) -> list[list[int]]:
         trees = self._draft()
@@ -163,7 +183,20 @@ class DecodingLoop:
             nodes = self._drafter.default_nodes if sequence.budget is None else sequence.budget.max_nodes
         # The target adds one token of its own behind the path, so a deeper path than this could not be used.
         tokens_left = min(self._limit - len(sequence.token_ids), self._options.max_new_tokens - sequence.new_tokens) - 1
-        return DraftRequest(sequence.row, sequence.token_ids, sequence.hidden, nodes, tokens_left, self._options.sampling)
+        sampling, rules = self._options.sampling, sequence.rules.text_rules
+        row, hypotheses = sequence.row, self._options.hypotheses
+        return DraftRequest(
+            row,
+            sequence.token_ids,
+            sequence.hidden,
+            nodes,
+            tokens_left,
+            sampling,
+            sequence.prompt_tokens,
+            rules,
+            source_ids=self._source_ids[row],
+            hypothesis_ids=hypotheses[row] if hypotheses else (),
+        )
 
     def _verify(self, trees: list[DraftTree]) -> StepOutput:
         """One forward over every root and its tree; short trees are padded with rows that see only themselves."""

@@ -1,4 +1,4 @@
-"""Files of prompts: plain text with one prompt a line, or JSON Lines with a "prompt" (or "text") in each object."""
+"""Files of prompts: plain text with one prompt a line, or JSON Lines with a "prompt" (or "text", or "audio") in each object."""
 
 import json
 from collections.abc import Sequence
@@ -12,6 +12,33 @@ KEYS = ("prompt", "text")
 def read_prompts(file: str | Path) -> list[str]:
     """The prompts, in order. Raises PromptError for a missing, empty or malformed file; the message names the line."""
     file = Path(file)
+    lines = _lines(file)
+    if file.suffix != ".jsonl":
+        return [line for _, line in lines]
+    return [_prompt_of(file, number, line) for number, line in lines]
+
+
+def read_inputs(file: str | Path) -> list[str | Path]:
+    """As `read_prompts`; where a JSON object has an "audio", that recording's path, written relative to the file's folder."""
+    file = Path(file)
+    if file.suffix != ".jsonl":
+        return list(read_prompts(file))
+    return [_recording_of(file, number, line) or _prompt_of(file, number, line) for number, line in _lines(file)]
+
+
+def read_prompt_classes(file: str | Path) -> dict[str, list[str | Path]]:
+    """The inputs by the "class" that each JSON object names; where it names none, by the file's own name."""
+    file = Path(file)
+    inputs = read_inputs(file)
+    classes: dict[str, list[str | Path]] = {}
+    for (_, line), given in zip(_lines(file), inputs, strict=True):
+        name = json.loads(line).get("class", file.stem) if file.suffix == ".jsonl" else file.stem
+        classes.setdefault(str(name), []).append(given)
+    return classes
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """(number, line) of those that are not blank."""
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -19,31 +46,26 @@ def read_prompts(file: str | Path) -> list[str]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise PromptError(f"{file} holds no prompt: at least one line that is not blank is needed.")
-    if file.suffix != ".jsonl":
-        return [line for _, line in numbered]
-    return [_prompt_of(file, number, line) for number, line in numbered]
+    return numbered
 
 
-def read_prompt_classes(file: str | Path) -> dict[str, list[str]]:
-    """The prompts by the "class" that each JSON object names; where it names none, by the file's own name."""
-    file = Path(file)
-    texts = read_prompts(file)
-    classes: dict[str, list[str]] = {}
-    lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
-    for line, text in zip(lines, texts, strict=True):
-        name = json.loads(line).get("class", file.stem) if file.suffix == ".jsonl" else file.stem
-        classes.setdefault(str(name), []).append(text)
-    return classes
+def _recording_of(file: Path, number: int, line: str) -> Path | None:
+    name = _text_at(file, number, line, ("audio",))
+    return None if name is None else file.parent / name
 
 
 def _prompt_of(file: Path, number: int, line: str) -> str:
-    try:
-        text = text_of(line, KEYS)
-    except ValueError as error:
-        raise PromptError(f"{file} line {number} is not JSON ({error}).") from error
+    text = _text_at(file, number, line, KEYS)
     if text is None:
         raise PromptError(f'{file} line {number}: an object with a text under "prompt" is needed, found {line[:60]!r}.')
     return text
+
+
+def _text_at(file: Path, number: int, line: str, keys: Sequence[str]) -> str | None:
+    try:
+        return text_of(line, keys)
+    except ValueError as error:
+        raise PromptError(f"{file} line {number} is not JSON ({error}).") from error
 
 
 def text_of(line: str, keys: Sequence[str]) -> str | None:

@@ -1,6 +1,6 @@
 """From logits to the distribution the next token is drawn from.
 
-Logit rules change logits with the text so far in view (suppressed tokens, repetition penalty, no-repeat n-gram); the
+Logit rules (`rules`) change logits with the text so far in view: suppressed and forced tokens, no-repeat n-gram; the
 warpers (temperature, top-k, top-p, min-p) then shape the distribution. Order and meaning are those of transformers'
 processors. A verify pass applies all of them to every row it tests, so speculative decoding follows the warped target.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import OptionError
+from .rules import LogitRule, NoRepeatNGram, RepetitionPenalty, SuppressedTokens, in_order
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,17 @@ class SamplingOptions:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    def rules(self) -> list[LogitRule]:
+        """The logit rules among the options."""
+        rules: list[LogitRule] = []
+        if self.repetition_penalty != 1:
+            rules.append(RepetitionPenalty(self.repetition_penalty))
+        if self.no_repeat_ngram:
+            rules.append(NoRepeatNGram(self.no_repeat_ngram))
+        if self.suppress_tokens:
+            rules.append(SuppressedTokens(self.suppress_tokens))
+        return rules
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
@@ -58,25 +70,25 @@ def _require(holds: bool, message: str) -> None:
 
 
 class LogitRules:
-    """The options applied to one row of logits at a time."""
+    """The options, and the rules of the model and of the text, applied to one row of logits at a time."""
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(self, options: SamplingOptions, rules: Sequence[LogitRule] = ()) -> None:
         self.options = options
-        self._suppressed = np.array(options.suppress_tokens, dtype=np.int64)
-        self._active = bool(options.suppress_tokens) or options.repetition_penalty != 1 or options.no_repeat_ngram > 0
+        self.text_rules = tuple(rules)
+        self._rules = in_order([*options.rules(), *rules])
 
     def process(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float32]:
-        """[V] logits after the rules; the very input when no rule is on, never a changed input."""
-        if not self._active:
+        """[V] logits after the rules; the very input when no rule is on, never a changed input.
+
+        Raises OptionError when the rules together leave no token.
+        """
+        if not self._rules:
             return logits
         logits = logits.copy()
-        if self.options.repetition_penalty != 1:
-            seen = np.unique(np.asarray(context, dtype=np.int64))
-            scores, penalty = logits[seen], self.options.repetition_penalty
-            logits[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
-        if self.options.no_repeat_ngram:
-            logits[_would_repeat(context, self.options.no_repeat_ngram)] = -np.inf
-        logits[self._suppressed] = -np.inf
+        for rule in self._rules:
+            rule.apply(logits, context)
+        if logits.max() == -np.inf:
+            raise OptionError(f"after {len(context)} tokens the generation rules forbid every token: {list(self._rules)}.")
         return logits
 
     def probabilities(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float64]:
@@ -111,11 +123,3 @@ def _outside_top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.int6
     removed = rising <= 1 - top_p
     removed[-1] = False
     return order[removed]
-
-
-def _would_repeat(context: Sequence[int], size: int) -> list[int]:
-    """Tokens that would complete an n-gram of `size` that already stands in the context."""
-    if len(context) + 1 < size:
-        return []
-    prefix = list(context[len(context) - size + 1 :])
-    return [context[i + size - 1] for i in range(len(context) - size + 1) if list(context[i : i + size - 1]) == prefix]

@@ -48,9 +48,9 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._fast.get_vocab_size())
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens the model expects around a text."""
-        return list(self._fast.encode(text).ids)
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens the model expects around a text unless not `special`."""
+        return list(self._fast.encode(text, add_special_tokens=special).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text, special tokens left out."""

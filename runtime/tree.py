@@ -5,6 +5,7 @@ Node `i` stands at row `i + 1` of the verify pass; row 0 is the root, the last t
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -125,3 +126,27 @@ def tree_from_independent_levels(
     kept = None if classes is None else np.array([classes[place] for place in places], np.int64)
     arrays = np.array(tokens, np.int64), np.array(parents, np.int64), np.array(totals, np.float32)
     return DraftTree(*arrays, classes=kept)
+
+
+def tree_from_branches(
+    branches: Sequence[tuple[Sequence[int], Sequence[int]]],  # (token ids, their classes) of each, from the root down
+    log_rates: NDArray[np.float64],  # [classes]
+) -> DraftTree:
+    """Branches merged where they begin alike. A node's probability is its class's rate times its parent's probability."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    log_probs: list[float] = []
+    classes: list[int] = []
+    known: dict[tuple[int, int], int] = {}
+    for token_ids, kinds in branches:
+        parent = ROOT
+        for token, kind in zip(token_ids, kinds, strict=True):
+            node = known.setdefault((parent, token), len(tokens))
+            if node == len(tokens):
+                tokens.append(token)
+                parents.append(parent)
+                log_probs.append(float(log_rates[kind]) + (0.0 if parent == ROOT else log_probs[parent]))
+                classes.append(kind)
+            parent = node
+    arrays = np.array(tokens, np.int64), np.array(parents, np.int64), np.array(log_probs, np.float32)
+    return DraftTree(*arrays, classes=np.array(classes, np.int64))

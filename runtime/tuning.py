@@ -9,12 +9,12 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from .budget import Budget, VerifyCost
+from .budget import Budget, Standing, VerifyCost
 from .bundle import Bundle, from_json
 from .engines.info import EngineInfo
 from .errors import BundleError, EngineError
 
-TUNING_SCHEMA = 1
+TUNING_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Tuning:
     prompts: int
     simulated: bool = False
 
-    def budget(self, drafter: str) -> Budget | None:
-        """A fresh budget for one sequence; None for a drafter that was not tuned."""
+    def budget(self, drafter: str, standing: Standing) -> Budget | None:
+        """A budget for one sequence; None for a drafter that was not tuned."""
         tuned = self.drafters.get(drafter)
-        return None if tuned is None else Budget(self.verify, tuned.draft_ms, self.max_nodes)
+        return None if tuned is None else Budget(self.verify, tuned.draft_ms, self.max_nodes, standing)
 
 
 def tuning_file(bundle: Bundle, device: str) -> Path:

@@ -1,5 +1,6 @@
 """Tiny random models of every supported architecture, built from configurations in code."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,164 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {**GATED, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
 }
 
+T5_SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 1,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+# Encoder and decoder of unlike sizes; no forced tokens, so that greedy decoding is plain.
+BART_SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "d_model": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 80,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 256,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    "scale_embedding": True,
+    "tie_word_embeddings": False,
+}
+GEMMA_SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "max_position_embeddings": 256,
+    "sliding_window": 8,
+    "layer_types": MIXED,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SPEECH_SIZES: dict[str, Any] = {
+    key: value for key, value in BART_SIZES.items() if key not in ("max_position_embeddings", "forced_eos_token_id")
+} | {"max_source_positions": 60, "max_target_positions": 128}
+MOONSHINE_SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "encoder_num_hidden_layers": 1,
+    "decoder_num_hidden_layers": 2,
+    "encoder_num_attention_heads": 4,
+    "decoder_num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_head_dim_to_multiple_of": 12,
+    "decoder_start_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# name -> (model class, configuration class, configuration)
+ENCODER_DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5_SIZES),
+    "flan_t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {**T5_SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "mt5": ("MT5ForConditionalGeneration", "MT5Config", T5_SIZES),
+    "umt5": ("UMT5ForConditionalGeneration", "UMT5Config", T5_SIZES),
+    "bart": ("BartForConditionalGeneration", "BartConfig", BART_SIZES),
+    "mbart": ("MBartForConditionalGeneration", "MBartConfig", BART_SIZES),
+    "marian": ("MarianMTModel", "MarianConfig", BART_SIZES),
+    "pegasus": ("PegasusForConditionalGeneration", "PegasusConfig", BART_SIZES),
+    "m2m_100": ("M2M100ForConditionalGeneration", "M2M100Config", BART_SIZES),
+    "blenderbot": ("BlenderbotForConditionalGeneration", "BlenderbotConfig", BART_SIZES),
+    "t5gemma": (
+        "T5GemmaForConditionalGeneration",
+        "T5GemmaConfig",
+        {
+            "encoder": {**GEMMA_SIZES, "intermediate_size": 80},
+            "decoder": {**GEMMA_SIZES, "num_hidden_layers": 3, "layer_types": [*MIXED, "sliding_attention"]},
+            "vocab_size": 300,
+        },
+    ),
+    "t5gemma2": (
+        "T5Gemma2ForConditionalGeneration",
+        "T5Gemma2Config",
+        {
+            "encoder": {
+                "text_config": GEMMA_SIZES,
+                "vision_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "image_size": 28,
+                    "patch_size": 14,
+                },
+                "mm_tokens_per_image": 4,
+            },
+            "decoder": GEMMA_SIZES,
+            "eoi_token_index": 299,
+            "image_token_index": 298,
+        },
+    ),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", {**SPEECH_SIZES, "num_mel_bins": 20}),
+    "moonshine": ("MoonshineForConditionalGeneration", "MoonshineConfig", MOONSHINE_SIZES),
+    "speech2text": (
+        "Speech2TextForConditionalGeneration",
+        "Speech2TextConfig",
+        {
+            **SPEECH_SIZES,
+            "max_source_positions": 400,
+            "input_feat_per_channel": 20,
+            "conv_channels": 32,
+            "conv_kernel_sizes": (5, 5),
+        },
+    ),
+}
+
 
 def tiny_model(name: str, seed: int = 0) -> Any:
     """A random model whose logits are spread enough that greedy decoding has no near-ties."""
+    if name in ENCODER_DECODERS:
+        return _tiny_encoder_decoder(name, seed)
     prefix, settings = ARCHITECTURES[name]
     config_name = f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
     config = getattr(transformers, config_name)(**settings)
     torch.manual_seed(seed)
     class_name = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
+    return _spread(getattr(transformers, class_name)(config).eval())
+
+
+def _tiny_encoder_decoder(name: str, seed: int) -> Any:
+    class_name, config_name, settings = ENCODER_DECODERS[name]
+    config = getattr(transformers, config_name)(**copy.deepcopy(settings))
+    torch.manual_seed(seed)
     model = getattr(transformers, class_name)(config).eval()
+    # A model that repeats one token whatever its source proves little: neither embedding nor attention may outweigh the other.
+    if class_name.startswith(("T5", "MT5", "UMT5", "Moonshine")):
+        return _spread(model, 3.0, 0.4)
+    return _spread(model, 4.0, 16.0) if name == "whisper" else _spread(model)
+
+
+def _spread(model: Any, matrices: float = 4.0, embeddings: float = 4.0) -> Any:
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4.0)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and parameter.requires_grad:
+                parameter.mul_(embeddings if "embed_tokens" in name or "shared" in name else matrices)
     return model
 
 

@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from architectures import save_checkpoint, tiny_model
+from speech import save_speech_checkpoint
 
 from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
@@ -38,3 +39,11 @@ def bundle_of(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.Tem
         return Bundle.load(folder / name)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def speech_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A tiny Whisper's bundle, with a front-end."""
+    folder = tmp_path_factory.mktemp("speech")
+    save_speech_checkpoint(folder / "checkpoint")
+    return export(folder / "checkpoint", folder / "bundle")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import soundfile
+from speech import recording
 
 from headstart.runtime.bundle import Bundle
 
@@ -39,6 +41,23 @@ def test_generate_streams_the_same_text(bundle_of: BundleOf) -> None:
     assert whole.returncode == streamed.returncode == 0, whole.stderr + streamed.stderr
     assert whole.stdout == streamed.stdout
     assert "acceptance length" in streamed.stderr
+
+
+def test_generate_from_a_recording(speech_bundle: Bundle, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", recording(2), 8000)
+    done = headstart("generate", speech_bundle.path, "--audio", tmp_path / "a.wav", "--timestamps", "--stats")
+    assert done.returncode == 0, done.stderr
+    assert "→" in done.stdout.splitlines()[0]
+    assert "note: 8000 Hz to 16000 Hz" in done.stderr and "of real time" in done.stderr
+    captions = headstart("generate", speech_bundle.path, "--audio", tmp_path / "a.wav", "--stream").stdout
+    assert captions.startswith("[  1.00 s]") and len(captions.splitlines()) == 5  # each second of four, and the end
+
+
+def test_what_is_no_recording(speech_bundle: Bundle, bundle_of: BundleOf, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_text("not a sound")
+    assert "cannot be read as sound" in refused("generate", speech_bundle.path, "--audio", tmp_path / "a.wav")
+    assert "is not a file" in refused("generate", speech_bundle.path, "--audio", tmp_path / "b.wav")
+    assert "reads text, not speech" in refused("generate", bundle_of("llama").path, "--audio", tmp_path / "a.wav")
 
 
 def test_inspect_and_heads_list(bundle_of: BundleOf) -> None:
@@ -160,15 +179,17 @@ def test_every_command_has_help(command: str) -> None:
     assert done.returncode == 0 and "Usage" in done.stdout
 
 
-def test_folders_stand_for_their_text_files(tmp_path: Path) -> None:
-    from headstart.cli import text_files
+def test_folders_stand_for_their_text_or_sound_files(tmp_path: Path) -> None:
+    from headstart.cli import training_files
 
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/b.py").write_text("b")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "weights.bin").write_bytes(b"\x01\0\x02")
-    assert text_files([tmp_path]) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
-    assert text_files([tmp_path / "weights.bin"]) == [tmp_path / "weights.bin"], "what is named is taken"
+    assert training_files([tmp_path]) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
+    assert training_files([tmp_path / "weights.bin"]) == [tmp_path / "weights.bin"], "what is named is taken"
+    (tmp_path / "sub/said.WAV").write_bytes(b"RIFF\0")
+    assert training_files([tmp_path]) == [tmp_path / "sub/said.WAV"], "transcripts beside recordings are no recordings"
 
 
 def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:

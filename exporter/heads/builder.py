@@ -41,9 +41,12 @@ class GraphBuilder:
         self._weights.append(value)
         return value
 
+    def model(self, inputs: list[Any], outputs: list[Any], name: str) -> Any:
+        graph = ir.Graph(inputs, outputs, nodes=self._nodes, initializers=self._weights, opset_imports={"": OPSET}, name=name)
+        return ir.Model(graph, ir_version=11)
+
     def save(self, inputs: list[Any], outputs: list[Any], file: Path) -> None:
-        graph = ir.Graph(inputs, outputs, nodes=self._nodes, initializers=self._weights, opset_imports={"": OPSET}, name="head")
-        save_head(ir.Model(graph, ir_version=11), file)
+        save_head(self.model(inputs, outputs, "head"), file)
 
 
 def reference(name: str, info: WeightInfo) -> Any:

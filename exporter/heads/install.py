@@ -14,16 +14,21 @@ RESERVED = ("auto", "none", "ngram", "draft_model")  # what --drafter calls othe
 
 
 def import_head(
-    bundle: str | Path, folder: str | Path, name: str | None = None, top_k: int = 10, force: bool = False
+    bundle: str | Path,
+    folder: str | Path,
+    name: str | None = None,
+    top_k: int = 10,
+    force: bool = False,
+    lossy: bool = False,
 ) -> HeadInfo:
-    """Import the head in `folder` into a finished bundle, as `heads/<name>`.
+    """Import the head in `folder` into a finished bundle, as `heads/<name>`; of a lossy format only when `lossy`.
 
     The head is built beside the bundle and renamed into it, then the manifest is rewritten: whatever fails or interrupts
     leaves the bundle as it was.
 
     Raises:
         BundleError: no valid bundle.
-        HeadError: another family, or made for another target.
+        HeadError: another family, a lossy format, or made for another target.
         OutputError: the bundle has a head of that name (unless `force`).
     """
     try:
@@ -35,7 +40,7 @@ def import_head(
     _check_name(opened, name, force)
     others = dataclasses.replace(opened.manifest, heads=tuple(h for h in opened.manifest.heads if h != name))
     with _workplace(opened.path) as workplace:
-        manifest = add_head(workplace, others, Path(folder), name, top_k)
+        manifest = add_head(workplace, others, Path(folder), name, top_k, lossy)
         _put_in_place(workplace, opened.path, name, manifest)
     return Bundle(opened.path, manifest).head(name)
 

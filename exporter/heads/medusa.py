@@ -1,6 +1,7 @@
 """Medusa heads: from any published dialect to one ONNX graph (arXiv 2401.10774).
 
-Per head i: x = h; for each residual block x = x + SiLU(A x + b); logits_i = W_i x. Head i proposes the token i + 2 after
+Per head i: x = h; for each residual block x = x + SiLU(A x + b); logits_i = W_i x. The blocks of blockwise parallel decoding
+(arXiv 1811.03115) are x = x + B ReLU(A x + a) + b instead. Head i proposes the token i + 2 after
 the one whose hidden state h is; the target's own LM head gives the token after it. W_i may be the target's LM head.
 """
 
@@ -22,6 +23,7 @@ from .builder import GraphBuilder
 from .recognise import DIALECTS, HeadCheckpoint, recognise
 
 Array = NDArray[np.float32]
+Blocks = dict[tuple[int, int, str], Array]
 TOP_K = 10  # candidates per head, as published
 LM_HEAD = ("lm_head", "lm_head.scale")  # the second in quantized bundles
 
@@ -31,9 +33,10 @@ class MedusaWeights:
     """K heads of L residual blocks each.
 
     Attributes:
-        block_weights: [K, L, H, H], applied as x @ weight.T.
-        block_biases: [K, L, H]; zeros where the dialect has none.
+        block_weights: [K, L, F, H], applied as x @ weight.T; F is H but in blocks of two matrices.
+        block_biases: [K, L, F]; zeros where the dialect has none.
         projections: [K, V, H]; [1, V, H] when all heads have one of their own; None when it is the target's LM head.
+        outputs: second matrices [K, L, H, F] and biases [K, L, H] of blocks that have them.
         token_map: [V'] the target's ids of the projections' rows, when these cover only a part of the vocabulary.
     """
 
@@ -41,6 +44,7 @@ class MedusaWeights:
     block_biases: Array
     projections: Array | None
     token_map: NDArray[np.int64] | None = None
+    outputs: tuple[Array, Array] | None = None
 
     @property
     def heads(self) -> int:
@@ -52,25 +56,38 @@ def medusa_from_checkpoint(checkpoint: HeadCheckpoint, model: ModelInfo) -> Medu
 
     Raises HeadError when a tensor is missing, or hidden size or vocabulary are not the target's.
     """
-    blocks = _blocks(checkpoint)
+    dialect = DIALECTS[checkpoint.dialect]
+    blocks, seconds = _blocks(checkpoint, dialect.block), _blocks(checkpoint, dialect.output)
     heads = _count(checkpoint, "head", {head for head, _, _ in blocks})
     layers = _count(checkpoint, "block", {layer for _, layer, _ in blocks})
-    grid = [[_block(checkpoint, blocks, head, layer, model.hidden_size) for layer in range(layers)] for head in range(heads)]
-    weights = np.stack([np.stack([weight for weight, _ in row]) for row in grid])
-    biases = np.stack([np.stack([bias for _, bias in row]) for row in grid])
+    hidden = model.hidden_size
+    inner = next(len(tensor) for tensor in blocks.values()) if seconds else hidden
+    weights, biases = _stacked(checkpoint, blocks, (heads, layers), (inner, hidden))
+    outputs = _stacked(checkpoint, seconds, (heads, layers), (hidden, inner)) if seconds else None
     projections = _projections(checkpoint, heads, layers)
     if projections is None:
-        return MedusaWeights(weights, biases, None)
+        return MedusaWeights(weights, biases, None, outputs=outputs)
     projections, token_map = _truncated(checkpoint, projections, model.vocab_size)
     _check_projections(checkpoint, projections, token_map, model)
-    return MedusaWeights(weights, biases, projections, token_map)
+    return MedusaWeights(weights, biases, projections, token_map, outputs)
 
 
-def _blocks(checkpoint: HeadCheckpoint) -> dict[tuple[int, int, str], Array]:
-    """(head, block, weight or bias) -> tensor."""
-    pattern = re.compile(DIALECTS[checkpoint.dialect].block)
-    matches = ((pattern.fullmatch(name), tensor) for name, tensor in checkpoint.tensors.items())
-    return {(int(match[1]), int(match[2]), match[3]): tensor for match, tensor in matches if match}
+def _blocks(checkpoint: HeadCheckpoint, pattern: str) -> Blocks:
+    """(head, block, weight or bias) -> tensor; heads are counted from the one that proposes the second token ahead."""
+    first = DIALECTS[checkpoint.dialect].first_head
+    matches = ((re.fullmatch(pattern, name), tensor) for name, tensor in checkpoint.tensors.items())
+    blocks = {(int(m[1]) - first, int(m[2]), m[3]): tensor for m, tensor in matches if m}
+    return {key: tensor for key, tensor in blocks.items() if key[0] >= 0}
+
+
+def _stacked(
+    checkpoint: HeadCheckpoint, blocks: Blocks, counts: tuple[int, int], shape: tuple[int, int]
+) -> tuple[Array, Array]:
+    """Weights [K, L, *shape] and biases [K, L, rows] of K heads of L blocks."""
+    heads, layers = counts
+    grid = [[_block(checkpoint, blocks, head, layer, shape) for layer in range(layers)] for head in range(heads)]
+    weights = np.stack([np.stack([weight for weight, _ in row]) for row in grid])
+    return weights, np.stack([np.stack([bias for _, bias in row]) for row in grid])
 
 
 def _count(checkpoint: HeadCheckpoint, what: str, indices: set[int]) -> int:
@@ -83,20 +100,18 @@ def _count(checkpoint: HeadCheckpoint, what: str, indices: set[int]) -> int:
     return len(indices)
 
 
-def _block(
-    checkpoint: HeadCheckpoint, blocks: dict[tuple[int, int, str], Array], head: int, layer: int, hidden: int
-) -> tuple[Array, Array]:
+def _block(checkpoint: HeadCheckpoint, blocks: Blocks, head: int, layer: int, shape: tuple[int, int]) -> tuple[Array, Array]:
     weight, bias = blocks.get((head, layer, "weight")), blocks.get((head, layer, "bias"))
     if bias is None and not any(part == "bias" for _, _, part in blocks):
-        bias = np.zeros(hidden, np.float32)  # vLLM's form without medusa_fc_bias
+        bias = np.zeros(shape[0], np.float32)  # vLLM's form without medusa_fc_bias
     for part, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             raise HeadError(f"{checkpoint.path}: the {part} of head {head}, block {layer} is missing. Fix: the complete file.")
     assert weight is not None and bias is not None
-    if weight.shape != (hidden, hidden) or bias.shape != (hidden,):
-        size = weight.shape[-1] if weight.shape != (hidden, hidden) else len(bias)
+    if weight.shape != shape or bias.shape != shape[:1]:
+        size = weight.shape[-1] if weight.shape != shape else len(bias)
         raise HeadError(
-            f"{checkpoint.path}: head {head} works on hidden size {size}, the target has {hidden}. "
+            f"{checkpoint.path}: head {head} works on hidden size {size}, the target has {shape[-1]}. "
             "Fix: heads trained for this very target."
         )
     return weight, bias
@@ -169,12 +184,14 @@ def _check_projections(
         )
 
 
-def add_head(bundle: Path, manifest: Manifest, folder: Path, name: str | None = None, top_k: int = TOP_K) -> Manifest:
+def add_head(
+    bundle: Path, manifest: Manifest, folder: Path, name: str | None = None, top_k: int = TOP_K, lossy: bool = False
+) -> Manifest:
     """Write `heads/<name>/` into a bundle folder; returns the manifest that names it. Does not write the manifest.
 
     Raises HeadError when the head is of another family or does not fit the target.
     """
-    checkpoint = recognise(folder)
+    checkpoint = recognise(folder, lossy)
     weights = medusa_from_checkpoint(checkpoint, manifest.model)
     name = name or default_name(manifest)
     target = bundle / "heads" / name
@@ -214,13 +231,13 @@ def _shared_projection(weights: MedusaWeights, manifest: Manifest, folder: Path)
 
 def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Path, name: str, top_k: int) -> GraphInfo:
     """`hidden` [B, 1, H] to `topk_ids` [B, K, k] int64 and `topk_log_probs` [B, K, k] float32."""
-    heads, _, hidden, _ = weights.block_weights.shape
+    heads, layers, _, hidden = weights.block_weights.shape
     graph = GraphBuilder()
     source = ir.val("hidden", ir.DataType.FLOAT, ("batch", 1, hidden))
     state = graph.node("Transpose", [source], perm=[1, 0, 2])  # [1, B, H]: the heads broadcast over the first axis
-    for layer in range(weights.block_weights.shape[1]):
+    for layer in range(layers):
         inner = _first_block(graph, weights, source) if layer == 0 else _later_block(graph, weights, state, layer)
-        state = graph.node("Add", [state, graph.node("Mul", [inner, graph.node("Sigmoid", [inner])])])  # [K, B, H]
+        state = graph.node("Add", [state, _activated(graph, weights, inner, layer)])  # [K, B, H]
     logits = graph.node("MatMul", [state, _projection(graph, weights, shared)])  # [K, B, V]
     log_probs = graph.node("LogSoftmax", [graph.node("Transpose", [logits], perm=[1, 0, 2])], axis=-1)
     values, ids = graph.nodes("TopK", [log_probs, graph.ints("k", [top_k])], 2, axis=-1, largest=1, sorted=1)
@@ -235,13 +252,23 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
 
 
 def _first_block(graph: GraphBuilder, weights: MedusaWeights, source: Any) -> Any:
-    """[K, B, H]: all heads read the same state, so their first block is one linear layer with K · H outputs."""
-    heads, _, hidden, _ = weights.block_weights.shape
-    joined = np.ascontiguousarray(weights.block_weights[:, 0].reshape(heads * hidden, hidden).T)
-    product = graph.node("MatMul", [source, graph.constant("block.0.weight", joined)])  # [B, 1, K · H]
+    """[K, B, F]: all heads read the same state, so their first block is one linear layer with K · F outputs."""
+    heads, _, inner, hidden = weights.block_weights.shape
+    joined = np.ascontiguousarray(weights.block_weights[:, 0].reshape(heads * inner, hidden).T)
+    product = graph.node("MatMul", [source, graph.constant("block.0.weight", joined)])  # [B, 1, K · F]
     biased = graph.node("Add", [product, graph.constant("block.0.bias", weights.block_biases[:, 0].reshape(-1))])
-    split = graph.node("Reshape", [biased, graph.ints("per_head", [-1, heads, hidden])])
+    split = graph.node("Reshape", [biased, graph.ints("per_head", [-1, heads, inner])])
     return graph.node("Transpose", [split], perm=[1, 0, 2])
+
+
+def _activated(graph: GraphBuilder, weights: MedusaWeights, inner: Any, layer: int) -> Any:
+    """[K, B, F] to [K, B, H]: SiLU, or ReLU and the second matrix."""
+    if weights.outputs is None:
+        return graph.node("Mul", [inner, graph.node("Sigmoid", [inner])])
+    matrices, biases = weights.outputs
+    second = np.ascontiguousarray(matrices[:, layer].transpose(0, 2, 1))
+    product = graph.node("MatMul", [graph.node("Relu", [inner]), graph.constant(f"block.{layer}.output", second)])
+    return graph.node("Add", [product, graph.constant(f"block.{layer}.output_bias", biases[:, layer, None])])
 
 
 def _later_block(graph: GraphBuilder, weights: MedusaWeights, state: Any, layer: int) -> Any:
@@ -257,7 +284,7 @@ def _projection(graph: GraphBuilder, weights: MedusaWeights, shared: dict[str, W
         return graph.constant("projection.weight", np.ascontiguousarray(weights.projections.transpose(0, 2, 1)))
     info = shared["lm_head"]
     value = graph.reference("lm_head", info)
-    vocabulary_first = info.shape[1] == weights.block_weights.shape[2]  # [V, H], as tied weights are stored
+    vocabulary_first = info.shape[1] == weights.block_weights.shape[3]  # [V, H], as tied weights are stored
     if "lm_head.scale" in shared:
         scale = graph.reference("lm_head.scale", shared["lm_head.scale"])
         value = graph.node("DequantizeLinear", [value, scale], axis=0 if vocabulary_first else 1)

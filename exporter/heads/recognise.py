@@ -18,6 +18,9 @@ from headstart.runtime.errors import HeadError
 Tensors = Mapping[str, NDArray[np.float32]]
 
 
+NOTHING = r"(?!)"  # an expression that no name matches
+
+
 @dataclass(frozen=True)
 class Dialect:
     """How a published format names the tensors of Medusa heads, as regular expressions of the whole name.
@@ -26,11 +29,15 @@ class Dialect:
         block: of a residual block; groups: head, block, weight or bias.
         projection: of a head onto the vocabulary; groups: head, place after the head's blocks (may be empty).
         extra: of tensors that belong to all heads; one group, the name without prefix.
+        output: of the second matrix of a block that has two; groups as of the first.
+        first_head: the number of the head that proposes the second token ahead; those before it propose nothing.
     """
 
     block: str
     projection: str
-    extra: str = r"(?!)"  # matches nothing
+    extra: str = NOTHING
+    output: str = NOTHING
+    first_head: int = 0
 
 
 DIALECTS = {
@@ -42,20 +49,27 @@ DIALECTS = {
         r"(?:medusa_heads\.)?lm_heads\.(\d+)()\.weight",
         r"(?:medusa_heads\.)?(token_map|lm_head\.weight)",
     ),
+    "blockwise": Dialect(  # calibration/train.py
+        r"blockwise_heads\.(\d+)\.(\d+)\.wi\.(weight|bias)",
+        r"blockwise_heads\.(\d+)\.(\d+)\.weight",
+        output=r"blockwise_heads\.(\d+)\.(\d+)\.wo\.(weight|bias)",
+    ),
+    # Names as ModelOpt's, with the fine-tuned Whisper beside them, whose LM head projects; head 0 stands in for it.
+    "whisper-medusa": Dialect(r"medusa_heads\.(\d+)\.(\d+)\.linear\.(weight|bias)", NOTHING, first_head=1),
 }
+LOSSY = ("whisper-medusa",)  # dialects whose published model does not say what its base says
 
-# Other families by what only they have, the first match names the family. Configuration keys and Whisper's tensors are
-# looked at before Medusa's names, which some of these families use too.
+# Other families by what only they have, the first match names the family. Configuration keys are looked at before Medusa's
+# names, which some of these families use too.
 OTHER_KEYS = {
     "speculators_model_type": "vLLM speculators",
     "speculators_config": "vLLM speculators",
-    "medusa_heads_type": "Whisper-Medusa",
     "hydra_num_heads": "Hydra",
     "dflash_config": "DFlash",
     "target_layer_ids": "DFlash",
 }
 OTHER_TYPES = {"mlp_speculator": "MLP speculator", "recurrent_drafting_drafter": "ReDrafter"}
-BEFORE_MEDUSA = {r"whisper_model\.|medusa_block\.": "Whisper-Medusa"}
+WHISPER_MEDUSA = re.compile(r"whisper_model\.|medusa_block\.")
 OTHER_TENSORS = {
     r"mask_hidden": "P-EAGLE",
     r"midlayer\.": "EAGLE-3",
@@ -85,8 +99,8 @@ class HeadCheckpoint:
     config: dict[str, Any]
 
 
-def recognise(folder: Path) -> HeadCheckpoint:
-    """Read a Medusa checkpoint of any known dialect.
+def recognise(folder: Path, lossy: bool = False) -> HeadCheckpoint:
+    """Read a Medusa checkpoint of any known dialect; the lossy ones only when `lossy`.
 
     Raises HeadError when the folder holds another family, nothing known, or a file that cannot be read.
     """
@@ -94,16 +108,46 @@ def recognise(folder: Path) -> HeadCheckpoint:
         raise HeadError(f"{folder} is not a folder. A draft head is a folder with its weights and config.json.")
     config = _config(folder)
     names = tensor_names(folder)
-    other = _named_by_config(config) or _named_by_tensors(BEFORE_MEDUSA, names)
-    dialect = None if other else _medusa_dialect(names)
-    if dialect is None:
-        raise HeadError(f"{folder}: {_not_medusa(other or _named_by_tensors(OTHER_TENSORS, names) or _kangaroo(names), names)}")
+    dialect = _dialect(folder, config, names)
+    if dialect in LOSSY and not lossy:
+        raise HeadError(f"{folder}: {_why_lossy(dialect)}")
     patterns = DIALECTS[dialect]
-    wanted = [n for n in names if any(re.fullmatch(p, n) for p in (patterns.block, patterns.projection, patterns.extra))]
+    kinds = (patterns.block, patterns.output, patterns.projection, patterns.extra)
+    wanted = [name for name in names if any(re.fullmatch(kind, name) for kind in kinds)]
     return HeadCheckpoint(folder, dialect, read_tensors(folder, names, wanted), config)
 
 
+def _dialect(folder: Path, config: dict[str, Any], names: Mapping[str, str]) -> str:
+    if "medusa_heads_type" in config or any(WHISPER_MEDUSA.match(name) for name in names):
+        _check_whisper_medusa(folder, config, names)
+        return "whisper-medusa"
+    other = _named_by_config(config)
+    dialect = None if other else _medusa_dialect(names)
+    if dialect is None:
+        raise HeadError(f"{folder}: {_not_medusa(other or _named_by_tensors(OTHER_TENSORS, names) or _kangaroo(names), names)}")
+    return dialect
+
+
+def _check_whisper_medusa(folder: Path, config: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Only the linear variant (`base_head`) is independent heads on the decoder's own state."""
+    kind = config.get("medusa_heads_type", "base_head")
+    if kind != "base_head" or any(name.startswith("medusa_block.") for name in names):
+        raise HeadError(
+            f"{folder}: this is a Whisper-Medusa head of the block variant ({kind}): it reads one more decoder layer with "
+            "caches of its own, which this version does not draft with. Fix: the linear variant, or headstart heads train."
+        )
+
+
+def _why_lossy(dialect: str) -> str:
+    return (
+        f"these heads ({dialect}, base_head) are lossy as published: the last decoder layer was fine-tuned with them, and head "
+        "0 replaces Whisper's own next token. Fix: headstart heads import --lossy takes the heads after it as drafts; what is "
+        "written is then the bundle's target's own choice, which may differ from the published model's."
+    )
+
+
 def _medusa_dialect(names: Mapping[str, str]) -> str | None:
+    """The first whose blocks are there; Whisper-Medusa's names are ModelOpt's, which comes before it."""
     return next((d for d, patterns in DIALECTS.items() if any(re.fullmatch(patterns.block, name) for name in names)), None)
 
 

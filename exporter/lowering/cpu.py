@@ -47,8 +47,8 @@ def lower_decoder(model: Any, positions: int, activations: str) -> Lowered:
     return Lowered(single, batch, counts)
 
 
-def lower_head(model: Any, activations: str) -> Any:
-    """Lower a draft head's graph."""
+def lower_graph(model: Any, activations: str) -> Any:
+    """Lower a graph that keeps no cache: a draft head's, or an encoder's."""
     for lowering in _common(activations):
         model, _ = lowering(model)
     return model

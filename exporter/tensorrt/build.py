@@ -12,7 +12,7 @@ from typing import Any
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.info import ENGINE_SCHEMA, EngineInfo, PlanInfo, Profile, engine_source
-from headstart.runtime.errors import OptionError
+from headstart.runtime.errors import EngineError, OptionError
 from headstart.runtime.memory import peak_memory_mb
 
 from .builder import BuilderOptions, build_plan
@@ -80,13 +80,14 @@ class TensorRtOptions:
 def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtOptions, progress: Progress) -> EngineInfo:
     """Lower and build every graph into `folder`.
 
-    Raises OptionError for a target that cannot be built for, MissingExtraError without the library, EngineError when it
-    refuses a graph.
+    Raises OptionError for a target that cannot be built for, MissingExtraError without the library, EngineError for an int8
+    cache, or when the library refuses a graph.
     """
     if options.fits is not None:
         from headstart.exporter.memory_plan import check_fits
 
         check_fits(bundle, options.fits, options)
+    _check_caches(bundle)
     library = open_library(parse_target(device))
     settings = _settings(bundle, options)
     library.check_types(settings.values())
@@ -110,8 +111,18 @@ def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtO
         plans=made.plans,
         cache_slots=options.slots(bundle),
         batch=options.batch,
+        source_rows=made.sizes.get("source", 0),
         peak_memory_mb=peak_memory_mb(),
     )
+
+
+def _check_caches(bundle: Bundle) -> None:
+    """TensorRT's cache update takes floats only (found with TensorRT-RTX 1.7.1: its parser refuses TensorScatter on int8)."""
+    if any(cache.dtype == "int8" for cache in bundle.manifest.caches):
+        raise EngineError(
+            f"{bundle.path} keeps its cache in int8, which TensorRT cannot update in place. "
+            "Fix: headstart quantize without --kv-cache int8."
+        )
 
 
 def _settings(bundle: Bundle, options: TensorRtOptions) -> dict[str, str]:

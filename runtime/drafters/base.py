@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.runtime.cache import CrossState
+from headstart.runtime.rules import LogitRule
 from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import DraftTree
 
@@ -22,6 +24,10 @@ class DraftRequest:
         max_nodes: the most nodes the tree may have.
         max_depth: the deepest a node may stand; less than the tree could be only at the end of the text.
         sampling: the user's options; a drafter that samples needs the temperature.
+        prompt_tokens: how many of `token_ids` are the prompt.
+        rules: the text's own logit rules beside them. Forbidden drafts are merely rejected; a drafter need not look.
+        source_ids: the encoder's input, in the tokens of the output; empty where there is none.
+        hypothesis_ids: what was decoded for an earlier, shorter input, without prompt; empty where there is none.
     """
 
     row: int
@@ -30,6 +36,10 @@ class DraftRequest:
     max_nodes: int
     max_depth: int
     sampling: SamplingOptions
+    prompt_tokens: int = 0
+    rules: tuple[LogitRule, ...] = ()
+    source_ids: Sequence[int] = ()
+    hypothesis_ids: Sequence[int] = ()
 
 
 class Drafter(Protocol):
@@ -48,6 +58,18 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class SourceReader(Protocol):
+    """A drafter that looks at what the target's encoder reads."""
+
+    def read(self, sources: Sequence[NDArray[Any]], cross: CrossState | None) -> None:
+        """The sources of the sequences just opened, as Engine.encode takes them, and what the target's encoder made of them.
+
+        None when the target has no encoder.
+        """
+        ...
+
+
+@runtime_checkable
 class TunedDrafter(Drafter, Protocol):
     """A drafter that sorts its nodes into classes, and believes the acceptance rates measured for them."""
 
@@ -60,3 +82,8 @@ class TunedDrafter(Drafter, Protocol):
     def use_rates(self, rates: Sequence[float]) -> None:
         """Believe these [class_count] rates from now on: chance of acceptance given that the parent was accepted."""
         ...
+
+
+def step(steps: Sequence[int], value: int) -> int:
+    """Index of the highest of the rising `steps` that `value` reaches; how drafters sort nodes into classes."""
+    return sum(value >= lowest for lowest in steps) - 1

@@ -1,14 +1,18 @@
-"""A draft model: a smaller exported decoder with the target's vocabulary proposes a chain (arXiv 2211.17192, 2302.01318).
+"""A draft model: a smaller exported model with the target's vocabulary proposes a chain (arXiv 2211.17192, 2302.01318).
 
+Where the target has an encoder the draft model has one too, and reads the same source with it, once. An assistant
+(Distil-Whisper, arXiv 2311.00430) was trained on the target's own encoder: it is exported without one, and reads the
+states that the target's made.
 Its own cache follows the text by comparing tokens: whatever the target rejected is rewound before the next draft.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.cache import KVCache
+from headstart.runtime.cache import CrossState, KVCache
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.prefill import prefill
 from headstart.runtime.sampling import LogitRules
@@ -34,6 +38,7 @@ class DraftModelDrafter:
         self._engine = engine
         self._generators: dict[int, np.random.Generator] = {}
         self._caches: dict[int, KVCache] = {}
+        self._cross: list[CrossState] = []  # of each row, where sources are read
         self._fed: dict[int, list[int]] = {}  # tokens whose keys and values stand in each row's cache
         self._deepest = self.class_count
 
@@ -47,6 +52,12 @@ class DraftModelDrafter:
         self._caches = {}
         self._generators = {}
         self._fed = {row: [] for row in range(batch)}
+        self._cross = []
+
+    def read(self, sources: Sequence[NDArray[Any]], cross: CrossState | None) -> None:
+        if cross is not None and self._engine.model.source == "states":
+            sources = cross.states()
+        self._cross = [self._engine.encode([source]) for source in sources]
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         return [self._draft(request) for request in requests]
@@ -58,7 +69,7 @@ class DraftModelDrafter:
         if steps <= 0:
             return empty_tree()
         logits = self._catch_up(request.row, tokens)
-        rules = LogitRules(request.sampling)
+        rules = LogitRules(request.sampling, request.rules)
         drafted: list[int] = []
         distributions: list[NDArray[np.float64]] = []
         for step in range(steps):
@@ -97,7 +108,8 @@ class DraftModelDrafter:
         needed = tokens + MAX_ROWS + SLOT_STEP
         cache = self._caches.get(row)
         if cache is None or cache.slots < tokens + MAX_ROWS:
-            grown = self._engine.new_cache(1, -(-needed // SLOT_STEP) * SLOT_STEP)
+            cross = self._cross[row] if self._cross else None
+            grown = self._engine.new_cache(1, -(-needed // SLOT_STEP) * SLOT_STEP, cross)
             if cache is not None:
                 for old, new in zip(cache.buffers, grown.buffers, strict=True):
                     new[:, :, : old.shape[2]] = old

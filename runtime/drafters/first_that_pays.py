@@ -5,12 +5,15 @@ about as often everywhere. So the head is asked only where the copy is unsure of
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from headstart.runtime.cache import CrossState
 from headstart.runtime.tree import DraftTree
 
-from .base import DraftRequest, TunedDrafter
+from .base import DraftRequest, SourceReader, TunedDrafter
 
 
 class FirstThatPays:
@@ -38,6 +41,11 @@ class FirstThatPays:
     def open(self, batch: int) -> None:
         self._first.open(batch)
         self._second.open(batch)
+
+    def read(self, sources: Sequence[NDArray[Any]], cross: CrossState | None) -> None:
+        for drafter in (self._first, self._second):
+            if isinstance(drafter, SourceReader):
+                drafter.read(sources, cross)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         trees = self._first.propose(requests)

@@ -1,8 +1,9 @@
-"""Prompt lookup: what followed the last few tokens the last time they stood in the text.
+"""Prompt lookup: what followed the last few tokens the last time they stood in the text, or in its source.
 
 No training, no graph: an index from n-grams to where they ended, kept up to date as the text grows (PLD, and CopySpec,
-arXiv 2502.08923). Several earlier occurrences become branches of one tree. The longer the match, the longer the copy:
-tuning measures how often copies of each length of match and depth are right.
+arXiv 2502.08923). The source, an encoder's input, stands in the index ahead of the text. Several earlier occurrences
+become branches of one tree. The longer the match, the longer the copy: tuning measures how often copies of each origin,
+length of match and depth are right.
 """
 
 from collections.abc import Sequence
@@ -10,13 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.tree import ROOT, DraftTree, empty_tree
+from headstart.runtime.tree import DraftTree, tree_from_branches
 
-from .base import DraftRequest
+from .base import DraftRequest, step
 
 KEPT_ENDS = 8  # most recent occurrences remembered per n-gram
 LONGEST_MATCH = 32  # tokens a match is followed back
-# A node's class: length of the match, depth of the node, rank of the branch. Each list holds the lowest of each step.
+BOUNDARY = -1  # stands between source and text; no token, so that no match crosses it
+# A node's class: text or source, length of the match, depth of the node, rank of the branch. Each list holds the lowest
+# of each step.
+ORIGINS = (0, 1)
 MATCHES = (1, 2, 3, 4, 6, 10, 16, 32)
 DEPTHS = (1, 2, 3, 5, 9, 17)
 RANKS = (0, 1, 2)
@@ -26,17 +30,24 @@ RANK_DISCOUNT = 0.6
 
 
 class NGramIndex:
-    """One text's n-grams of `min_n` to `max_n` tokens."""
+    """One text's n-grams of `min_n` to `max_n` tokens, and those of its source."""
 
-    def __init__(self, max_n: int, min_n: int) -> None:
+    def __init__(self, max_n: int, min_n: int, source_ids: Sequence[int] = ()) -> None:
         self._sizes = range(max_n, min_n - 1, -1)  # longest first
         self._ends: dict[tuple[int, ...], list[int]] = {}
         self._tokens: list[int] = []
+        self._take_in(source_ids)
+        if source_ids:
+            self._tokens.append(BOUNDARY)
+        self.text_begin = len(self._tokens)
 
     def update(self, token_ids: Sequence[int]) -> None:
         """Take in the text so far; only what is new is indexed. The last token's n-grams wait until they are followed."""
+        self._take_in(token_ids[len(self._tokens) - self.text_begin :])
+
+    def _take_in(self, token_ids: Sequence[int]) -> None:
         known = len(self._tokens)
-        self._tokens.extend(token_ids[known:])
+        self._tokens.extend(token_ids)
         for end in range(max(known, 1), len(self._tokens)):
             for size in self._sizes:
                 if size <= end:
@@ -62,27 +73,33 @@ class NGramIndex:
         return length
 
     def continuation(self, start: int, count: int) -> list[int]:
-        """`count` tokens from `start`; past the end of the text the copy goes on with what it has itself copied."""
+        """`count` tokens from `start`; past the end of the text the copy goes on with what it has itself copied.
+
+        A copy out of the source ends where the source does.
+        """
         tokens = self._tokens
+        if start < self.text_begin:
+            return tokens[start : min(start + count, self.text_begin - 1)]
         period = len(tokens) - start
         return [tokens[start + i % period] for i in range(count)]
 
 
 class NGramDrafter:
-    """Family F: no graph. Copies from the prompt and the output so far."""
+    """Family F: no graph. Copies from the prompt and the output so far, and from the source."""
 
     name = "ngram"
     default_nodes = 8
-    class_count = len(MATCHES) * len(DEPTHS) * len(RANKS)
+    class_count = len(ORIGINS) * len(MATCHES) * len(DEPTHS) * len(RANKS)
 
     def __init__(self, max_n: int = 4, min_n: int = 1, branches: int = 4) -> None:
         self._max_n, self._min_n, self._branches = max_n, min_n, branches
-        self._indexes: list[NGramIndex] = []
+        self._indexes: dict[int, NGramIndex] = {}
         self.use_rates(self.prior_rates())
 
     def prior_rates(self) -> list[float]:
         return [
             PRIOR[match] * (RANK_DISCOUNT**rank if depth == 0 else 1.0)
+            for _ in ORIGINS
             for match in range(len(MATCHES))
             for depth in range(len(DEPTHS))
             for rank in range(len(RANKS))
@@ -92,45 +109,29 @@ class NGramDrafter:
         self._log_rates: NDArray[np.float64] = np.log(np.clip(np.array(rates), 1e-4, 1.0))
 
     def open(self, batch: int) -> None:
-        self._indexes = [NGramIndex(self._max_n, self._min_n) for _ in range(batch)]
+        self._indexes = {}
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         trees = []
         for request in requests:
+            if request.row not in self._indexes:
+                self._indexes[request.row] = NGramIndex(self._max_n, self._min_n, request.source_ids)
             index = self._indexes[request.row]
             index.update(request.token_ids)
             trees.append(self._tree(index, request.max_nodes, request.max_depth))
         return trees
 
     def _tree(self, index: NGramIndex, nodes: int, max_depth: int) -> DraftTree:
-        """Continuations of the matches, merged into a trie of at most `nodes` nodes, the most probable kept."""
-        tokens: list[int] = []
-        parents: list[int] = []
-        log_probs: list[float] = []
-        classes: list[int] = []
-        known: dict[tuple[int, int], int] = {}
+        """Continuations of the matches, each a branch."""
+        branches = []
         for rank, (start, length) in enumerate(index.matches(self._branches)):
-            parent, total = ROOT, 0.0
-            for depth, token in enumerate(index.continuation(start, min(nodes, max_depth)), 1):
-                kind = node_class(length, depth, rank)
-                total += float(self._log_rates[kind])
-                node = known.setdefault((parent, token), len(tokens))
-                if node == len(tokens):
-                    tokens.append(token)
-                    parents.append(parent)
-                    log_probs.append(min(total, 0.0 if parent == ROOT else log_probs[parent]))
-                    classes.append(kind)
-                parent, total = node, log_probs[node]
-        if not tokens:
-            return empty_tree()
-        arrays = np.array(tokens, np.int64), np.array(parents, np.int64), np.array(log_probs, np.float32)
-        return DraftTree(*arrays, classes=np.array(classes, np.int64)).best(nodes, max_depth)
+            token_ids = index.continuation(start, min(nodes, max_depth))
+            origin = int(start < index.text_begin)
+            branches.append((token_ids, [node_class(origin, length, depth, rank) for depth in range(1, len(token_ids) + 1)]))
+        return tree_from_branches(branches, self._log_rates).best(nodes, max_depth)
 
 
-def node_class(match: int, depth: int, rank: int) -> int:
-    """The class of a node that copies behind a match of that length."""
-    return (_step(MATCHES, match) * len(DEPTHS) + _step(DEPTHS, depth)) * len(RANKS) + _step(RANKS, rank)
-
-
-def _step(steps: tuple[int, ...], value: int) -> int:
-    return sum(value >= lowest for lowest in steps) - 1
+def node_class(origin: int, match: int, depth: int, rank: int) -> int:
+    """The class of a node that copies behind a match of that length; origin 1 is the source."""
+    place = (origin * len(MATCHES) + step(MATCHES, match)) * len(DEPTHS) + step(DEPTHS, depth)
+    return place * len(RANKS) + step(RANKS, rank)

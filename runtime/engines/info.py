@@ -7,11 +7,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headstart.runtime.bundle import Bundle, from_json
+from headstart.runtime.bundle import Bundle, check_files, from_json
 from headstart.runtime.errors import BundleError, EngineError
 
 ENGINE_FILE = "engine.json"
-ENGINE_SCHEMA = 1
+ENGINE_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class EngineInfo:
         created: ISO 8601, UTC.
         builder: package versions that built it.
         source: sha256 of each of the bundle's files it was built from.
-        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "heads/<name>", "probe" -> file beside this one.
+        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "encoder", "heads/<name>", "probe" -> file beside
+            this one.
         settings: what was chosen for this device, e.g. the type of integer activations.
         passes: what each lowering pass did, in order.
         relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range;
@@ -64,7 +65,9 @@ class EngineInfo:
         plans: name of a graph -> what was built of it, for TensorRT.
         cache_slots: of the caches, where that is fixed at build: the longest text and a verify pass behind it; else 0.
         batch: sequences decoded together, where that is fixed at build; else 0.
+        source_rows: of the encoder's states, where there is an encoder and that is fixed at build; else 0.
         peak_memory_mb: of the building process, where it was measured; else 0.
+        files: sha256 of each file beside this one.
     """
 
     schema_version: int
@@ -79,7 +82,13 @@ class EngineInfo:
     plans: dict[str, PlanInfo] = field(default_factory=dict)
     cache_slots: int = 0
     batch: int = 0
+    source_rows: int = 0
     peak_memory_mb: float = 0.0
+    files: dict[str, str] = field(default_factory=dict)
+
+    def replaced(self) -> set[str]:
+        """The bundle's files that nobody reads once this engine is there: the canonical graphs."""
+        return {name for name in self.source if not name.endswith(".json")}
 
 
 def engine_folder(bundle: Bundle, device: str) -> Path:
@@ -88,9 +97,10 @@ def engine_folder(bundle: Bundle, device: str) -> Path:
 
 
 def built_engine(bundle: Bundle, device: str) -> EngineInfo | None:
-    """What was built for `device`; None when nothing was.
+    """What was built for `device`, its files' hashes checked; None when nothing was.
 
-    Raises EngineError when it was built from other graphs than the bundle now holds, or by another version of Headstart.
+    Raises EngineError when it was built from other graphs than the bundle now holds, or by another version of Headstart;
+    BundleError when a file of it is missing or was edited.
     """
     file = engine_folder(bundle, device) / ENGINE_FILE
     if not file.is_file():
@@ -109,6 +119,7 @@ def built_engine(bundle: Bundle, device: str) -> EngineInfo | None:
     changed = sorted(name for name in info.source.keys() | now.keys() if info.source.get(name) != now.get(name))
     if changed:
         raise EngineError(f"{file.parent} was built from another {changed[0]} than the bundle now holds. {fix}")
+    check_files(file.parent, info.files, ENGINE_FILE, fix.removeprefix("Fix: ").removesuffix("."))
     return info
 
 

@@ -6,6 +6,7 @@ row is computed the same way however many stand beside it.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, HeadInfo, WeightInfo
-from headstart.runtime.cache import KVCache
+from headstart.runtime.cache import CrossState, KVCache
 from headstart.runtime.engine import StepOutput
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
-from headstart.runtime.errors import EngineError, missing_extra
+from headstart.runtime.errors import EngineError, PromptError, missing_extra
 
 MIN_ROWS = 2
 # Threads of anything that drafts. A second pool of spinning threads would fight the target's for the same cores, which
@@ -27,7 +28,7 @@ OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
 
 
 class OnnxRuntimeEngine:
-    """The bundle's decoder on the CPU provider: as built for it, else the canonical graph as it is."""
+    """The bundle's graphs on the CPU provider: as built for it, else the canonical ones as they are."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None, built: tuple[EngineInfo, Path] | None = None) -> None:
         """`built`: an engine and its folder; None is the canonical graph."""
@@ -44,8 +45,12 @@ class OnnxRuntimeEngine:
 
     @classmethod
     def open(cls, bundle: Bundle, threads: int | None = None) -> "OnnxRuntimeEngine":
-        """With what `headstart build --device cpu` made, when it was run. Raises EngineError when that is stale."""
+        """With what `headstart build --device cpu` made, when it was run. Hashes the files that will be read, and no others.
+
+        Raises EngineError when the built engine is stale, BundleError when a file was edited.
+        """
         info = built_engine(bundle, "cpu")
+        bundle.check_hashes(unread=info.replaced() if info else ())
         return cls(bundle, threads, None if info is None else (info, engine_folder(bundle, "cpu")))
 
     @property
@@ -55,8 +60,11 @@ class OnnxRuntimeEngine:
 
     def _session(self, batch: int) -> Any:
         """The session for that many sequences; the form for batches is opened when the first batch comes."""
-        name = "decoder" if batch == 1 else "decoder_batch"
-        file = self.bundle.path / self.bundle.manifest.graphs["decoder"].file
+        return self._open("decoder", "decoder" if batch == 1 else "decoder_batch")
+
+    def _open(self, graph: str, name: str) -> Any:
+        """The session of a canonical `graph`, or of the engine's file `name` made from it."""
+        file = self.bundle.path / self.bundle.manifest.graphs[graph].file
         if self.built is not None:
             info, folder = self.built
             file = folder / info.graphs[name]
@@ -64,8 +72,41 @@ class OnnxRuntimeEngine:
             self._sessions[str(file)] = open_session(file, self.threads)
         return self._sessions[str(file)]
 
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        return KVCache(self.bundle.manifest.caches, batch, slots + MIN_ROWS, self.model.dtype)
+    def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the encoder reads of a recording's [samples]: the samples themselves where there is no front-end."""
+        frontend = self.bundle.manifest.graphs.get("frontend")
+        if frontend is None:
+            return samples
+        file = self.bundle.path / frontend.file
+        if str(file) not in self._sessions:
+            self._sessions[str(file)] = open_session(file, self.threads)
+        features: NDArray[np.float32] = self._sessions[str(file)].run(None, {contract.AUDIO: samples[None]})[0][0]
+        return features
+
+    def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
+        """One source at a time, so that its states never depend on what stands beside it; then padded to the longest."""
+        names = [name for info in self.bundle.manifest.cross_caches for name in (info.key_name, info.value_name)]
+        wanted = [contract.ENCODER_HIDDEN, *names]
+        session, single = self._open("encoder", "encoder"), [self._encoder_inputs(source) for source in sources]
+        states = [session.run(wanted, inputs) for inputs in single]
+        lengths = [outputs[0].shape[1] for outputs in states]
+        hidden, *buffers = (_padded([outputs[i] for outputs in states]) for i in range(len(wanted)))
+        mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        return CrossState(tuple(names), tuple(buffers), mask, hidden)
+
+    def _encoder_inputs(self, source: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        info = self.bundle.manifest.graphs["encoder"].inputs[0]
+        shape, limit = info.shape[1:], self.model.max_source
+        if len(shape) != source.ndim or any(isinstance(n, int) and n != m for n, m in zip(shape, source.shape, strict=True)):
+            raise PromptError(f"The source has the shape {list(source.shape)}; {self.model.architecture} takes {list(shape)}.")
+        length = next((m for n, m in zip(shape, source.shape, strict=True) if isinstance(n, str)), 0)
+        if limit and length > limit:
+            raise PromptError(f"The source has {length} tokens or frames, and {self.model.architecture} takes at most {limit}.")
+        inputs = {info.name: np.ascontiguousarray(source, info.dtype)[None]}
+        return inputs | ({contract.ENCODER_MASK: np.ones((1, length), np.bool_)} if self.model.source == "text" else {})
+
+    def new_cache(self, batch: int, slots: int, cross: CrossState | None = None) -> KVCache:
+        return KVCache(self.bundle.manifest.caches, batch, slots + MIN_ROWS, self.model.dtype, cross)
 
     def forward(
         self,
@@ -176,6 +217,15 @@ class _Binding:
         )
 
 
+def _padded(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """[1, …, E, D] arrays of unequal E as one [B, …, longest E, D], zeros behind."""
+    longest = max(array.shape[-2] for array in arrays)
+    result = np.zeros((len(arrays), *arrays[0].shape[1:-2], longest, arrays[0].shape[-1]), arrays[0].dtype)
+    for row, array in zip(result, arrays, strict=True):
+        row[..., : array.shape[-2], :] = array[0]
+    return result
+
+
 def _bind(session: Any, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]], cache: KVCache) -> Any:
     import onnxruntime as ort
 
@@ -191,6 +241,10 @@ def _bind(session: Any, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDAr
         shared = value(buffer)  # one buffer in and out: the scatter happens in place
         binding.bind_ortvalue_input(name, shared)
         binding.bind_ortvalue_output(contract.updated(name), shared)
+    if cache.cross is not None:
+        for name, buffer in zip(cache.cross.names, cache.cross.buffers, strict=True):
+            binding.bind_ortvalue_input(name, value(buffer))
+        binding.bind_ortvalue_input(contract.ENCODER_MASK, value(cache.cross.mask))
     return binding
 
 

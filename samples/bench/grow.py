@@ -1,10 +1,10 @@
-"""Grow a small Llama checkpoint and its Medusa heads to realistic size without changing what they compute.
+"""Grow a small Llama, T5 or Whisper and its Medusa heads to realistic size without changing what they compute.
 
     python samples/bench/grow.py samples/checkpoints/pycode -o grown --size 0.25b
 
 Speed depends on sizes, acceptance on what was learned. A model that computes the small one's function with a large one's
 work has the acceptance of the first and the cost of the second (function-preserving growth: Net2Net, arXiv 1511.05641;
-bert2BERT, arXiv 2110.07143). Everything added is multiplied by zeros on its way out:
+bert2BERT, arXiv 2110.07143). Everything added is multiplied by zeros on its way out. In a Llama, for instance:
 
 - the residual stream's new dimensions stay zero, for no output projection writes to them; RMSNorm divides by the root of a
   mean over more dimensions, which its weight and epsilon make up for;
@@ -12,22 +12,27 @@ bert2BERT, arXiv 2110.07143). Everything added is multiplied by zeros on its way
 - new layers compute, and both their output projections are zero;
 - a wider head spreads its rotary pairs so that each keeps its frequency.
 
-Weights are saved in float32 unless --dtype float16 is given: the growth's factors are square roots, which float16 rounds.
+grow_t5.py and grow_whisper.py say where those differ. Weights are saved in float32 unless --dtype float16 is given: the
+growth's factors are square roots, which float16 rounds.
 """
 
 import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grow_t5
+import grow_whisper
 import torch
+from growth import check_grows, load_small, model_type, place, placed_layers, silence_grown_dims
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from headstart.runtime.bundle import new_folder
 from headstart.runtime.errors import CheckpointError, HeadError, HeadstartError, OptionError
@@ -40,6 +45,11 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "vocab.json",
+    "merges.txt",
+    "normalizer.json",
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 HEADS_FILE = "medusa_lm_head.safetensors"
@@ -79,18 +89,19 @@ class Growth:
 
     def __post_init__(self) -> None:
         small = self.small
-        checks = (
-            ("hidden size", small.hidden_size, self.size.hidden),
-            ("MLP", small.intermediate_size, self.size.mlp),
-            ("layers", small.num_hidden_layers, self.size.layers),
-            ("key/value heads", small.num_key_value_heads, self.size.kv_heads),
-            ("heads per key/value head", self._per_group(small.num_attention_heads, small.num_key_value_heads), self.per_group),
+        check_grows(
+            (
+                ("hidden size", small.hidden_size, self.size.hidden),
+                ("MLP", small.intermediate_size, self.size.mlp),
+                ("layers", small.num_hidden_layers, self.size.layers),
+                ("key/value heads", small.num_key_value_heads, self.size.kv_heads),
+                (
+                    "heads per key/value head",
+                    self._per_group(small.num_attention_heads, small.num_key_value_heads),
+                    self.per_group,
+                ),
+            )
         )
-        for what, now, then in checks:
-            if then < now:
-                raise CheckpointError(
-                    f"The checkpoint's {what} is {now}, the target's {then}: growing only adds. Fix: a larger --size."
-                )
         if self.size.head_size % small.head_dim:
             raise CheckpointError(
                 f"Head size {small.head_dim} does not divide the target's {self.size.head_size}, so the rotary "
@@ -114,12 +125,6 @@ class Growth:
     def mlp(self) -> list[int]:
         return list(range(self.small.intermediate_size))
 
-    @property
-    def layers(self) -> list[int]:
-        """The old layers, evenly among the new."""
-        count = self.small.num_hidden_layers
-        return [i * self.size.layers // count for i in range(count)]
-
     def head_dims(self) -> list[int]:
         """Rotary pair i of a small head is pair i · m of a grown one, where that frequency stands. Both lie in halves."""
         old, new = self.small.head_dim, self.size.head_size
@@ -134,13 +139,6 @@ class Growth:
         old = self._per_group(self.small.num_attention_heads, self.small.num_key_value_heads)
         heads = [h // old * self.per_group + h % old for h in range(self.small.num_attention_heads)]
         return [h * self.size.head_size + d for h in heads for d in self.head_dims()]
-
-
-def place(old: Tensor, shape: tuple[int, ...], rows: list[int], columns: list[int], noise: torch.Generator | None) -> Tensor:
-    """`old` at rows × columns of a matrix of `shape`; around it noise of its own spread, or zeros without `noise`."""
-    new = torch.zeros(shape) if noise is None else torch.randn(shape, generator=noise) * old.float().std()
-    new[torch.tensor(rows)[:, None], torch.tensor(columns)] = old.float()
-    return new
 
 
 def grown_layer(old: dict[str, Tensor], growth: Growth, noise: torch.Generator, silent: bool) -> dict[str, Tensor]:
@@ -160,20 +158,13 @@ def grown_layer(old: dict[str, Tensor], growth: Growth, noise: torch.Generator, 
     }
     # Query and key of an old head must be zero where the head grew: noise there would enter its scores.
     for name, rows in (("self_attn.q_proj.weight", queries), ("self_attn.k_proj.weight", keys)):
-        _silence_grown_dims(new[name], rows, size.head_size)
+        silence_grown_dims(new[name], rows, size.head_size)
     for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
         new[name] = grown_norm(old[name], growth)
     if silent:
         new["self_attn.o_proj.weight"].zero_()
         new["mlp.down_proj.weight"].zero_()
     return new
-
-
-def _silence_grown_dims(weight: Tensor, kept: list[int], head_size: int) -> None:
-    """Zero the rows of the old heads that are not old rows."""
-    heads = {row // head_size for row in kept}
-    rows = {head * head_size + d for head in heads for d in range(head_size)} - set(kept)
-    weight[sorted(rows)] = 0
 
 
 def grown_norm(old: Tensor, growth: Growth) -> Tensor:
@@ -187,19 +178,17 @@ def grow(checkpoint: Path, size: Size, seed: int = 0) -> LlamaForCausalLM:
     """The grown model in float32. Raises CheckpointError when the checkpoint is no Llama or does not fit into `size`."""
     config = _config(checkpoint)
     growth = Growth(config, size)
-    small = _weights(checkpoint)
+    small: dict[str, Tensor] = load_small(LlamaForCausalLM, checkpoint).state_dict()
     noise = torch.Generator().manual_seed(seed)
     columns, vocabulary = growth.hidden, list(range(config.vocab_size))
     table = (config.vocab_size, size.hidden)
     state = {"model.embed_tokens.weight": place(small["model.embed_tokens.weight"], table, vocabulary, columns, None)}
     state["lm_head.weight"] = place(small["lm_head.weight"], table, vocabulary, columns, None)
     state["model.norm.weight"] = grown_norm(small["model.norm.weight"], growth)
-    places = growth.layers
-    for index in range(size.layers):
-        source = max(i for i, place_ in enumerate(places) if place_ <= index)
+    for index, (source, placed) in enumerate(placed_layers(config.num_hidden_layers, size.layers)):
         prefix = f"model.layers.{source}."
         old = {name.removeprefix(prefix): tensor for name, tensor in small.items() if name.startswith(prefix)}
-        new = grown_layer(old, growth, noise, silent=index not in places)
+        new = grown_layer(old, growth, noise, silent=not placed)
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
     return _model(_grown_config(config, size), state)
 
@@ -215,12 +204,7 @@ def _model(config: LlamaConfig, state: dict[str, Tensor]) -> LlamaForCausalLM:
 
 
 def _config(checkpoint: Path) -> LlamaConfig:
-    """The checkpoint's configuration, read only after it is known to be one that growth preserves."""
-    found = _model_type(checkpoint / "config.json")
-    if found != "llama":
-        raise CheckpointError(
-            f"{checkpoint} is no Llama checkpoint: its model_type is {found!r}. Fix: a LlamaForCausalLM folder."
-        )
+    """The checkpoint's configuration, once it is known to be one that growth preserves."""
     config = LlamaConfig.from_pretrained(checkpoint)
     if config.attention_bias or config.mlp_bias:
         raise CheckpointError(f"{checkpoint} has biases in its layers; only layers without grow. Fix: another checkpoint.")
@@ -231,24 +215,6 @@ def _config(checkpoint: Path) -> LlamaConfig:
             f"{', '.join(ROTARY_TYPES)}. Fix: another checkpoint."
         )
     return config
-
-
-def _model_type(file: Path) -> str | None:
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a readable JSON file: {error}. Fix: a Hugging Face checkpoint folder.") from error
-    return config.get("model_type") if isinstance(config, dict) else None
-
-
-def _weights(checkpoint: Path) -> dict[str, Tensor]:
-    try:
-        model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise CheckpointError(f"{checkpoint} has no readable weights: {reason}. Fix: fetch the checkpoint anew.") from error
-    weights: dict[str, Tensor] = model.state_dict()
-    return weights
 
 
 def _grown_config(small: LlamaConfig, size: Size) -> LlamaConfig:
@@ -265,13 +231,19 @@ def _grown_config(small: LlamaConfig, size: Size) -> LlamaConfig:
     return LlamaConfig(**settings)
 
 
-def grow_heads(heads: Path, target: Path, small: int, hidden: int, dtype: torch.dtype = torch.float32) -> None:
+def grow_heads(
+    heads: Path, target: Path, small: int, hidden: int, dtype: torch.dtype = torch.float32, repeated: bool = False
+) -> None:
     """Medusa heads in the published format, their blocks and projections padded with zeros: SiLU(0) is 0.
+
+    Where the state is `repeated` rather than padded, a block reads all copies and adds to the first alone, which is enough
+    for a projection that adds the copies up.
 
     Raises HeadError when `heads` is not in that format or reads another hidden size than `small`.
     """
     tensors = _head_tensors(heads)
-    grown = {name: _grown_head_tensor(name, tensor, small, hidden).to(dtype) for name, tensor in tensors.items()}
+    copies = hidden // small if repeated else 1
+    grown = {name: _grown_head_tensor(name, old, small, hidden, copies).to(dtype) for name, old in tensors.items()}
     target.mkdir()
     shutil.copyfile(heads / "config.json", target / "config.json")
     save_file(grown, target / HEADS_FILE)
@@ -288,7 +260,7 @@ def _head_tensors(heads: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _grown_head_tensor(name: str, tensor: Tensor, small: int, hidden: int) -> Tensor:
+def _grown_head_tensor(name: str, tensor: Tensor, small: int, hidden: int, copies: int) -> Tensor:
     """By name, not by extent: a projection's rows are tokens, even where the vocabulary is as large as the hidden size."""
     block = ".linear." in name
     fits = tensor.shape[-1] == small and (not block or set(tensor.shape) == {small})
@@ -298,31 +270,78 @@ def _grown_head_tensor(name: str, tensor: Tensor, small: int, hidden: int) -> Te
             "Fix: heads of this checkpoint."
         )
     new = torch.zeros([hidden] * tensor.ndim if block else [len(tensor), hidden])
-    new[tuple(slice(extent) for extent in tensor.shape)] = tensor.float()
+    wide = torch.cat([tensor.float()] * copies, dim=1) if tensor.ndim > 1 else tensor.float()
+    new[tuple(slice(extent) for extent in wide.shape)] = wide
     return new
 
 
-def write(checkpoint: Path, folder: Path, size: Size, heads: Path | None, dtype: torch.dtype = torch.float32) -> int:
+@dataclass(frozen=True)
+class Family:
+    """How checkpoints of one model_type grow: the function, the sizes, and whether the last state is repeated or padded."""
+
+    grow: Callable[..., Any]
+    sizes: Mapping[str, Any]
+    repeated: bool = False
+
+
+FAMILIES = {
+    "llama": Family(grow, SIZES),
+    "t5": Family(grow_t5.grow, grow_t5.SIZES),
+    "whisper": Family(grow_whisper.grow, grow_whisper.SIZES, repeated=True),
+}
+
+
+def family_of(checkpoint: Path) -> Family:
+    """Raises CheckpointError when there is none."""
+    found = model_type(checkpoint)
+    if found not in FAMILIES:
+        raise CheckpointError(
+            f"{checkpoint} cannot be grown: its model_type is {found!r}, and {', '.join(FAMILIES)} can. "
+            "Fix: another checkpoint."
+        )
+    return FAMILIES[found]
+
+
+def write(checkpoint: Path, folder: Path, size: Any, heads: Path | None, dtype: torch.dtype = torch.float32) -> int:
     """The grown checkpoint with its tokenizer and heads into an existing `folder`; its number of parameters."""
-    model = grow(checkpoint, size)
+    family = family_of(checkpoint)
+    model = family.grow(checkpoint, size)
     if heads is not None:
-        grow_heads(heads, folder / "medusa", _config(checkpoint).hidden_size, size.hidden, dtype)
+        small = AutoConfig.from_pretrained(checkpoint).hidden_size
+        grow_heads(heads, folder / "medusa", small, size.hidden, dtype, family.repeated)
     model.to(dtype).save_pretrained(folder)
+    say_whether_scaled(model, folder / "config.json")
     for name in TOKENIZER_FILES:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
     return sum(p.numel() for p in model.parameters())
 
 
+def say_whether_scaled(model: Any, file: Path) -> None:
+    """A T5 with an LM head of its own scales nothing; transformers 5 saves it as one that does."""
+    if getattr(model.config, "scale_decoder_outputs", True) is False:
+        config = json.loads(file.read_text("utf-8"))
+        file.write_text(json.dumps({**config, "tie_word_embeddings": False}, indent=2) + "\n", "utf-8")
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--size", choices=SIZES, default="0.25b")
+    parser.add_argument(
+        "--size", choices=sorted({size for family in FAMILIES.values() for size in family.sizes}), default="0.25b"
+    )
     parser.add_argument("--heads", type=Path, help="folder of Medusa heads; CHECKPOINT/medusa when it is there")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="float16 rounds the growth's factors")
     parser.add_argument("--force", action="store_true")
     return parser.parse_args()
+
+
+def _size(args: argparse.Namespace) -> Any:
+    sizes = family_of(args.checkpoint).sizes
+    if args.size not in sizes:
+        raise OptionError(f"--size {args.size} is not there for this model_type. Fix: --size {' or '.join(sizes)}.")
+    return sizes[args.size]
 
 
 def main() -> None:
@@ -330,7 +349,7 @@ def main() -> None:
     heads = args.heads or (args.checkpoint / "medusa" if (args.checkpoint / "medusa").is_dir() else None)
     try:
         with new_folder(args.output, args.force) as folder:
-            count = write(args.checkpoint, folder, SIZES[args.size], heads, DTYPES[args.dtype])
+            count = write(args.checkpoint, folder, _size(args), heads, DTYPES[args.dtype])
     except HeadstartError as error:
         print(f"grow.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,7 +11,7 @@ from torch import nn
 
 from headstart.calibration import distill as distill_module
 from headstart.calibration.distill import DistillOptions, HiddenData
-from headstart.calibration.train import MedusaHead, TrainOptions, accuracy, loss_of, train_medusa
+from headstart.calibration.train import Head, TrainOptions, accuracy, loss_of, train_medusa
 from headstart.exporter.heads.install import import_head
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError
@@ -27,9 +27,14 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("own_projection", [True, False])
+@pytest.mark.parametrize(("family", "own_projection"), [("medusa", True), ("medusa", False), ("blockwise", False)])
 def test_heads_learn_what_the_base_says(
-    own_projection: bool, text: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], bundle_of: Callable[[str], Bundle]
+    family: str,
+    own_projection: bool,
+    text: Path,
+    tmp_path: Path,
+    checkpoint_of: Callable[[str], Path],
+    bundle_of: Callable[[str], Bundle],
 ) -> None:
     options = TrainOptions(
         heads=2,
@@ -40,6 +45,7 @@ def test_heads_learn_what_the_base_says(
         learning_rate=5e-3,
         held_out=0.2,
         distill=SMALL,
+        family=family,
     )
     untrained = TrainOptions(heads=2, own_projection=own_projection, epochs=1, learning_rate=0.0, held_out=0.2, distill=SMALL)
     base = train_medusa(checkpoint_of("llama"), [text], tmp_path / "untrained", untrained)
@@ -62,7 +68,7 @@ def test_heads_learn_what_the_base_says(
 def test_labels_are_two_ahead_and_further() -> None:
     """A head that copies its input one-hot gets the loss of exactly the shifted labels."""
     base = torch.eye(12) * 20
-    heads = nn.ModuleList([MedusaHead(base, 1, False), MedusaHead(base, 1, False)])
+    heads = nn.ModuleList([Head(base, 1, False), Head(base, 1, False)])
     tokens = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
     two_ahead = nn.functional.one_hot(tokens.roll(-2, 1), 12).float()
     ranks = accuracy(heads, HiddenData(tokens, two_ahead))
@@ -89,6 +95,8 @@ def test_options_that_cannot_be() -> None:
         DistillOptions(sequences=0)
     with pytest.raises(OptionError, match="temperature must be above 0"):
         DistillOptions(temperature=0.0)
+    with pytest.raises(OptionError, match="family must be medusa or blockwise, got 'eagle'"):
+        TrainOptions(family="eagle")
     with pytest.raises(OptionError, match="at least 34 tokens, got 32"):
         TrainOptions(heads=32, distill=SMALL)
 

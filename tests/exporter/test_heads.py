@@ -94,13 +94,15 @@ def bundle(bundle_of: BundleOf, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle_of("llama_tied").path, tmp_path / "bundle"))
 
 
-def assert_equals_reference(bundle: Path, name: str, blocks: Blocks, projections: list[NDArray[np.float32]]) -> None:
+def assert_equals_reference(
+    bundle: Path, name: str, blocks: Blocks, projections: list[NDArray[np.float32]], heads: int = HEADS
+) -> None:
     loaded = Bundle.load(bundle)
     head = OnnxRuntimeEngine(loaded).head(loaded.head(name))
     hidden = np.random.default_rng(0).standard_normal((2, 1, HIDDEN)).astype(np.float32)
     ids, log_probs = head.propose(hidden)
     wanted = reference(hidden[:, 0], blocks, projections)
-    assert ids.shape == log_probs.shape == (2, HEADS, 10)
+    assert ids.shape == log_probs.shape == (2, heads, 10)
     assert (ids == np.argsort(-wanted, axis=-1)[..., :10]).all()
     np.testing.assert_allclose(log_probs, -np.sort(-wanted, axis=-1)[..., :10], rtol=1e-5, atol=1e-4)
 
@@ -113,6 +115,30 @@ def test_every_dialect_gives_the_same_head(dialect: str, pickled: bool, bundle: 
     info = import_head(bundle, folder)
     assert (info.dialect, info.heads, info.name) == (dialect, HEADS, "medusa")
     assert_equals_reference(bundle, "medusa", blocks, [p.numpy() for p in projections])
+
+
+def test_blockwise_heads_are_those_that_were_trained(bundle: Path, tmp_path: Path) -> None:
+    """The graph against the module whose weights were saved."""
+    from headstart.calibration.train import FeedForwardBlock
+
+    torch.manual_seed(0)
+    heads = [[FeedForwardBlock(HIDDEN) for _ in range(LAYERS)] for _ in range(HEADS)]
+    projections, tensors = random_projections(), {}
+    for i, blocks in enumerate(heads):
+        for j, block in enumerate(blocks):
+            torch.nn.init.normal_(block.wo.weight, std=0.1)
+            tensors |= {f"blockwise_heads.{i}.{j}.{name}": tensor for name, tensor in block.state_dict().items()}
+        tensors[f"blockwise_heads.{i}.{LAYERS}.weight"] = projections[i]
+    assert import_head(bundle, write_head(tmp_path / "head", tensors)).dialect == "blockwise"
+    hidden = torch.randn(2, 1, HIDDEN)
+    with torch.no_grad():
+        states = [torch.nn.Sequential(*blocks)(hidden[:, 0]) for blocks in heads]
+    logits = [state @ projection.T for state, projection in zip(states, projections, strict=True)]
+    wanted = torch.stack(logits, 1).log_softmax(-1).topk(10)
+    loaded = Bundle.load(bundle)
+    ids, log_probs = OnnxRuntimeEngine(loaded).head(loaded.head("medusa")).propose(hidden.numpy())
+    assert (ids == wanted.indices.numpy()).all()
+    np.testing.assert_allclose(log_probs, wanted.values, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama_tied", "llama"])
@@ -184,6 +210,22 @@ def test_blocks_without_biases(bundle: Path, tmp_path: Path) -> None:
     assert_equals_reference(bundle, "medusa", blocks, [p.numpy() for p in random_projections()])
 
 
+@pytest.mark.parametrize("config", [{"medusa_heads_type": "base_head", "medusa_num_heads": HEADS - 1}, {}])
+def test_whisper_medusa_s_linear_heads(config: dict[str, Any], bundle: Path, tmp_path: Path) -> None:
+    """Lossy as published, so that a flag must say so; head 0 speaks for the target itself and is no draft."""
+    from architectures import tiny_model
+
+    blocks = random_blocks()
+    whisper = {"whisper_model.proj_out.weight": torch.zeros(VOCAB, HIDDEN)}
+    folder = write_head(tmp_path / "head", {**whisper, **tensors_of("modelopt", blocks, [])}, config)
+    with pytest.raises(HeadError, match=r"lossy as published.*head 0.*--lossy"):
+        import_head(bundle, folder)
+    info = import_head(bundle, folder, lossy=True)
+    assert (info.dialect, info.heads) == ("whisper-medusa", HEADS - 1)
+    lm_head = tiny_model("llama_tied").get_output_embeddings().weight.detach().numpy()
+    assert_equals_reference(bundle, "medusa", blocks[1:], [lm_head] * (HEADS - 1), HEADS - 1)
+
+
 def test_heads_of_another_target_are_refused(bundle: Path, tmp_path: Path) -> None:
     wrong_vocab = write_head(tmp_path / "v", tensors_of("medusa-1", random_blocks(), random_projections(vocab=310)))
     with pytest.raises(HeadError, match=r"onto 310 tokens.* 300"):
@@ -251,8 +293,8 @@ def test_pickles_that_are_no_weights(bundle: Path, tmp_path: Path) -> None:
         ("fc.weight", {"dflash_config": {}}, "DFlash"),
         ("fc.weight", {}, "EAGLE"),
         ("layers.0.x", {"speculators_model_type": "eagle3"}, "vLLM speculators"),
-        ("medusa_heads.0.0.linear.weight", {"medusa_heads_type": "base_head"}, "Whisper-Medusa"),  # ModelOpt's names
-        ("whisper_model.proj_out.weight", {}, "Whisper-Medusa"),
+        ("medusa_block.fc1.weight", {}, "Whisper-Medusa head of the block variant"),
+        ("medusa_heads.0.0.linear.weight", {"medusa_heads_type": "medusa_block"}, "Whisper-Medusa head of the block variant"),
         ("layers.0.mlp.up_proj.weight", {"target_layer_ids": [1]}, "DFlash"),
         ("embed_layernorm.weight", {}, "HASS"),
         ("mask_hidden", {}, "P-EAGLE"),

@@ -5,21 +5,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from architectures import ARCHITECTURES, tiny_model
+from trees import random_tree
 
 from headstart.calibration.verify import all_logits, check_golden, read_golden
 from headstart.exporter.golden import reference_greedy, reference_logits
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.prefill import prefill
-from headstart.runtime.tree import ROOT, DraftTree
+from headstart.runtime.tree import ROOT
 
 BundleOf = Callable[[str], Bundle]
-
-
-def random_tree(generator: np.random.Generator, nodes: int, vocab_size: int) -> DraftTree:
-    parents = [int(generator.integers(ROOT, node)) if node else ROOT for node in range(nodes)]
-    tokens = generator.integers(3, vocab_size, nodes)
-    return DraftTree(tokens, np.array(parents), -np.arange(nodes, dtype=np.float32))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -14,6 +14,14 @@ import pytest
 from numpy.typing import NDArray
 
 from headstart.runtime.acceptance import Accepted, RandomChance, accept, accept_block, accept_without_replacement
+from headstart.runtime.rules import (
+    ForcedTokens,
+    LogitRule,
+    MinLength,
+    NoRepeatNGram,
+    SuppressedTokens,
+    WhisperTimestamps,
+)
 from headstart.runtime.sampling import LogitRules, SamplingOptions
 from headstart.runtime.tree import ROOT, DraftTree, empty_tree
 
@@ -139,6 +147,38 @@ def test_deterministic_trees_are_lossless(warp: str, seed: int) -> None:
     assert distance(law, target.law(rules, 3)) < 1e-9
 
 
+# Rules of a text, on a vocabulary of six: in the last set 0 and 1 are text, 2 ends, 3 is <|notimestamps|>, 4 and 5 are times.
+TEXT_RULES: dict[str, list[LogitRule]] = {
+    "forced": [ForcedTokens(3, (2,)), ForcedTokens(4, (0, 1))],
+    "suppressed": [SuppressedTokens((1, 4)), SuppressedTokens((0, 5), position=2)],
+    "lengths": [MinLength(4, (2, 3)), ForcedTokens(5, (2,)), NoRepeatNGram(2)],
+    "timestamps": [SuppressedTokens((1,), position=3), WhisperTimestamps(3, 2, 2, 0)],
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", TEXT_RULES)
+@pytest.mark.parametrize("kind", ["tree", "chain", "siblings"])
+def test_drafts_that_know_no_rules_are_lossless(kind: str, name: str, seed: int) -> None:
+    """Whatever is drafted against the rules of a text is rejected; the law is that of the target under them."""
+    generator = np.random.default_rng(seed)
+    rules = LogitRules(SamplingOptions(temperature=1.0), TEXT_RULES[name])
+    target, drafts = Target(generator, 6), Target(generator, 6)
+    noise = random_tree(generator, 6, 7)
+
+    def experiment(chance: Replay) -> Accepted:
+        if kind == "tree":
+            tree = noise
+        else:
+            tree = drawn_chain(chance, drafts, SAMPLED, 2) if kind == "chain" else drawn_tree(chance, drafts, (2, 1))
+        return accept(tree, target.rows(tree), rules, CONTEXT, chance)
+
+    law, _ = law_of(experiment, target, rules, 3)
+    assert distance(law, target.law(rules, 3)) < 1e-9
+    unruled = target.law(SAMPLED, 3)
+    assert distance(law, unruled) > 0.05, "the rules forbade something"
+
+
 def drawn_chain(chance: Replay, drafts: Target, rules: LogitRules, length: int) -> DraftTree:
     tokens: list[int] = []
     rows = []
@@ -230,11 +270,12 @@ def test_the_enumeration_can_fail() -> None:
     assert distance(law, target.law(SAMPLED, 3)) > 0.05
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_greedy_is_the_target_s_own_path(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", TEXT_RULES)
+def test_greedy_is_the_target_s_own_path(name: str, seed: int) -> None:
     generator = np.random.default_rng(seed)
-    target, tree = Target(generator, 3), random_tree(generator, 3, 6)
-    rules = LogitRules(SamplingOptions(no_repeat_ngram=2))
+    target, tree = Target(generator, 6), random_tree(generator, 6, 20)
+    rules = LogitRules(SamplingOptions(no_repeat_ngram=2), TEXT_RULES[name])
     accepted = accept(tree, target.rows(tree), rules, CONTEXT, RandomChance(0))
     text: list[int] = []
     for token in accepted.token_ids:

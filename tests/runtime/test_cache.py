@@ -38,6 +38,21 @@ def test_row_shares_memory_and_length() -> None:
     assert cache.buffers[0][1].min() == 7 and cache.buffers[0][0].max() == 0
 
 
+@pytest.mark.parametrize("rows", [(0, 1, 2), (0, 0, 0), (2, 0, 1), (1, 1, 0)])
+def test_gather_moves_whole_sequences(rows: tuple[int, ...]) -> None:
+    cache = KVCache(INFOS, batch=3, slots=6, dtype="float32")
+    cache.lengths[:] = [2, 5, 3]
+    for buffer in cache.buffers:
+        buffer[:] = np.arange(3, dtype=np.float32)[:, None, None, None]
+    memory = [buffer.ctypes.data for buffer in cache.buffers]
+    cache.gather(rows)
+    assert cache.lengths.tolist() == [[2, 5, 3][row] for row in rows]
+    for buffer in cache.buffers:
+        for i, row in enumerate(rows):
+            assert (buffer[i, :, : cache.lengths[i]] == row).all()
+    assert memory == [buffer.ctypes.data for buffer in cache.buffers], "bound buffers stay where they are"
+
+
 def paths_of(tree: DraftTree) -> list[list[int]]:
     """Every path from the root, the empty one included, as lists of nodes."""
     paths: list[list[int]] = [[]]

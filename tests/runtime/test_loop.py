@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.drafters.aligned_copy import AlignedCopyDrafter
 from headstart.runtime.drafters.base import DraftRequest
 from headstart.runtime.drafters.draft_model import DraftModelDrafter
 from headstart.runtime.drafters.ngram import NGramDrafter
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.loop import DecodingLoop, LoopOptions
+from headstart.runtime.rules import TokenRules
 from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import ROOT, DraftTree
 
@@ -98,6 +100,18 @@ def test_ngram_and_draft_model_change_nothing(engine: OnnxRuntimeEngine, bundle_
     assert tokens_of(decode(engine, PROMPTS, other, max_new_tokens=50)) == plain
 
 
+def test_aligned_copies_change_nothing_and_save_rounds(engine: OnnxRuntimeEngine) -> None:
+    """The text to copy is the output itself with a token replaced, one inserted and one left out."""
+    plain = tokens_of(decode(engine, PROMPTS, max_new_tokens=50))
+    texts = []
+    for text, prompt in zip(plain, PROMPTS, strict=True):
+        new = text[len(prompt) :]
+        texts.append([*new[:10], 299, *new[11:20], 298, *new[20:30], *new[31:]])
+    loop = decode(engine, PROMPTS, AlignedCopyDrafter("copy", lambda r: texts[r.row]), max_new_tokens=50)
+    assert tokens_of(loop) == plain
+    assert all(text.verify_calls <= 12 for text in loop.sequences)
+
+
 def test_batch_equals_single_runs(engine: OnnxRuntimeEngine) -> None:
     for drafter in (None, NGramDrafter()):
         singles = [tokens_of(decode(engine, [p], drafter, max_new_tokens=30))[0] for p in PROMPTS]
@@ -123,6 +137,47 @@ def test_sampled_draft_model_equal_to_the_target_is_always_accepted(engine: Onnx
     sampling = SamplingOptions(temperature=0.8, seed=1)
     loop = decode(engine, PROMPTS[:1], drafter, max_new_tokens=41, draft_nodes=4, sampling=sampling)
     assert loop.sequences[0].verify_calls <= 9  # 8 when rounding never tips a test
+
+
+def test_rules_are_kept_by_whatever_is_drafted(engine: OnnxRuntimeEngine, bundle_of: BundleOf) -> None:
+    """Rules of the model and of the length, against transformers' generate."""
+    import torch
+    from architectures import tiny_model
+
+    plain = tokens_of(decode(engine, PROMPTS, max_new_tokens=30))
+    never, ends = tuple({text[-3] for text in plain}), frozenset({plain[0][len(PROMPTS[0]) + 5], 2})
+    rules = TokenRules(
+        forced_eos_token_ids=(2,),
+        begin_suppress_tokens=tuple(text[len(prompt)] for text, prompt in zip(plain, PROMPTS, strict=True)),
+        min_new_tokens=12,
+        forbidden_sequences=((plain[1][-6], plain[1][-5]),),
+    )
+    sampling = SamplingOptions(no_repeat_ngram=3, suppress_tokens=never)
+    wanted = []
+    for prompt in PROMPTS:
+        reference = tiny_model("llama").generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=30,
+            min_new_tokens=rules.min_new_tokens,
+            eos_token_id=sorted(ends),
+            forced_eos_token_id=2,
+            begin_suppress_tokens=list(rules.begin_suppress_tokens),
+            bad_words_ids=[list(sequence) for sequence in rules.forbidden_sequences],
+            suppress_tokens=list(never),
+            no_repeat_ngram_size=3,
+        )
+        wanted.append(reference[0].tolist())
+    options: dict[str, object] = {"max_new_tokens": 30, "rules": rules, "sampling": sampling, "end_tokens": ends}
+    drafters = (
+        None,
+        RandomTrees(plain),
+        RandomTrees(wanted),
+        DraftModelDrafter("draft_model", OnnxRuntimeEngine(bundle_of("llama"))),
+    )
+    for drafter in drafters:
+        assert tokens_of(decode(engine, PROMPTS, drafter, **options)) == wanted
+    assert wanted[0] != plain[0] and wanted[0][-1] == 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

@@ -1,10 +1,13 @@
 """Prompt lookup: what is copied, in which order, and that an index kept up to date equals one built anew."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
 from headstart.runtime.drafters.base import DraftRequest
-from headstart.runtime.drafters.ngram import NGramDrafter, NGramIndex
+from headstart.runtime.drafters.ngram import BOUNDARY, NGramDrafter, NGramIndex
 from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import ROOT, DraftTree
 
@@ -17,11 +20,11 @@ def paths(tree: DraftTree) -> set[tuple[int, ...]]:
     return set(found)
 
 
-def request(tokens: list[int], nodes: int = 8, depth: int = 8, row: int = 0) -> DraftRequest:
-    return DraftRequest(row, tokens, np.zeros(4, np.float32), nodes, depth, SamplingOptions())
+def request(tokens: list[int], nodes: int = 8, depth: int = 8, row: int = 0, source: Sequence[int] = ()) -> DraftRequest:
+    return DraftRequest(row, tokens, np.zeros(4, np.float32), nodes, depth, SamplingOptions(), source_ids=source)
 
 
-def propose(tokens: list[int], **limits: int) -> DraftTree:
+def propose(tokens: list[int], **limits: Any) -> DraftTree:
     drafter = NGramDrafter(max_n=3)
     drafter.open(1)
     return drafter.propose([request(tokens, **limits)])[0]
@@ -54,17 +57,19 @@ def test_limits() -> None:
 def test_grown_index_equals_a_new_one(seed: int) -> None:
     generator = np.random.default_rng(seed)
     tokens = generator.integers(0, 4, 60).tolist()
-    grown = NGramIndex(3, 1)
+    source = generator.integers(0, 4, 20 * (seed % 2)).tolist()
+    grown = NGramIndex(3, 1, source)
     position = 0
     while position < len(tokens):
         position += int(generator.integers(1, 6))
         grown.update(tokens[:position])
-    fresh = NGramIndex(3, 1)
+    fresh = NGramIndex(3, 1, source)
     fresh.update(tokens)
     assert grown.matches(4) == fresh.matches(4)
+    whole = [*source, BOUNDARY, *tokens] if source else tokens
     for start, size in fresh.matches(4):
-        assert tokens[start - size : start] == tokens[len(tokens) - size :]
-    tree = propose(tokens, nodes=8, depth=6)
+        assert whole[start - size : start] == tokens[len(tokens) - size :]
+    tree = propose(tokens, nodes=8, depth=6, source=source)
     children = tree.children()
     for siblings in children:
         names = [int(tree.token_ids[node]) for node in siblings]
@@ -76,6 +81,24 @@ def test_grown_index_equals_a_new_one(seed: int) -> None:
 def test_a_loop_is_copied_past_the_end_of_the_text() -> None:
     tree = propose([9, 1, 2, 1, 2, 1, 2], nodes=7)
     assert tree.token_ids.tolist()[:7] == [1, 2, 1, 2, 1, 2, 1]
+
+
+def test_the_source_is_copied_up_to_its_end() -> None:
+    tree = propose([0, 20, 11], nodes=8, source=[10, 11, 12, 13, 1])
+    assert tree.token_ids.tolist() == [12, 13, 1] and tree.parents.tolist() == [ROOT, 0, 1]
+    assert len(propose([0, 20, 1], source=[10, 11, 1])) == 0, "nothing follows the source's last token"
+    assert propose([0, 20, 21], source=[21, 5, 20]).token_ids.tolist() == [5, 20]
+    assert len(propose([7], source=[5, 6])) == 0, "source and text are not one text"
+
+
+def test_source_and_text_are_branches_of_one_tree_and_classes_of_their_own() -> None:
+    tree = propose([0, 5, 6, 7, 5, 6], nodes=6, source=[9, 6, 8, 1])
+    assert tree.token_ids[0] == 7 and {(7,), (8,), (8, 1)} <= paths(tree)
+    assert tree.classes is not None
+    from_source = tree.classes >= NGramDrafter.class_count // 2
+    assert {int(t) for t in tree.token_ids[from_source]} == {8, 1}
+    longer = propose([0, 5, 6, 7, 5, 6], nodes=1, source=[7, 5, 6, 8, 1])
+    assert longer.token_ids.tolist() == [8], "the longer match comes first, wherever it stands"
 
 
 def test_measured_rates_replace_the_priors() -> None:

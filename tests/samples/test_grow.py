@@ -5,12 +5,13 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from architectures import save_checkpoint, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
 from headstart.runtime.errors import CheckpointError, HeadError, OptionError
 
@@ -23,6 +24,7 @@ def script() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["grow"] = module
+    sys.path.insert(0, str(SCRIPT.parent))  # where Python itself looks when the script is run
     spec.loader.exec_module(module)
     return module
 
@@ -112,8 +114,8 @@ def test_float16_when_asked(script: ModuleType, tmp_path: Path) -> None:
 
 def test_bad_input(script: ModuleType, tmp_path: Path) -> None:
     save_checkpoint(tiny_model("gpt2"), tmp_path / "gpt2")
-    with pytest.raises(CheckpointError, match="no Llama checkpoint: its model_type is 'gpt2'"):
-        script.grow(tmp_path / "gpt2", script.SIZES["0.25b"])
+    with pytest.raises(CheckpointError, match="cannot be grown: its model_type is 'gpt2', and llama, t5, whisper can"):
+        script.family_of(tmp_path / "gpt2")
     save_checkpoint(tiny_model("llama"), tmp_path / "llama")
     with pytest.raises(CheckpointError, match="growing only adds"):
         script.grow(tmp_path / "llama", script.Size(32, 128, 4, 8, 2, 16))
@@ -157,3 +159,75 @@ def test_command_leaves_nothing_half_written(
     assert stop.value.code == 2
     assert "Fix: " in capsys.readouterr().err
     assert list(output.parent.iterdir()) == []
+
+
+def encoder_decoder(kind: str) -> Any:
+    """Tiny, with every number random: zeros and ones as norms and biases begin with would hide a mistake."""
+    sizes = {"vocab_size": 300, "d_model": 24, "pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    if kind == "whisper":
+        heads = {f"{half}_attention_heads": 2 for half in ("encoder", "decoder")}
+        depth = {"encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 40, "decoder_ffn_dim": 32}
+        limits = {"num_mel_bins": 20, "max_source_positions": 15, "max_target_positions": 40, "bos_token_id": 1}
+        model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **depth, **limits))
+    else:
+        layout = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if kind == "flan_t5" else {}
+        t5 = {"d_kv": 8, "d_ff": 40, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 3}
+        model = T5ForConditionalGeneration(T5Config(**sizes, **t5, **layout))
+        if kind == "flan_t5":
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(300, 24))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.3)
+    return model.eval()
+
+
+def size_of(*numbers: int) -> Any:
+    return sys.modules["growth"].EncoderDecoderSize(*numbers)
+
+
+def source_of(kind: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if kind == "whisper":
+        return {"input_features": torch.randn(2, 20, 30, generator=generator)}
+    return {"input_ids": torch.randint(3, 300, (2, 9), generator=generator)}
+
+
+def last_state(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the LM head reads, and so what heads read."""
+    captured: list[torch.Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return captured[0]
+
+
+@pytest.mark.parametrize("kind", ["t5", "flan_t5", "whisper"])
+def test_grown_encoder_decoder_computes_the_same_with_its_heads(script: ModuleType, tmp_path: Path, kind: str) -> None:
+    """More layers in both halves, more and wider heads; read back from the folder that was written."""
+    small = encoder_decoder(kind)
+    save_checkpoint(small, tmp_path / "small")
+    if kind == "flan_t5":
+        script.say_whether_scaled(small, tmp_path / "small" / "config.json")
+    tensors = save_heads(tmp_path / "heads", 24)
+    size = size_of(72, 64, 5, 4, 6, 12)
+    (tmp_path / "grown").mkdir()
+    script.write(tmp_path / "small", tmp_path / "grown", size, tmp_path / "heads")
+    grown = type(small).from_pretrained(tmp_path / "grown").eval()
+    inputs = {**source_of(kind), "decoder_input_ids": torch.arange(1, 25).reshape(2, 12)}
+    heads = load_file(tmp_path / "grown" / "medusa" / "medusa_lm_head.safetensors")
+    with torch.no_grad():
+        assert relative(small(**inputs).logits, grown(**inputs).logits) < 1e-5
+        wanted = small.get_output_embeddings()(block(tensors, last_state(small, inputs)))
+        found = grown.get_output_embeddings()(block(heads, last_state(grown, inputs)))
+    assert relative(wanted, found) < 1e-5
+    assert sum(p.numel() for p in grown.parameters()) > 5 * sum(p.numel() for p in small.parameters())
+
+
+@pytest.mark.parametrize(("kind", "message"), [("t5", "hidden size is 24, the target's 16"), ("whisper", "does not divide")])
+def test_encoder_decoders_that_do_not_fit(script: ModuleType, tmp_path: Path, kind: str, message: str) -> None:
+    save_checkpoint(encoder_decoder(kind), tmp_path / "small")
+    size = size_of(16, 64, 5, 4, 4, 12) if kind == "t5" else size_of(60, 64, 5, 4, 6, 10)
+    with pytest.raises(CheckpointError, match=message):
+        script.family_of(tmp_path / "small").grow(tmp_path / "small", size)

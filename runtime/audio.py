@@ -1,0 +1,131 @@
+"""A recording as numbers: one channel of float32 samples between -1 and 1, at the rate the model was trained on.
+
+Files are read by libsndfile (WAV, FLAC, OGG, MP3, AIFF …) and resampled by soxr. Knows nothing of models or features.
+"""
+
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import AudioError, missing_extra
+
+SAMPLING_RATE = 16_000  # Hz, of every published recogniser so far
+Samples = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A recording.
+
+    Attributes:
+        samples: [samples] float32.
+        sampling_rate: Hz.
+        notes: what had to be converted, in words; empty when it came as it was needed.
+    """
+
+    samples: Samples
+    sampling_rate: int = SAMPLING_RATE
+    notes: tuple[str, ...] = ()
+
+    @property
+    def duration_s(self) -> float:
+        return len(self.samples) / self.sampling_rate
+
+
+def load_audio(source: str | Path | NDArray[Any], sampling_rate: int = SAMPLING_RATE) -> Audio:
+    """Read a file, or take an array that is at `sampling_rate` already.
+
+    Args:
+        source: a sound file; or [samples], or [samples, channels], floats in -1 … 1 or integers of their full range.
+        sampling_rate: Hz, of the result.
+
+    Raises:
+        AudioError: no such file, no sound file, empty, truncated, or samples that are no numbers.
+        MissingExtraError: a file was given and `headstart[audio]` is not installed.
+    """
+    if isinstance(source, np.ndarray):
+        audio = Audio(_floats(source), sampling_rate)
+    else:
+        audio = _resampled(read_file(Path(source)), sampling_rate)
+    if not len(audio.samples):
+        raise AudioError(f"{_name(source)} is empty: a recording needs at least one sample.")
+    if not np.isfinite(audio.samples).all():
+        raise AudioError(f"{_name(source)} has samples that are not finite numbers. Fix: write it again.")
+    return audio
+
+
+def read_file(path: Path) -> Audio:
+    """A sound file at its own rate, its channels averaged. Raises what `load_audio` does."""
+    try:
+        import soundfile
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, f"Reading {path.name}") from error
+    if not path.is_file():
+        raise AudioError(f"{path} is not a file. A recording is a sound file such as WAV or FLAC.")
+    _refuse_truncated_wav(path)
+    try:
+        with soundfile.SoundFile(path) as file:
+            samples, promised, subtype, rate = (
+                file.read(dtype="float32", always_2d=True),
+                file.frames,
+                file.subtype,
+                file.samplerate,
+            )
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path} cannot be read as sound ({error.error_string}). Fix: a WAV or FLAC file.") from error
+    if len(samples) < promised:
+        raise _truncated(path, promised, len(samples), "frames")
+    notes = ["8-bit samples: expect noise"] if subtype in ("PCM_U8", "PCM_S8", "ULAW", "ALAW") else []
+    if samples.shape[1] > 1:
+        notes.append(f"{samples.shape[1]} channels averaged to one")
+    return Audio(samples.mean(axis=1, dtype=np.float32), rate, tuple(notes))
+
+
+def _refuse_truncated_wav(path: Path) -> None:
+    """libsndfile reads what is left of a cut-off WAV without a word. Writers to a pipe leave its size at 0 or at the most."""
+    with path.open("rb") as file:
+        header = file.read(12)
+    if len(header) < 12 or header[:4] != b"RIFF" or header[8:] != b"WAVE":
+        return
+    (promised,) = struct.unpack("<I", header[4:8])
+    found = path.stat().st_size - 8
+    if found < promised < 0xFFFFFFFF - 8:
+        raise _truncated(path, promised, found, "bytes")
+
+
+def _truncated(path: Path, promised: int, found: int, unit: str) -> AudioError:
+    return AudioError(f"{path} is truncated: its header promises {promised} {unit}, {found} are there. Fix: copy it again.")
+
+
+def _resampled(audio: Audio, rate: int) -> Audio:
+    if audio.sampling_rate == rate:
+        return audio
+    try:
+        import soxr
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, f"Converting {audio.sampling_rate} Hz to {rate} Hz") from error
+    samples = np.ascontiguousarray(soxr.resample(audio.samples, audio.sampling_rate, rate), np.float32)
+    return replace(audio, samples=samples, sampling_rate=rate, notes=(*audio.notes, f"{audio.sampling_rate} Hz to {rate} Hz"))
+
+
+def _floats(array: NDArray[Any]) -> Samples:
+    """[samples] or [samples, channels] of floats or integers as [samples] float32."""
+    if array.ndim not in (1, 2) or array.dtype.kind not in "fiu":
+        raise AudioError(
+            f"An array of shape {list(array.shape)} and type {array.dtype} is no recording. "
+            "Fix: [samples] or [samples, channels] of floats between -1 and 1, or of integers."
+        )
+    samples = array.astype(np.float32)
+    if array.dtype.kind in "iu":
+        info = np.iinfo(array.dtype)
+        middle = (info.max + 1 + info.min) / 2  # 0 for signed integers, 128 for the unsigned bytes of 8-bit WAV
+        samples = (samples - middle) / (info.max + 1 - middle)
+    return np.ascontiguousarray(samples if samples.ndim == 1 else samples.mean(axis=1), np.float32)
+
+
+def _name(source: Any) -> str:
+    return "The array" if isinstance(source, np.ndarray) else str(source)

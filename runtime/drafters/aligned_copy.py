@@ -1,0 +1,138 @@
+"""Copies from a text that the output follows, from where the two are aligned, for as long as they agree.
+
+Two such texts are known: the source, where input and output share a language (input-guided "aggressive decoding",
+arXiv 2205.10350: correction, simplification, normal forms), and the previous hypothesis, where a growing input is decoded
+again and again (live captions). After a disagreement the copy is re-synchronised: behind the longest match of the output's
+end, or as if tokens had been replaced or inserted; these are branches of one tree.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.runtime.tree import DraftTree, tree_from_branches
+
+from .base import DraftRequest, step
+
+LONGEST_MATCH = 8  # tokens a match is followed back: of two as long, the nearer is the likelier
+SURE = 3  # tokens in a row that agree, the last as foretold, before an older alignment is given up
+FORGOTTEN = 8  # tokens astray after which the older alignment says nothing any more
+# A node's class: how its branch is aligned, over how many tokens, and the node's depth. Lists hold each step's lowest.
+FOLLOWED, REPLACED, INSERTED = KINDS = (0, 1, 2)
+RUNS = (0, 1, 2, 4, 8, 16)
+DEPTHS = (1, 2, 3, 5, 9, 17)
+# Chance that a copied token is right: by the run of a followed branch, and at the first token of the others and behind it.
+# Priors, which tuning replaces.
+FOLLOWED_PRIOR = (0.6, 0.5, 0.7, 0.85, 0.92, 0.95)
+FIRST_PRIOR, DEEPER_PRIOR = {REPLACED: 0.4, INSERTED: 0.25}, 0.8
+
+
+class Alignment:
+    """Where a growing output stands in the text it follows.
+
+    The output agrees with the text over its last `run` tokens, and would go on at `position`. While that is but few
+    tokens, there is an older place too, `anchor`, left `astray` tokens ago: those tokens may have replaced as many of the
+    text's, or have been inserted.
+    """
+
+    def __init__(self, text: Sequence[int]) -> None:
+        self._text = list(text)
+        self._ends: dict[int, list[int]] = {}  # token -> positions behind its occurrences
+        for position, token in enumerate(self._text):
+            self._ends.setdefault(token, []).append(position + 1)
+        self._output: list[int] = []
+        self.position = self.run = self.anchor = self.astray = 0
+
+    def update(self, output: Sequence[int]) -> None:
+        """Follow the output so far; it only ever grows."""
+        for token in output[len(self._output) :]:
+            self._output.append(token)
+            agrees = self._text[self.position : self.position + 1] == [token]
+            if agrees:
+                self.position, self.run = self.position + 1, self.run + 1
+            else:
+                self.position, self.run = self._resynchronise(token)
+            if agrees and (self.astray == 0 or self.run >= SURE):
+                self.anchor, self.astray = self.position, 0
+            else:
+                self.astray += 1
+
+    def _resynchronise(self, token: int) -> tuple[int, int]:
+        """Behind the longest match of the output's end, the one nearest to where it was expected; and its length."""
+        expected = self.anchor + self.astray + 1
+        found = [(self._length(end), -abs(end - expected), end) for end in self._ends.get(token, ())]
+        length, _, end = max(found, default=(0, 0, len(self._text)))
+        return end, length
+
+    def _length(self, end: int) -> int:
+        output, text, length = self._output, self._text, 1
+        while length < min(end, len(output), LONGEST_MATCH) and text[end - 1 - length] == output[-1 - length]:
+            length += 1
+        return length
+
+    def branches(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """(up to `count` token ids, their classes) of every way in which the output may go on in the text."""
+        places = {self.position: (FOLLOWED, self.run)}
+        if 0 < self.astray <= FORGOTTEN:
+            places.setdefault(self.anchor + self.astray, (REPLACED, self.astray))
+            places[self.anchor] = (INSERTED, self.astray)  # even where the output's end was found again: it went astray there
+        branches = []
+        for start, (kind, run) in places.items():
+            token_ids = self._text[start : start + count]
+            branches.append((token_ids, [node_class(kind, run, depth) for depth in range(1, len(token_ids) + 1)]))
+        return branches
+
+
+class AlignedCopyDrafter:
+    """Family F: no graph. Copies from the text that `text_of` finds in the request; proposes nothing where that is empty."""
+
+    default_nodes = 16
+    class_count = len(KINDS) * len(RUNS) * len(DEPTHS)
+
+    def __init__(self, name: str, text_of: Callable[[DraftRequest], Sequence[int]]) -> None:
+        self.name = name
+        self._text_of = text_of
+        self._alignments: dict[int, Alignment] = {}
+        self.use_rates(self.prior_rates())
+
+    def prior_rates(self) -> list[float]:
+        return [_prior(kind, run, depth) for kind in KINDS for run in range(len(RUNS)) for depth in range(len(DEPTHS))]
+
+    def use_rates(self, rates: Sequence[float]) -> None:
+        self._log_rates: NDArray[np.float64] = np.log(np.clip(np.array(rates), 1e-4, 1.0))
+
+    def open(self, batch: int) -> None:
+        self._alignments = {}
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        return [self._tree(request) for request in requests]
+
+    def _tree(self, request: DraftRequest) -> DraftTree:
+        if request.row not in self._alignments:
+            self._alignments[request.row] = Alignment(self._text_of(request))
+        alignment = self._alignments[request.row]
+        alignment.update(request.token_ids[request.prompt_tokens :])
+        branches = alignment.branches(min(request.max_nodes, request.max_depth))
+        return tree_from_branches(branches, self._log_rates).best(request.max_nodes, request.max_depth)
+
+
+def source_copy() -> AlignedCopyDrafter:
+    """Copies the encoder's input."""
+    return AlignedCopyDrafter("source_copy", lambda request: request.source_ids)
+
+
+def previous_hypothesis() -> AlignedCopyDrafter:
+    """Copies what was decoded for the earlier, shorter input."""
+    return AlignedCopyDrafter("previous_hypothesis", lambda request: request.hypothesis_ids)
+
+
+def node_class(kind: int, run: int, depth: int) -> int:
+    """The class of a node of a branch aligned in that way over `run` tokens."""
+    return (kind * len(RUNS) + step(RUNS, run)) * len(DEPTHS) + step(DEPTHS, depth)
+
+
+def _prior(kind: int, run: int, depth: int) -> float:
+    if kind == FOLLOWED:
+        return FOLLOWED_PRIOR[run]
+    return FIRST_PRIOR[kind] if depth == 0 else DEEPER_PRIOR
