@@ -122,7 +122,7 @@ def bench(
 def _run(model: Model, drafter: str, texts: Sequence[Prompt], max_new_tokens: int) -> _Run:
     clocks, sequences = [], []
     for text in texts:
-        generation = Generation(model, [text], max_new_tokens=max_new_tokens, drafter=drafter, ignore_end=True)
+        generation = Generation(model, [text], max_new_tokens=max_new_tokens, drafter=drafter, ignore_end=not model.answers)
         for _ in generation.pieces():
             pass
         result = generation.results()[0]

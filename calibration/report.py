@@ -146,7 +146,9 @@ def _acceptance(path: Path, prompts: Sequence[str], max_new_tokens: int) -> dict
     model = load(path, tuned=False)
     lengths = {}
     for name in model.drafters:
-        results = [model.generate(p, drafter=name, max_new_tokens=max_new_tokens, ignore_end=True) for p in prompts]
+        results = [
+            model.generate(p, drafter=name, max_new_tokens=max_new_tokens, ignore_end=not model.answers) for p in prompts
+        ]
         calls = sum(r.stats.verify_calls for r in results)
         lengths[name] = sum(len(r.token_ids) - 1 for r in results) / max(calls, 1)
     return lengths

@@ -228,6 +228,8 @@ def as_deep_as_pays(found: DrafterTuning, cost: VerifyCost) -> DrafterTuning:
 
 def decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: Prompt, options: LoopOptions) -> DecodingLoop:
     """Decode one prompt to its end."""
+    if model.answers:
+        options = dataclasses.replace(options, end_tokens=frozenset(model.bundle.manifest.generation.eos_token_ids))
     source, start = model.inputs(prompt)
     loop = DecodingLoop(model.engine, drafter, [start], options, [] if source is None else [source])
     for _ in loop.rounds():
@@ -235,14 +237,18 @@ def decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: Prompt
     return loop
 
 
+COPIES = ("source_copy", "ngram")  # cost next to nothing, and are right either often or hardly ever: asked first in a pair
+
+
 def drafter_pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning]:
-    """n-grams with each head behind them: the head is asked where the copy promises less than the head brings."""
-    ngram = drafters.get("ngram")
+    """A copy with each other drafter behind it, which is asked where the copy promises less than that one brings."""
     pairs = {}
-    for name, head in drafters.items():
-        if ngram is not None and name != "ngram":
-            rates = (*ngram.rates, *head.rates)
-            pairs[f"ngram+{name}"] = DrafterTuning(rates, ngram.draft_ms + head.draft_ms, 0.0, 0.0, head.acceptance_length)
+    for i, first in enumerate(COPIES):
+        for second in drafters:
+            if first in drafters and second not in COPIES[: i + 1]:
+                copy, other = drafters[first], drafters[second]
+                rates, draft_ms = (*copy.rates, *other.rates), copy.draft_ms + other.draft_ms
+                pairs[f"{first}+{second}"] = DrafterTuning(rates, draft_ms, 0.0, 0.0, other.acceptance_length)
     return pairs
 
 

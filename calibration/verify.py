@@ -285,11 +285,11 @@ def top_two_margin(logits: NDArray[np.float32]) -> float:
 def check_drafters(
     model: Model, prompts: Sequence[Prompt], max_new_tokens: int, tolerance: float, progress: Progress
 ) -> list[DrafterCheck]:
-    """Each prompt decoded plainly once and with every drafter, greedy, past end tokens so that all lengths are equal.
+    """Each prompt decoded plainly once and with every drafter, greedy; continuations go on past end tokens.
 
     `tolerance`: by how much of their range the logits of two runs may differ from rounding alone.
     """
-    settings = {"max_new_tokens": max_new_tokens, "ignore_end": True}
+    settings = {"max_new_tokens": max_new_tokens, "ignore_end": not model.answers}
     plain = []
     for done, prompt in enumerate(prompts):
         plain.append(model.generate(prompt, drafter="none", **settings))

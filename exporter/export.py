@@ -237,7 +237,7 @@ def generation_rules(model: Any, vocab_size: int) -> GenerationRules:
     return GenerationRules(
         eos_token_ids=_token_ids(settings.eos_token_id),
         bos_token_id=settings.bos_token_id,
-        suppress_tokens=_token_ids(stated("suppress_tokens")) + _bad_tokens(stated("bad_words_ids", [])),
+        suppress_tokens=_token_ids(stated("suppress_tokens")),
         pad_token_id=stated("pad_token_id"),
         decoder_start_token_id=start if model.config.is_encoder_decoder else None,
         forced_bos_token_id=stated("forced_bos_token_id"),
@@ -259,11 +259,6 @@ def generation_rules(model: Any, vocab_size: int) -> GenerationRules:
         max_initial_timestamp_index=stated("max_initial_timestamp_index"),
         prev_sot_token_id=stated("prev_sot_token_id"),
     )
-
-
-def _bad_tokens(words: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Words of one token that must not be generated: Marian's padding, as a rule."""
-    return tuple(word[0] for word in words if len(word) == 1)
 
 
 def _token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -295,8 +290,15 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def _convert_tokenizer(source: Path, target: Path) -> None:
     from transformers import AutoTokenizer
 
+    from . import pieces
+
     try:
+        if pieces.has_own_vocabulary(source):
+            pieces.convert(source).save(str(target / "tokenizer.json"))
+            return
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    except CheckpointError:
+        raise
     except Exception as error:  # each tokenizer class raises its own kinds
         raise CheckpointError(f"{source} holds no tokenizer.json and no tokenizer that can become one ({error}).") from error
     if not (target / "tokenizer.json").is_file():

@@ -412,12 +412,15 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table's rows there.")] = None,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.", min=1)] = 12,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 3,
+    sample: Annotated[
+        list[str] | None, typer.Option(help="pycode, normalise or speech; may be repeated. All by default.")
+    ] = None,
 ) -> None:
-    """The whole way on the shipped sample: export, verify, decode with and without heads."""
+    """The whole way on the shipped samples: export, quantize, build, tune, verify, decode with and without heads."""
     from .demo import run
     from .screen import show_demo, write_json
 
-    table = run(output, samples, prompts, rounds)
+    table = run(output, samples, prompts, rounds, sample or ())
     show_demo(table)
     if json_file:
         write_json(json_file, table.rows)

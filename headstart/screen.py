@@ -275,16 +275,18 @@ def show_report(report: "Report") -> None:
 
 
 def show_demo(demo: "DemoTable") -> None:
-    columns = ("T", "weights", "drafter", "tokens/s", "× plain", "acceptance", "verify calls", "equal", "distinct")
+    columns = ("sample", "T", "weights", "drafter", "tokens/s", "× plain", "acceptance", "equal", "right", "distinct")
     grid = table(demo.title, *columns)
     for row in demo.rows:
         equal = "–" if row.equal is None else f"{row.equal} of {row.prompts}"
         speed = (f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}", f"{row.acceptance_length:.2f}")
-        counts = (str(row.verify_calls), equal, f"{row.distinct_4grams:.0%}")
-        grid.add_row(f"{row.temperature:g}", row.weights, row.drafter, *speed, *counts)
+        right = "–" if row.right is None else f"{row.right} of {row.prompts}"
+        counts = (equal, right, f"{row.distinct_4grams:.0%}")
+        grid.add_row(row.sample, f"{row.temperature:g}", row.weights, row.drafter, *speed, *counts)
     out.print(grid)
     out.print(
-        "acceptance: new tokens per verify call. distinct: different 4-grams of the outputs over all of them; loops lower it."
+        "acceptance: new tokens per verify call. equal: outputs that are plain decoding's, token by token. right: outputs that "
+        "are the wanted text. distinct: different 4-grams of the outputs over all of them; loops lower it."
     )
 
 

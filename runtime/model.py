@@ -99,6 +99,11 @@ class Model:
         """Names `generate` takes, beside "auto" and "none": the bundle's heads first."""
         return list(self._drafters)
 
+    @property
+    def answers(self) -> bool:
+        """Outputs answer a source and end of themselves; continuations are measured past end tokens, all equally long."""
+        return bool(self.bundle.manifest.model.source)
+
     @overload
     def generate(self, prompt: Prompt, **options: Any) -> Result: ...
 
