@@ -108,9 +108,11 @@ class TensorRtEngine:
 
     @classmethod
     def open(cls, bundle: Bundle, device: str) -> "TensorRtEngine":
-        """Raises EngineError when nothing was built for `device`, when it is staleor when there is no GPU."""
+        """Raises EngineError when nothing was built for `device`, when it is stale, or when there is no GPU."""
         from .cuda import Cuda
 
+        if bundle.manifest.model.source and "encoder" not in bundle.manifest.graphs:
+            raise EngineError(f"{bundle.path} is an assistant without an encoder of its own. Fix: --device cpu.")
         info = built_engine(bundle, device)
         if info is None:
             raise EngineError(f"{bundle.path} is not built for {device}. Fix: headstart build {bundle.path} --device {device}.")
