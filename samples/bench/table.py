@@ -156,7 +156,7 @@ def _contaminated(rows: list[Configuration]) -> list[str]:
 
 def _plain(row: Configuration, rows: list[Configuration]) -> list[list[int]] | None:
     """Token ids of the plain mode with the same numbers: "draft k=5 exact" is compared with "plain exact"."""
-    mode = "plain exact" if row.mode.endswith("exact") else "plain"
+    mode = row.mode if row.mode.startswith("plain") else "plain exact" if row.mode.endswith("exact") else "plain"
     same = (other for other in rows if (other.rival, other.weights, other.mode) == (row.rival, row.weights, mode))
     plain = next((other for other in same if other.passes), None)
     return plain.passes[0].token_ids if plain else None

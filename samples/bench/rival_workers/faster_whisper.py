@@ -20,7 +20,7 @@ RIVAL = Rival(
     packages=ctranslate2.RIVAL.packages,
     weights=ctranslate2.RIVAL.weights,
     groups=(("plain",), ("plain with its window",)),
-    environment=ctranslate2.RIVAL.name,
+    shares=ctranslate2.RIVAL.name,
 )
 UNGUARDED = {"no_speech_threshold": None, "log_prob_threshold": None, "compression_ratio_threshold": None}
 

@@ -38,7 +38,7 @@ class Rival:
         converts: False where the program reads the checkpoint itself.
         recipe: of `convert`; raise it with a change there, so that older conversions are not found again.
         unwanted: packages that come along and have to go again.
-        environment: the worker whose environment, with the same packages, serves this one too; its own where empty.
+        shares: the worker whose environment and conversions it uses, with the same packages; its own where empty.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Rival:
     converts: bool = True
     recipe: int = 1
     unwanted: tuple[str, ...] = ()
-    environment: str = ""
+    shares: str = ""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ RIVAL = Rival(
     groups=(("plain", "lookup k=5", "assistant"),),
     draft_weights="fp32",
     converts=False,
-    environment=DECODERS.name,
+    shares=DECODERS.name,
 )
 
 
