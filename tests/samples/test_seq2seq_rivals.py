@@ -16,8 +16,8 @@ from measurement import Configuration, Pass, Prompt, Worker, WorkerError
 from preparation import Workshop, fingerprint
 from quality import Quality, edits, exact_share, word_error_rate
 from rival_workers import ctranslate2, faster_whisper
-from rival_workers.protocol import Setup
-from rival_workers.recording import samples_of
+from rival_workers.protocol import Setup, with_end
+from rival_workers.recording import filled, samples_of
 from rival_workers.transformers_seq2seq import without_start
 from seq2seq_task import parser, task_from_arguments
 from table import DECODER, Truth, encoder_decoder, figures, markdown
@@ -129,6 +129,14 @@ def test_samples_are_floats_below_one(tmp_path: Path) -> None:
     write_wave(tmp_path / "half.wav", 0.01)
     samples = samples_of(str(tmp_path / "half.wav"))
     assert samples.shape == (160,) and samples.dtype == "float32" and set(samples.tolist()) == {0.5}
+    assert filled(samples, 200)[158:162].tolist() == [0.5, 0.5, 0, 0]
+    assert len(filled(samples, 100)) == 160
+
+
+def test_no_time_for_decoding_leaves_the_time_per_item() -> None:
+    row = row_of("plain", [[5, 0]])
+    row.passes[0].decode_s[:] = [-0.01]
+    assert "| 90.0 | 90.0..90.0 | 100.0 | ? | 1.00 |" in markdown([row], Truth(None), encoder_decoder("WER"))
 
 
 @pytest.mark.parametrize(
@@ -145,8 +153,8 @@ def test_word_errors_are_counted_over_all_words() -> None:
 
 
 def row_of(mode: str, token_ids: list[list[int]], seconds: float = 0.1) -> Configuration:
-    each = [seconds] * len(token_ids)
-    one = Pass(token_ids, each, each, [len(ids) - 1 for ids in token_ids], others_share=0.0)
+    prefill_s, decode_s = [seconds] * len(token_ids), [seconds] * len(token_ids)
+    one = Pass(token_ids, prefill_s, decode_s, [len(ids) - 1 for ids in token_ids], others_share=0.0)
     return Configuration("rival", "Program", "int8", mode, passes=[one])
 
 
@@ -227,8 +235,9 @@ def test_ctranslate2_is_allowed_exactly_so_many_tokens(tokens: int) -> None:
 
 
 def test_a_shorter_text_has_ended() -> None:
-    assert ctranslate2.with_end([5], 0, 2) == [5, 0]
-    assert ctranslate2.with_end([5, 6], 0, 2) == [5, 6]
+    assert with_end([5], 0, 2) == with_end([5, 0], 0, 3) == [5, 0]
+    assert with_end([5, 6], 0, 2) == [5, 6]
+    assert with_end([], 0, 2) == [0]
 
 
 def test_start_tokens_are_taken_off_where_they_are() -> None:

@@ -134,6 +134,12 @@ def split_by_length(generate: Callable[[int], list[int]], new_tokens: int) -> tu
     return token_ids, middle - start, (end - middle) - (middle - start)
 
 
+def with_end(token_ids: list[int], end: int, limit: int) -> list[int]:
+    """For programs that keep the end token to themselves: a text shorter than allowed has ended."""
+    ended = len(token_ids) >= limit or token_ids[-1:] == [end]
+    return list(token_ids) if ended else [*token_ids, end]
+
+
 def _private_stdout() -> TextIO:
     """The real standard output for answers alone: libraries print to descriptor 1 as they like, so it becomes 2."""
     private = os.fdopen(os.dup(1), "w", buffering=1)
