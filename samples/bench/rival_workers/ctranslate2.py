@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .protocol import Answer, Rival, Served, Setup, main, run_converter, split_by_length, version_of
+from .protocol import Answer, Rival, Served, Setup, main, run_converter, split_by_length, version_of, with_end
 from .recording import is_speech, log_mel
 
 RIVAL = Rival(
@@ -44,7 +44,8 @@ def load(setup: Setup) -> Served:
     options = {"compute_type": setup.weights, "inter_threads": 1, "intra_threads": setup.threads}
     model = kind(setup.model, device="cpu", **options)
     generate = (_hear if is_speech(setup.model) else _translate)(setup, model)
-    return Served(version_of("ctranslate2"), setup.modes, generate)
+    notes = ["its MB include transformers, which makes its features"] if is_speech(setup.model) else []
+    return Served(version_of("ctranslate2"), setup.modes, generate, notes)
 
 
 def _translate(setup: Setup, model: Any) -> Any:
@@ -86,11 +87,6 @@ def _hear(setup: Setup, model: Any) -> Any:
 def length_of(new_tokens: int, start: int) -> int:
     """Its `max_length` for so many tokens: it takes the half, and no more than what the start tokens but the last leave."""
     return max(2 * new_tokens, new_tokens + start - 1)
-
-
-def with_end(token_ids: list[int], end: int, limit: int) -> list[int]:
-    """Its Whisper keeps the end token to itself: a text shorter than allowed has ended."""
-    return [*token_ids, end] if len(token_ids) < limit else list(token_ids)
 
 
 def _answer(token_ids: list[int], prefill_s: float, decode_s: float) -> Answer:

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from .protocol import Answer, Rival, Served, Setup, main, version_of
-from .recording import samples_of
+from .recording import filled, samples_of
 
 RIVAL = Rival(name="headstart_bundle", program="Headstart", packages=(), weights=(), groups=((),), converts=False)
 
@@ -48,11 +48,7 @@ def _text(model: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 def _recording(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     """The features of one window, by the bundle's own front-end, and the decoder's start."""
-    import numpy as np
-
-    samples = samples_of(request["audio"])
-    silence = np.zeros(model.bundle.manifest.audio.window - len(samples), np.float32)
-    features = model.engine.features(np.concatenate([samples, silence]))
+    features = model.engine.features(filled(samples_of(request["audio"]), model.bundle.manifest.audio.window))
     return {"features": features, "decoder_prompt": request["prompt_ids"]}
 
 

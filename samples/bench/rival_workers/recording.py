@@ -13,6 +13,13 @@ def samples_of(file: str) -> Any:
         return np.frombuffer(sound.readframes(sound.getnframes()), np.int16).astype(np.float32) / 32768
 
 
+def filled(samples: Any, window: int) -> Any:
+    """[window] with silence behind the samples; as they are where they are longer."""
+    import numpy as np
+
+    return np.pad(samples, (0, max(0, window - len(samples))))
+
+
 def log_mel(folder: str, file: str) -> Any:
     """[1, mels, frames] float32 of one window, by the settings in the folder's preprocessor_config.json."""
     from transformers import WhisperFeatureExtractor

@@ -8,7 +8,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from .protocol import Answer, Rival, Served, Setup, main, split_by_length, version_of
+from .protocol import Answer, Rival, Served, Setup, main, split_by_length, version_of, with_end
 from .recording import is_speech, log_mel
 from .transformers_torch import LOOKUP_TOKENS
 from .transformers_torch import RIVAL as DECODERS
@@ -21,7 +21,7 @@ RIVAL = Rival(
     groups=(("plain", "lookup k=5", "assistant"),),
     draft_weights="fp32",
     converts=False,
-    environment=DECODERS.name,
+    shares=DECODERS.name,
 )
 
 
@@ -63,11 +63,12 @@ def generate_with(target: Any, folder: str, request: dict[str, Any], speculation
     import torch
 
     source, start = _source(target, folder, request)
+    end = target.generation_config.eos_token_id
 
     def run(new_tokens: int) -> list[int]:
         with torch.inference_mode():
             out = target.generate(max_new_tokens=new_tokens, do_sample=False, **source, **speculation)
-        return without_start(out[0].tolist(), start)
+        return with_end(without_start(out[0].tolist(), start), end, new_tokens)
 
     token_ids, prefill_s, decode_s = split_by_length(run, request["new_tokens"])
     return Answer(token_ids, prefill_s, decode_s, len(token_ids) - 1)
@@ -89,7 +90,7 @@ def _source(target: Any, folder: str, request: dict[str, Any]) -> tuple[dict[str
 
 
 def without_start(token_ids: list[int], start: list[int]) -> list[int]:
-    """What was added: Whisper's `generate` returns the start tokens in some modes and lengths, and not in others."""
+    """What was added: Whisper's `generate` returns start and end tokens in some modes and lengths, and not in others."""
     return token_ids[len(start) :] if token_ids[: len(start)] == start else token_ids
 
 
