@@ -25,7 +25,7 @@ build: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,export,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,export,trt-rtx,dev]'
 	touch $@
 
 clean:

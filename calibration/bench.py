@@ -6,7 +6,6 @@ Everything compared is interleaved in one run, several rounds, and medians are r
 import platform
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from typing import Any
 
 from headstart.runtime.budget import VerifyCost
 from headstart.runtime.errors import OptionError
+from headstart.runtime.memory import peak_memory_mb
 from headstart.runtime.model import Generation, Model, Prompt
 from headstart.runtime.tuning import processor
 
@@ -122,7 +122,7 @@ def bench(
 def _run(model: Model, drafter: str, texts: Sequence[Prompt], max_new_tokens: int) -> _Run:
     clocks, sequences = [], []
     for text in texts:
-        generation = Generation(model, [text], max_new_tokens=max_new_tokens, drafter=drafter, ignore_end=True)
+        generation = Generation(model, [text], max_new_tokens=max_new_tokens, drafter=drafter, ignore_end=not model.answers)
         for _ in generation.pieces():
             pass
         result = generation.results()[0]
@@ -177,24 +177,6 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process ever held, in MB; 0 where the system does not tell."""
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-
-    kibibytes_or_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes_or_bytes / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def resident_memory_mb() -> float:
-    """What this process holds now, in MB, where the system tells (Linux); else the most it ever held."""
-    file = Path("/proc/self/status")
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-    held = next((line.split()[1] for line in lines if line.startswith("VmRSS:")), None)
-    return peak_memory_mb() if held is None else int(held) / 1e3
 
 
 def draw(result: Bench, file: Path) -> None:

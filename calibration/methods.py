@@ -1,13 +1,12 @@
-"""Rounding that looks at what a layer reads: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978).
+"""Rounding that looks at what a layer reads: GPTQ (arXiv 2210.17323), AWQ (arXiv 2306.00978), SmoothQuant (arXiv 2211.10438).
 
-Both are asked for one layer after the other and see the layers before already quantized. AWQ scales inputs up where that is
-exact and nothing else reads them, which is behind a norm: its vectors take the inverse. What attention's output and the
-feed-forward's inner product are projected by is not scaled (their producers are quantized before they are); there AWQ only
-searches the ranges.
+All are asked for one layer after the other and see the layers before already quantized. AWQ scales inputs up and SmoothQuant
+scales them down where that is exact and nothing else reads them, which is behind a norm: its vectors take the inverse. What
+attention's output and the feed-forward's inner product are projected by is not scaled (their producers are quantized before
+they are); there AWQ only searches the ranges.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,28 +16,23 @@ from headstart.exporter.passes.linear import Linear, linears
 from headstart.exporter.passes.surgery import constant_of, producer
 from headstart.runtime.bundle import Bundle
 
-from .observers import Statistics, calibration_windows, layer_of, observe
+from .observers import Statistics, layer_of, observe
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest, scales_of, spread
 
 Progress = Callable[[str, int, int], None]
+InputScale = Callable[[NDArray[np.float32], Statistics], NDArray[np.float32]]  # ([K, N] weight, what it reads) -> [K]
 DAMPING = 0.01  # of the mean diagonal, added to the Hessian: it has to be invertible
 BLOCK = 128  # inputs whose errors are passed on together
 CLIPS = np.linspace(1.0, 0.6, 17)  # shares of a group's largest magnitude tried as its range
 POWERS = np.linspace(0.0, 1.0, 21)  # of the mean magnitude, tried as an input's scale
-
-
-def calibrated_rounder(
-    bundle: Bundle, model: Any, method: str, data: Path, tokens: int, progress: Progress
-) -> Callable[[Linear, WeightScheme], QuantizedWeight]:
-    """A rounder for the layers of `model`, to be asked in the order of computation while it is quantized in place.
-
-    Raises OptionError when `data` holds no or too little text.
-    """
-    return CalibratedRounder(bundle, model, method, calibration_windows(bundle, data, tokens), progress)
+MIGRATION = 0.5  # SmoothQuant's α: the share of an input's range that its weights take over
 
 
 class CalibratedRounder:
-    """Observes a decoder layer when its first weight is asked for, and rounds each weight by what it reads."""
+    """Observes a decoder layer when its first weight is asked for, and rounds each weight by what it reads.
+
+    To be asked for the layers of `model` in the order of computation, while it is quantized in place.
+    """
 
     def __init__(self, bundle: Bundle, model: Any, method: str, windows: NDArray[np.int64], progress: Progress) -> None:
         self._bundle, self._model, self._method, self._windows, self._progress = bundle, model, method, windows, progress
@@ -55,17 +49,23 @@ class CalibratedRounder:
             self._enter(layer_of(linear), scheme)
         statistics = self._statistics[linear.node.inputs[0].name]
         weight = linear.dequantized()  # read now: entering the layer may have rescaled it
+        gram = statistics.gram / statistics.rows
         if self._method == "gptq":
-            return gptq(weight, statistics.gram / statistics.rows, scheme)
-        return round_clipped(weight, statistics.gram / statistics.rows, scheme)
+            return gptq(weight, gram, scheme)
+        if self._method == "awq":
+            return round_clipped(weight, gram, scheme)
+        return round_to_nearest(weight, scheme)
 
     def _enter(self, layer: str, scheme: WeightScheme) -> None:
         self._layer = layer
         own = [linear for linear in self._own() if layer_of(linear) == layer and not linear.quantized]
         self._statistics = observe(self._model, own, self._bundle, self._windows)
-        if self._method == "awq":
-            for name, statistics in self._statistics.items():
-                scale_inputs([linear for linear in own if linear.node.inputs[0].name == name], statistics, scheme)
+        for name, statistics in self._statistics.items():
+            group = [linear for linear in own if linear.node.inputs[0].name == name]
+            if self._method == "awq":
+                scale_inputs(group, statistics, lambda weight, seen: best_input_scale(weight, seen, scheme))
+            elif self._method == "smoothquant":
+                scale_inputs(group, statistics, smooth_input_scale)
         self._progress("calibration", self._order.index(layer) + 1, len(self._order))
 
 
@@ -134,24 +134,29 @@ def clipped_scales(weight: NDArray[np.float32], gram: NDArray[np.float64], schem
     return best
 
 
-def scale_inputs(group: Sequence[Linear], statistics: Statistics, scheme: WeightScheme) -> bool:
-    """AWQ's scales for layers that read one value, folded into the norm that makes it; False where no norm does.
+def scale_inputs(group: Sequence[Linear], statistics: Statistics, scale_of: InputScale) -> bool:
+    """Scales for the inputs of layers that read one value, folded into the norm that makes it; False where no norm does.
 
-    The inputs that matter are made larger by s before rounding and smaller by 1/s in the norm: in float nothing changes.
+    The weights of an input are made larger by s and the input smaller, in the norm: in float nothing changes.
     """
     norm = _norm_parameters(group[0].node.inputs[0], len(group))
     if norm is None or any(linear.transposed or len(linear.weight.uses()) > 1 for linear in group):
         return False
-    weight = np.concatenate([linear.dequantized() for linear in group], axis=1)
-    scale = best_input_scale(weight, statistics, scheme)
+    scale = scale_of(np.concatenate([linear.dequantized() for linear in group], axis=1), statistics)
     for node, index in norm:
         parameter = _own_parameter(node, index)
         _rewrite(parameter, parameter.const_value.numpy() / scale)
     for linear in group:
         _rewrite(linear.weight, linear.weight.const_value.numpy() * scale[:, None])
-    statistics.gram /= np.outer(scale, scale)
-    statistics.magnitude /= scale
+    statistics.divide(scale)
     return True
+
+
+def smooth_input_scale(weight: NDArray[np.float32], statistics: Statistics) -> NDArray[np.float32]:
+    """[K]: SmoothQuant's scales, max|x|^α / max|w|^(1 - α): outliers of the inputs move into the weights."""
+    inputs, weights = np.maximum(statistics.largest, 1e-5), np.maximum(np.abs(weight).max(axis=1), 1e-5)
+    scale: NDArray[np.float32] = (inputs**MIGRATION / weights ** (1 - MIGRATION)).astype(np.float32)
+    return scale
 
 
 def best_input_scale(weight: NDArray[np.float32], statistics: Statistics, scheme: WeightScheme) -> NDArray[np.float32]:

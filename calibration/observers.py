@@ -34,18 +34,31 @@ class Statistics:
     Attributes:
         gram: [K, K] float64, Σ xᵀx: the Hessian of the layer's squared output error, up to a factor.
         magnitude: [K] float64, Σ |x|.
+        largest: [K] float64, max |x|.
         rows: how many.
     """
 
     gram: NDArray[np.float64]
     magnitude: NDArray[np.float64]
+    largest: NDArray[np.float64]
     rows: int = 0
+
+    @classmethod
+    def empty(cls, width: int) -> "Statistics":
+        return cls(np.zeros((width, width)), np.zeros(width), np.zeros(width))
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Take in [rows, K]."""
         self.gram += values.T @ values
         self.magnitude += np.abs(values).sum(axis=0)
+        self.largest = np.maximum(self.largest, np.abs(values).max(axis=0))
         self.rows += len(values)
+
+    def divide(self, scale: NDArray[np.float32]) -> None:
+        """Become the statistics of x / scale; scale [K]."""
+        self.gram /= np.outer(scale, scale)
+        self.magnitude /= scale
+        self.largest /= scale
 
 
 def calibration_windows(bundle: Bundle, data: Path, tokens: int) -> NDArray[np.int64]:
@@ -96,13 +109,19 @@ def layer_of(linear: Linear) -> str:
 def observe(model: Any, linears: Sequence[Linear], bundle: Bundle, windows: NDArray[np.int64]) -> dict[str, Statistics]:
     """Statistics by the name of the value that each of `linears` reads; layers that read one value share them."""
     widths = {linear.node.inputs[0].name: linear.shape[0] for linear in linears}
-    sums = {name: Statistics(np.zeros((width, width)), np.zeros(width)) for name, width in widths.items()}
-    with tempfile.TemporaryDirectory(prefix="headstart-calibration-") as folder:
-        session = _cut(model, list(sums), Path(folder))
-        for feeds in _feeds(session, bundle, windows):
-            for name, values in zip(sums, session.run(list(sums), feeds), strict=True):
-                sums[name].add(values.reshape(-1, values.shape[-1]))
+    sums = {name: Statistics.empty(width) for name, width in widths.items()}
+    for arrays in activations(model, list(sums), bundle, windows):
+        for statistics, values in zip(sums.values(), arrays, strict=True):
+            statistics.add(values.reshape(-1, values.shape[-1]))
     return sums
+
+
+def activations(model: Any, names: list[str], bundle: Bundle, windows: NDArray[np.int64]) -> Iterator[list[NDArray[Any]]]:
+    """The values of those names, window by window, from the part of the model that computes them."""
+    with tempfile.TemporaryDirectory(prefix="headstart-calibration-") as folder:
+        session = _cut(model, names, Path(folder))
+        for feeds in _feeds(session, bundle, windows):
+            yield session.run(names, feeds)
 
 
 def _cut(model: Any, outputs: list[str], folder: Path) -> Any:

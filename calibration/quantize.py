@@ -25,14 +25,17 @@ from headstart.runtime.bundle import Bundle, GraphInfo, HeadInfo, Manifest, Weig
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 
+from .integers import cache_ranges, quantize_caches, quantize_inputs
+from .observers import calibration_windows
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
 from .verify import Texts, all_logits, greedy_tokens, read_golden
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
 DECODER, ENCODER = "graphs/decoder.onnx", "graphs/encoder.onnx"
-METHODS = ("rtn", "awq", "gptq")
+METHODS = ("rtn", "awq", "gptq", "smoothquant")
 INT8 = WeightScheme(8)
+KEPT = ("weights", "method", "activations", "kv_cache", "lm_head", "embedding", "heads")  # options named in the manifest
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,21 @@ class QuantizeOptions:
     Attributes:
         weights: of the linear layers inside the decoder: int8 or int4.
         group: inputs that share an int4 scale: 32, 64 or 128.
-        method: rtn (each weight to its nearest value), awq or gptq (both want calibration text).
+        method: rtn (each weight to its nearest value), awq, gptq or smoothquant (all three want calibration text).
+        activations: what quantized layers inside the decoder read: dynamic (as the device likes, a scale per row on CPUs), or
+            static (int8 with a fixed scale, as TensorRT needs; wants calibration text, and int8 weights).
+        kv_cache: int8 (one scale per head; wants calibration text) or none.
         lm_head: int8 or none, whatever `weights` is: its errors go straight into the logits.
         embedding: int8 or none.
         heads: linear layers of the draft heads: int8 or none.
-        calibration_tokens: of the text that awq and gptq look at.
+        calibration_tokens: of the text that is looked at.
     """
 
     weights: str = "int8"
     group: int = 32
     method: str = "rtn"
+    activations: str = "dynamic"
+    kv_cache: str = "none"
     lm_head: str = "int8"
     embedding: str = "int8"
     heads: str = "int8"
@@ -60,9 +68,13 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         _one_of("--weights", self.weights, ("int8", "int4"))
         _one_of("--method", self.method, METHODS)
-        for name in ("lm_head", "embedding", "heads"):
+        _one_of("--activations", self.activations, ("dynamic", "static"))
+        for name in ("kv_cache", "lm_head", "embedding", "heads"):
             _one_of(f"--{name.replace('_', '-')}", getattr(self, name), ("int8", "none"))
         WeightScheme(4, self.group)  # raises for an unknown group
+        for option, value in (("--activations", "static"), ("--method", "smoothquant")):
+            if self.weights != "int8" and value in (self.activations, self.method):
+                raise OptionError(f"{option} {value} makes int8 products, with int8 weights only. Fix: --weights int8.")
         if self.calibration_tokens < 256:
             raise OptionError(f"--calibration-tokens {self.calibration_tokens} is too few: at least 256 are needed.")
 
@@ -70,9 +82,14 @@ class QuantizeOptions:
     def scheme(self) -> WeightScheme:
         return INT8 if self.weights == "int8" else WeightScheme(4, self.group)
 
+    @property
+    def calibrated(self) -> bool:
+        """Something is measured on text."""
+        return self.method != "rtn" or self.activations == "static" or self.kv_cache != "none"
+
     def described(self) -> dict[str, str]:
         """For the manifest."""
-        parts = {name: getattr(self, name) for name in ("weights", "method", "lm_head", "embedding", "heads")}
+        parts = {name: getattr(self, name) for name in KEPT}
         return parts | ({"group": str(self.group)} if self.weights == "int4" else {})
 
 
@@ -92,7 +109,7 @@ def quantize(
     """Write a quantized copy of `bundle` to `output`.
 
     Args:
-        data: text or JSONL file; awq and gptq measure on it what each layer reads.
+        data: text or JSONL file; on it is measured what layers read and caches hold.
 
     Raises:
         BundleError: no bundle, or one that is quantized already.
@@ -120,13 +137,16 @@ def _check(bundle: Bundle, options: QuantizeOptions, data: str | Path | None) ->
         )
     if bundle.manifest.model.dtype != "float32":
         raise BundleError(f"{bundle.path} is {bundle.manifest.model.dtype}; quantization starts from float32 weights.")
-    if options.method != "rtn" and bundle.manifest.model.source:
+    if options.calibrated and bundle.manifest.model.source:
         raise OptionError(
-            f"--method {options.method} measures decoders that continue a text, and {bundle.path} has an encoder. "
-            "Fix: --method rtn."
+            f"Only decoders that continue a text are measured, and {bundle.path} has an encoder. "
+            "Fix: --method rtn, without --activations static and --kv-cache int8."
         )
-    if options.method != "rtn" and data is None:
-        raise OptionError(f"--method {options.method} measures what each layer reads. Fix: --data FILE, or --method rtn.")
+    if options.calibrated and data is None:
+        raise OptionError(
+            "awq, gptq, smoothquant, static activations and an int8 cache are measured on text. "
+            "Fix: --data FILE, or --method rtn alone."
+        )
 
 
 def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | Path | None, progress: Progress) -> Manifest:
@@ -135,8 +155,17 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     shutil.copytree(bundle.path / "tokenizer", folder / "tokenizer")
     model, _ = split_gemms(ir.load(bundle.path / bundle.manifest.graphs["decoder"].file))
     _check_groups(model, bundle.manifest.model.vocab_size, options)
-    rounder = _rounder(bundle, model, options, data, progress)
+    windows = calibration_windows(bundle, Path(data), options.calibration_tokens) if options.calibrated and data else None
+    ranges = cache_ranges(model, bundle, windows) if windows is not None and options.kv_cache == "int8" else {}
+    rounder = _rounder(bundle, model, options, windows, progress)
     quantize_graph(model, bundle.manifest.model.vocab_size, options, rounder, progress)
+    caches = bundle.manifest.caches
+    if windows is not None and options.activations == "static":
+        inner = [linear for linear in linears(model) if not is_lm_head(linear, bundle.manifest.model.vocab_size)]
+        quantize_inputs(model, inner, bundle, windows)
+    if ranges:
+        quantize_caches(model, caches, ranges)
+        caches = tuple(dataclasses.replace(cache, dtype="int8") for cache in caches)
     save_graph(model, folder / DECODER)
     graphs = {"decoder": graph_info(model, DECODER)}
     if "encoder" in bundle.manifest.graphs:
@@ -146,6 +175,7 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
         save_graph(ir.load(bundle.path / graphs["frontend"].file), folder / graphs["frontend"].file)
     manifest = dataclasses.replace(
         bundle.manifest,
+        caches=caches,
         graphs=graphs,
         weights=weight_infos(folder / DECODER, "graphs"),
         quantization=options.described() | {"date": datetime.date.today().isoformat()},
@@ -177,14 +207,14 @@ def _check_groups(model: Any, vocab_size: int, options: QuantizeOptions) -> None
             )
 
 
-def _rounder(bundle: Bundle, model: Any, options: QuantizeOptions, data: str | Path | None, progress: Progress) -> Rounder:
-    if options.method == "rtn":
+def _rounder(
+    bundle: Bundle, model: Any, options: QuantizeOptions, windows: NDArray[np.int64] | None, progress: Progress
+) -> Rounder:
+    if windows is None or options.method == "rtn":
         return lambda linear, scheme: round_to_nearest(linear.dequantized(), scheme)
-    from .methods import calibrated_rounder
+    from .methods import CalibratedRounder
 
-    assert data is not None
-    rounder: Rounder = calibrated_rounder(bundle, model, options.method, Path(data), options.calibration_tokens, progress)
-    return rounder
+    return CalibratedRounder(bundle, model, options.method, windows, progress)
 
 
 def quantize_graph(model: Any, vocab_size: int, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> None:

@@ -146,7 +146,9 @@ def _acceptance(path: Path, prompts: Sequence[str], max_new_tokens: int) -> dict
     model = load(path, tuned=False)
     lengths = {}
     for name in model.drafters:
-        results = [model.generate(p, drafter=name, max_new_tokens=max_new_tokens, ignore_end=True) for p in prompts]
+        results = [
+            model.generate(p, drafter=name, max_new_tokens=max_new_tokens, ignore_end=not model.answers) for p in prompts
+        ]
         calls = sum(r.stats.verify_calls for r in results)
         lengths[name] = sum(len(r.token_ids) - 1 for r in results) / max(calls, 1)
     return lengths
@@ -155,7 +157,10 @@ def _acceptance(path: Path, prompts: Sequence[str], max_new_tokens: int) -> dict
 def _scheme(path: Path, quality: _Quality, acceptance: dict[str, float]) -> SchemeReport:
     bundle = Bundle.load(path, check_hashes=False)
     settings = bundle.manifest.quantization
-    scheme = " ".join(filter(None, (settings.get("weights"), settings.get("method"), settings.get("group")))) or "float32"
+    parts = [settings.get(name) for name in ("weights", "method", "group")]
+    parts += ["static"] if settings.get("activations") == "static" else []
+    parts += ["int8 cache"] if settings.get("kv_cache") == "int8" else []
+    scheme = " ".join(filter(None, parts)) or "float32"
     return SchemeReport(
         bundle=path.name,
         scheme=scheme,
@@ -173,7 +178,7 @@ def _memory_mb(path: Path) -> float:
     """In a process of its own, so that nothing else is counted."""
     code = (
         "import sys, json, headstart\n"
-        "from headstart.calibration.bench import resident_memory_mb\n"
+        "from headstart.runtime.memory import resident_memory_mb\n"
         "model = headstart.load(sys.argv[1], tuned=False)\n"
         "model.generate('a', max_new_tokens=16, drafter='none')\n"
         "print(json.dumps(resident_memory_mb()))"

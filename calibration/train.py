@@ -19,6 +19,7 @@ from headstart.runtime.bundle import new_folder
 from headstart.runtime.errors import OptionError
 
 from .distill import IGNORED, DistillOptions, HiddenData, Progress, check_memory, distill, read_tokens
+from .files import training_files
 from .outputs import Inputs, distill_outputs, text_inputs
 from .recordings import AudioInputs
 
@@ -136,7 +137,7 @@ def train_medusa(
     force: bool = False,
     progress: Progress = lambda what, done, of: None,
 ) -> dict[str, Any]:
-    """Train heads on the base's own continuations of `files`; write them and `report.json` to `output`.
+    """Train heads on the base's own continuations of `files`, or folders of such; write them and `report.json` to `output`.
 
     An encoder-decoder writes no continuations: it reads each line (or JSON object's "prompt") as a source of its own; one for
     speech reads recordings.
@@ -149,6 +150,8 @@ def train_medusa(
     with new_folder(Path(output), force) as folder:
         base = load_checkpoint(checkpoint)
         check_memory(base.model, options.distill)
+        sound = base.config.is_encoder_decoder and base.model.get_encoder().main_input_name != "input_ids"
+        files = training_files(files, sound)
         return train_on(base.model, _own_text(base, files, options, progress), folder, Path(checkpoint).name, options, progress)
 
 

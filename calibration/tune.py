@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.budget import VerifyCost
+from headstart.runtime.budget import Standing, VerifyCost
 from headstart.runtime.bundle import Bundle, atomic_write, to_json
 from headstart.runtime.cache import KVCache
 from headstart.runtime.drafters.base import DraftRequest, TunedDrafter
@@ -82,11 +82,11 @@ def tune(
     model = load(bundle, device, threads, draft_model, tuned=False)
     cost = verify_cost(model.engine, progress, model.inputs(prompts[0])[0])
     names = [name for name in model.drafters if isinstance(model.drafter(name), TunedDrafter)]
-    plain_ms = _other_ms(_decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
+    plain_ms = other_ms_per_round(decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
     drafters = {name: observe(model, name, prompts, options, plain_ms, progress) for name in names}
     if "draft_model" in drafters:
         drafters["draft_model"] = as_deep_as_pays(drafters["draft_model"], cost)
-    drafters |= _pairs(drafters)
+    drafters |= drafter_pairs(drafters)
     engine = model.engine
     made = Tuning(
         schema_version=TUNING_SCHEMA,
@@ -199,18 +199,18 @@ def observe(
     calls = tokens = 0
     other_ms = []
     for done, prompt in enumerate(prompts):
-        loop = _decode(model, recorder, prompt, LoopOptions(options.max_new_tokens, draft_nodes=OBSERVED_NODES))
+        loop = decode(model, recorder, prompt, LoopOptions(options.max_new_tokens, draft_nodes=OBSERVED_NODES))
         text = loop.sequences[0]
         recorder.settle(0, text.token_ids)
         calls, tokens = calls + text.verify_calls, tokens + text.new_tokens - 1
-        other_ms.append(_other_ms(loop))
+        other_ms.append(other_ms_per_round(loop))
         progress(name, done + 1, len(prompts))
     draft_ms = 1000 * statistics.median(recorder.seconds) if recorder.seconds else 0.0
     draft_ms += max(0.0, statistics.median(other_ms) - plain_ms)
     return DrafterTuning(recorder.rates(), draft_ms, tokens / max(calls, 1), 0.0)
 
 
-def _other_ms(loop: DecodingLoop) -> float:
+def other_ms_per_round(loop: DecodingLoop) -> float:
     """Milliseconds per round that are neither drafting nor verifying: accepting, committing, Python."""
     clock = loop.clock
     return 1000 * (clock.decode_s - clock.draft_s - clock.verify_s) / max(loop.sequences[0].verify_calls, 1)
@@ -226,7 +226,10 @@ def as_deep_as_pays(found: DrafterTuning, cost: VerifyCost) -> DrafterTuning:
     return dataclasses.replace(found, rates=rates, draft_ms=best * step_ms)
 
 
-def _decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: Prompt, options: LoopOptions) -> DecodingLoop:
+def decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: Prompt, options: LoopOptions) -> DecodingLoop:
+    """Decode one prompt to its end."""
+    if model.answers:
+        options = dataclasses.replace(options, end_tokens=frozenset(model.bundle.manifest.generation.eos_token_ids))
     source, start = model.inputs(prompt)
     loop = DecodingLoop(model.engine, drafter, [start], options, [] if source is None else [source])
     for _ in loop.rounds():
@@ -234,25 +237,30 @@ def _decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: Promp
     return loop
 
 
-def _pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning]:
-    """n-grams with each head behind them: the head is asked where the copy promises less than the head brings."""
-    ngram = drafters.get("ngram")
+COPIES = ("source_copy", "ngram")  # cost next to nothing, and are right either often or hardly ever: asked first in a pair
+
+
+def drafter_pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning]:
+    """A copy with each other drafter behind it, which is asked where the copy promises less than that one brings."""
     pairs = {}
-    for name, head in drafters.items():
-        if ngram is not None and name != "ngram":
-            rates = (*ngram.rates, *head.rates)
-            pairs[f"ngram+{name}"] = DrafterTuning(rates, ngram.draft_ms + head.draft_ms, 0.0, 0.0, head.acceptance_length)
+    for i, first in enumerate(COPIES):
+        for second in drafters:
+            if first in drafters and second not in COPIES[: i + 1]:
+                copy, other = drafters[first], drafters[second]
+                rates, draft_ms = (*copy.rates, *other.rates), copy.draft_ms + other.draft_ms
+                pairs[f"{first}+{second}"] = DrafterTuning(rates, draft_ms, 0.0, 0.0, other.acceptance_length)
     return pairs
 
 
 def _prove(model: Model, tuning: Tuning, prompts: Sequence[Prompt], options: TuneOptions, progress: Progress) -> Tuning:
     """Decode with each budget and without, interleaved; fill in what came of it, and choose."""
-    drafters = {name: _tuned(model, name, found) for name, found in tuning.drafters.items()}
+    drafters = {name: with_rates(model, name, found) for name, found in tuning.drafters.items()}
     seconds: dict[str, list[float]] = {"none": [], **{name: [] for name in drafters}}
+    settings = {name: _budgeted(tuning, name, options) for name in seconds}
     lengths: dict[str, float] = {}
     for done in range(PROOF_ROUNDS):
         for name in seconds:
-            loops = [_decode(model, drafters.get(name), p, _budgeted(tuning, name, options)) for p in prompts]
+            loops = [decode(model, drafters.get(name), p, settings[name]) for p in prompts]
             seconds[name].append(sum(loop.clock.decode_s for loop in loops))
             calls = sum(loop.sequences[0].verify_calls for loop in loops)
             lengths[name] = sum(loop.sequences[0].new_tokens - 1 for loop in loops) / max(calls, 1)
@@ -272,7 +280,8 @@ def _prove(model: Model, tuning: Tuning, prompts: Sequence[Prompt], options: Tun
     return dataclasses.replace(tuning, drafters=found, chosen=chosen, reason=f"{verdict}: {listed or 'no drafter'}")
 
 
-def _tuned(model: Model, name: str, found: DrafterTuning) -> TunedDrafter:
+def with_rates(model: Model, name: str, found: DrafterTuning) -> TunedDrafter:
+    """The drafter of that name, or the pair, believing the rates that were found."""
     parts = [model.drafter(part) for part in name.split("+")]
     assert all(isinstance(part, TunedDrafter) for part in parts)
     tuned = [part for part in parts if isinstance(part, TunedDrafter)]
@@ -282,4 +291,5 @@ def _tuned(model: Model, name: str, found: DrafterTuning) -> TunedDrafter:
 
 
 def _budgeted(tuning: Tuning, name: str, options: TuneOptions) -> LoopOptions:
-    return LoopOptions(options.max_new_tokens, budgets=lambda: tuning.budget(name))
+    standing = Standing()
+    return LoopOptions(options.max_new_tokens, budgets=lambda: tuning.budget(name, standing))

@@ -22,7 +22,7 @@ from headstart.exporter.build import LIMITS
 from headstart.runtime.bundle import GOLDEN, Bundle
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
-from headstart.runtime.model import Model, Prompt, load
+from headstart.runtime.model import ARRAYS, Model, Prompt, load
 from headstart.runtime.prefill import open_cache, prefill
 from headstart.runtime.tree import ROOT, DraftTree, chain
 
@@ -122,6 +122,10 @@ def verify(
             "--checkpoint compares exported logits with the checkpoint's, and this bundle's weights are quantized. "
             "Fix: leave it out, or verify the float32 bundle."
         )
+    if checkpoint is not None and model.bundle.manifest.model.source == "states":
+        raise OptionError(
+            f"--checkpoint needs sources, and {bundle} is an assistant, which reads encoder states. Fix: leave it out."
+        )
     golden = read_golden(model.bundle)
     logits = [check_golden(model.engine, golden)]
     progress("golden outputs", 1, 1)
@@ -140,7 +144,7 @@ def verify(
 
 def golden_prompts(model: Model, golden: dict[str, NDArray[Any]]) -> list[Prompt]:
     """The golden inputs, or what the encoder reads beside them, in the form that `generate` takes."""
-    if model.bundle.manifest.model.source == "audio":
+    if model.bundle.manifest.model.source in ARRAYS:
         return list(golden["sources"])
     return [model.tokenizer.decode(ids) for ids in golden.get("sources", golden["input_ids"]).tolist()]
 
@@ -281,11 +285,11 @@ def top_two_margin(logits: NDArray[np.float32]) -> float:
 def check_drafters(
     model: Model, prompts: Sequence[Prompt], max_new_tokens: int, tolerance: float, progress: Progress
 ) -> list[DrafterCheck]:
-    """Each prompt decoded plainly once and with every drafter, greedy, past end tokens so that all lengths are equal.
+    """Each prompt decoded plainly once and with every drafter, greedy; continuations go on past end tokens.
 
     `tolerance`: by how much of their range the logits of two runs may differ from rounding alone.
     """
-    settings = {"max_new_tokens": max_new_tokens, "ignore_end": True}
+    settings = {"max_new_tokens": max_new_tokens, "ignore_end": not model.answers}
     plain = []
     for done, prompt in enumerate(prompts):
         plain.append(model.generate(prompt, drafter="none", **settings))

@@ -14,39 +14,57 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, new_folder, to_json
+from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, hash_files, new_folder, to_json
 from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from headstart.runtime.errors import EngineError, OptionError, missing_extra
 from headstart.runtime.tree import ROOT, DraftTree
 
+from .tensorrt.build import TensorRtOptions, build_tensorrt
+from .tensorrt.library import is_target, parse_target
+
 Progress = Callable[[str], None]
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "trt-rtx:sm89 (or sm75, sm80, sm86, sm120, sm121, or several of them)", "tensorrt")
 # Largest |Δlogit| of the lowered graph against the canonical one, over the logits' range. Integer products round the
 # activations to 8 bits; everything else only changes the order of summation.
 LIMITS = {"float": 1e-4, "integer": 0.3}
 PROBE_ROUNDS = 5
 
 
-def build(bundle: str | Path, device: str = "cpu", force: bool = False, progress: Progress = lambda stage: None) -> EngineInfo:
+def build(
+    bundle: str | Path,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = lambda stage: None,
+    options: TensorRtOptions | None = None,
+) -> EngineInfo:
     """Make a bundle ready for one device; the engine goes to `engines/<device>` inside the bundle.
 
-    Raises OptionError for an unknown device, OutputError when it is built already (unless `force`), EngineError when the
-    lowered graphs do not compute what the canonical ones do. Nothing is left behind then.
+    `device`: cpu, trt-rtx:sm89 (or several generations, trt-rtx:sm86,sm120), or tensorrt. `options` are for the latter two.
+
+    Raises OptionError for an unknown device, OutputError when it is built already (unless `force`), MissingExtraError without
+    the device's builder, EngineError when the lowered graphs do not compute what the canonical ones do, or the builder refuses
+    them. Nothing is left behind then.
     """
-    if device not in DEVICES:
-        raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
     opened = Bundle.load(bundle)
-    if opened.manifest.model.dtype != "float32":
+    if is_target(device):
+        device = parse_target(device).device
+    elif device != "cpu":
+        raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
+    elif opened.manifest.model.dtype != "float32":
         raise EngineError(
             f"{opened.path} computes in {opened.manifest.model.dtype}, and the cpu device in float32. "
             "Fix: headstart export --dtype float32 (weights may then be quantized)."
         )
     with new_folder(engine_folder(opened, device), force) as folder:
         try:
-            info = _build_cpu(opened, folder, progress)
+            if device == "cpu":
+                info = _build_cpu(opened, folder, progress)
+            else:
+                info = build_tensorrt(opened, device, folder, options or TensorRtOptions(), progress)
         except ModuleNotFoundError as error:
             raise missing_extra(error, "Building an engine") from error
+        info = dataclasses.replace(info, files=hash_files(folder))
         atomic_write(folder / ENGINE_FILE, to_json(info))
     return info
 

@@ -39,6 +39,7 @@ def export(
     aux_layers: Sequence[int] = (),
     force: bool = False,
     progress: Progress = lambda stage: None,
+    assistant_of: str | Path | None = None,
 ) -> Bundle:
     """Export a checkpoint, with draft heads, to a bundle.
 
@@ -51,6 +52,8 @@ def export(
         aux_layers: layers whose outputs heads read, as indices into transformers' `hidden_states`.
         force: replace an existing output.
         progress: told each stage's name.
+        assistant_of: the bundle of a target with the very same encoder (Distil-Whisper). The new one then has none of its own,
+            and drafts for that target from the states which the target's encoder makes anyway.
 
     Raises:
         CheckpointError, HeadError, OutputError, OptionError; nothing is left at `output` then.
@@ -64,6 +67,9 @@ def export(
         progress("loading the checkpoint")
         source = loading.load_checkpoint(checkpoint, dtype)
         write = _write_encoder_decoder if source.has_encoder else _write_decoder
+        if assistant_of is not None:
+            _check_assistant(source, Bundle.load(assistant_of, check_hashes=False))
+            write = _write_assistant
         manifest = write(source, folder, max_cache, tuple(aux_layers), str(checkpoint), progress)
         manifest = _add_heads(manifest, folder, heads, progress)
         progress("hashing files")
@@ -76,6 +82,16 @@ def _check_options(dtype: str, max_cache: int | None) -> None:
         raise OptionError(f"--dtype {dtype!r} is unknown. Choose one of: {', '.join(DTYPES)}.")
     if max_cache is not None and max_cache < 16:
         raise OptionError(f"--max-cache {max_cache} is too small: at least 16 tokens are needed.")
+
+
+def _check_assistant(source: Any, target: Bundle) -> None:
+    from . import seq2seq
+
+    if not source.has_encoder or seq2seq.encoder_sha256(source.model) != target.manifest.model.encoder_sha256:
+        raise CheckpointError(
+            f"{source.path} cannot be an assistant of {target.path}: an assistant has the target's very encoder, weight by "
+            "weight and in the same --dtype. Fix: export it without --assistant-of; it then drafts with its own encoder."
+        )
 
 
 def _write_decoder(
@@ -102,21 +118,33 @@ def _write_decoder(
         model=model,
         graphs={"decoder": info},
         caches=caches,
-        generation=generation_rules(source.model),
+        generation=generation_rules(source.model, model.vocab_size),
         provenance=provenance(name, checkpoint.source_hashes(source.path)),
         weights=graph.weight_infos(folder / DECODER, "graphs"),
     )
 
 
-def _write_encoder_decoder(
+def _write_assistant(
     source: Any, folder: Path, max_cache: int | None, aux_layers: tuple[int, ...], name: str, progress: Progress
+) -> Manifest:
+    return _write_encoder_decoder(source, folder, max_cache, aux_layers, name, progress, assistant=True)
+
+
+def _write_encoder_decoder(
+    source: Any,
+    folder: Path,
+    max_cache: int | None,
+    aux_layers: tuple[int, ...],
+    name: str,
+    progress: Progress,
+    assistant: bool = False,
 ) -> Manifest:
     from . import checkpoint, frontend, golden, graph, seq2seq
 
     progress("tracing the encoder")
     caches, cross_caches = seq2seq.cache_infos(source.model)
     _check_aux_layers(aux_layers, len(caches))
-    encoder = seq2seq.trace_encoder(source.model, cross_caches)
+    encoder = (seq2seq.trace_assistant if assistant else seq2seq.trace_encoder)(source.model, cross_caches)
     progress("tracing the decoder")
     decoder = seq2seq.trace_decoder(source.model, caches, cross_caches, aux_layers)
     progress("writing graphs")
@@ -129,10 +157,15 @@ def _write_encoder_decoder(
     longest = longest_text(source, limits.text or max_cache or UNSTATED_CACHE, max_cache)
     model = _model_info(source, graphs["decoder"], len(caches), longest, aux_layers)
     model = dataclasses.replace(model, family="encoder-decoder", source=limits.kind, max_source=limits.source)
+    model = dataclasses.replace(model, encoder_sha256=seq2seq.encoder_sha256(source.model))
+    sources, states = _golden_sources(source.model, model), None
+    if assistant:
+        model = dataclasses.replace(model, source="states", max_source=0)
+        states = seq2seq.golden_states(source.model, sources)
     copy_tokenizer(source.path, folder / "tokenizer")
-    rules = generation_rules(source.model)
+    rules = generation_rules(source.model, model.vocab_size)
     progress("recording golden outputs")
-    golden.write_golden(source.model, folder, model.vocab_size, model.max_cache, _golden_sources(source.model, model))
+    golden.write_golden(source.model, folder, model.vocab_size, model.max_cache, sources, states)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model=model,
@@ -185,9 +218,15 @@ def _model_info(source: Any, info: GraphInfo, layers: int, max_cache: int, aux_l
     )
 
 
-def generation_rules(model: Any) -> GenerationRules:
-    """What the checkpoint's generation_config (or config) says of end, begin, forced and suppressed tokens, and lengths."""
+def generation_rules(model: Any, vocab_size: int) -> GenerationRules:
+    """What the checkpoint's generation_config (or config) says of end, begin, forced and suppressed tokens, and lengths.
+
+    Tokens that the model does not have are left out: Whisper's configuration suppresses some of its usual vocabulary.
+    """
     settings = model.generation_config
+
+    def known(token_ids: Sequence[int]) -> bool:
+        return all(0 <= token < vocab_size for token in token_ids)
 
     def stated(name: str, default: Any = None) -> Any:
         value = getattr(settings, name, None)
@@ -198,18 +237,18 @@ def generation_rules(model: Any) -> GenerationRules:
     return GenerationRules(
         eos_token_ids=_token_ids(settings.eos_token_id),
         bos_token_id=settings.bos_token_id,
-        suppress_tokens=_token_ids(stated("suppress_tokens")) + _bad_tokens(stated("bad_words_ids", [])),
+        suppress_tokens=_token_ids(stated("suppress_tokens")),
         pad_token_id=stated("pad_token_id"),
         decoder_start_token_id=start if model.config.is_encoder_decoder else None,
         forced_bos_token_id=stated("forced_bos_token_id"),
         forced_eos_token_id=forced_ends[0] if forced_ends else None,
-        begin_suppress_tokens=_token_ids(stated("begin_suppress_tokens")),
+        begin_suppress_tokens=tuple(t for t in _token_ids(stated("begin_suppress_tokens")) if known([t])),
         min_length=stated("min_length"),
         max_length=stated("max_length"),
         min_new_tokens=stated("min_new_tokens"),
         no_repeat_ngram_size=stated("no_repeat_ngram_size", 0),
         encoder_no_repeat_ngram_size=stated("encoder_no_repeat_ngram_size", 0),
-        bad_words_ids=tuple(map(tuple, stated("bad_words_ids", ()))),
+        bad_words_ids=tuple(tuple(ids) for ids in stated("bad_words_ids", ()) if known(ids)),
         num_beams=stated("num_beams", 1),
         length_penalty=float(stated("length_penalty", 1.0)),
         early_stopping=stated("early_stopping", False),
@@ -220,11 +259,6 @@ def generation_rules(model: Any) -> GenerationRules:
         max_initial_timestamp_index=stated("max_initial_timestamp_index"),
         prev_sot_token_id=stated("prev_sot_token_id"),
     )
-
-
-def _bad_tokens(words: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Words of one token that must not be generated: Marian's padding, as a rule."""
-    return tuple(word[0] for word in words if len(word) == 1)
 
 
 def _token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:

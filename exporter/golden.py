@@ -19,10 +19,18 @@ TOP = 64  # logits kept per row: a whole vocabulary of every row would outweigh 
 GREEDY = 32  # tokens generated from each sequence
 
 
-def write_golden(model: Any, folder: Path, vocab_size: int, max_cache: int, sources: NDArray[Any] | None = None) -> None:
+def write_golden(
+    model: Any,
+    folder: Path,
+    vocab_size: int,
+    max_cache: int,
+    sources: NDArray[Any] | None = None,
+    states: NDArray[Any] | None = None,
+) -> None:
     """`golden.npz`: input_ids [N, T], top_ids and top_logits [N, T, 64], spread [N, T] (max - min), greedy [N, 32].
 
-    With an encoder also its sources [N, …]; input_ids are then the decoder's, and begin with its start token.
+    With an encoder also its sources [N, …]; input_ids are then the decoder's, and begin with its start token. An assistant
+    is given the encoder's `states` of the sources, and its golden file holds them instead.
     """
     input_ids = golden_inputs(vocab_size, max_cache)
     if sources is not None:
@@ -30,7 +38,7 @@ def write_golden(model: Any, folder: Path, vocab_size: int, max_cache: int, sour
         input_ids[:, 0] = start
         input_ids[input_ids == model.generation_config.pad_token_id] = start  # some decoders do not count padding
     greedy = reference_greedy(model, input_ids, min(GREEDY, max_cache - input_ids.shape[1]), sources)
-    save_golden(folder, input_ids, reference_logits(model, input_ids, sources), greedy, sources)
+    save_golden(folder, input_ids, reference_logits(model, input_ids, sources), greedy, sources if states is None else states)
 
 
 def golden_inputs(vocab_size: int, longest: int, seed: int = 0) -> NDArray[np.int64]:

@@ -6,12 +6,15 @@ that says they are there already. The rest is `tracing`.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -96,6 +99,7 @@ class EncoderGraph(torch.nn.Module):
         """`source` as the encoder's main input; `encoder_mask` [B, E] bool for text. [B, E', H], then [B, G, E', D] each."""
         encoder = self.model.get_encoder()
         inputs, step = {encoder_input(self.model): source}, _first_step(source.shape[0])
+        step.windowed = False
         with during(step):
             if encoder_mask is not None:
                 seen = encoder_mask[:, None, None, :].expand(-1, -1, encoder_mask.shape[1], -1)
@@ -103,6 +107,19 @@ class EncoderGraph(torch.nn.Module):
             states = encoder(**inputs).last_hidden_state
         if not step.attended:
             raise CheckpointError(not_through_us(encoder, 0, encoder.config.num_hidden_layers))
+        cross, _ = _record(self.model, states)
+        return (states, *cross)
+
+
+class AssistantGraph(torch.nn.Module):
+    """As `EncoderGraph`, for a decoder that works behind another model's encoder: that one's states in, and out again."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        """[B, E, H] in; the same, then [B, G, E, D] each out."""
         cross, _ = _record(self.model, states)
         return (states, *cross)
 
@@ -231,6 +248,40 @@ def trace_encoder(model: Any, cross_caches: tuple[CacheInfo, ...]) -> Any:
     rename(program.model.graph.inputs, names)
     rename(program.model.graph.outputs, [contract.ENCODER_HIDDEN, *_names(cross_caches)])
     return program.model
+
+
+def trace_assistant(model: Any, cross_caches: tuple[CacheInfo, ...]) -> Any:
+    """The graph that stands in the encoder's place, as an onnx_ir Model; raises as `trace_encoder`."""
+    width = _encoder_states(model, _example_source(model)[0]).shape[-1]
+    states = torch.zeros(EXAMPLE["batch"], SOURCE, width, dtype=model.dtype)
+    axes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("source")},)
+    program = _export(AssistantGraph(model), (states,), axes)
+    rename(program.model.graph.inputs, [contract.ENCODER_STATES])
+    rename(program.model.graph.outputs, [contract.ENCODER_HIDDEN, *_names(cross_caches)])
+    return program.model
+
+
+def golden_states(model: Any, sources: NDArray[Any]) -> NDArray[np.float32]:
+    """[N, E, H] that the encoder makes of the golden sources: what an assistant reads in their place."""
+    source = torch.from_numpy(sources)
+    states = _encoder_states(model, source.to(model.dtype) if source.is_floating_point() else source)
+    return np.asarray(states.float().numpy())
+
+
+def _encoder_states(model: Any, source: Tensor) -> Tensor:
+    """[B, E, H] of the encoder as transformers runs it, over sources without padding."""
+    with torch.no_grad():
+        states: Tensor = model.get_encoder()(**{encoder_input(model): source}).last_hidden_state
+    return states
+
+
+def encoder_sha256(model: Any) -> str:
+    """Of the encoder's weights, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.get_encoder().state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def trace_decoder(

@@ -18,8 +18,6 @@ app = typer.Typer(
 heads_app = typer.Typer(help="Draft heads: train, import, list.", no_args_is_help=True)
 app.add_typer(heads_app, name="heads")
 
-SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")  # what libsndfile reads by name
-
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
@@ -52,6 +50,9 @@ def export(
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and activations.")] = "float32",
     max_cache: Annotated[int | None, typer.Option(help="Longest text in tokens; the model's limit by default.")] = None,
     aux_layers: Annotated[str, typer.Option(help="hidden_states indices that heads read, e.g. 2,8,13.")] = "",
+    assistant_of: Annotated[
+        Path | None, typer.Option(help="Bundle with the very same encoder: leave it out here, and draft for that one.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Export a checkpoint, with draft heads, to a bundle."""
@@ -60,7 +61,8 @@ def export(
     from .screen import stages
 
     with stages() as progress:
-        bundle = run(checkpoint, output, head or (), dtype, max_cache, _integers(aux_layers), force, progress)
+        layers = _integers(aux_layers)
+        bundle = run(checkpoint, output, head or (), dtype, max_cache, layers, force, progress, assistant_of)
     print(f"{bundle.path}: {bundle.manifest.model.architecture}, heads: {', '.join(bundle.manifest.heads) or 'none'}")
 
 
@@ -70,11 +72,15 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="The quantized bundle's folder.", show_default=False)],
     weights: Annotated[Literal["int8", "int4"], typer.Option(help="Of the linear layers.")] = "int8",
     group: Annotated[int, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128.")] = 32,
-    method: Annotated[Literal["rtn", "awq", "gptq"], typer.Option(help="rtn needs no data.")] = "rtn",
+    method: Annotated[Literal["rtn", "awq", "gptq", "smoothquant"], typer.Option(help="rtn needs no data.")] = "rtn",
+    activations: Annotated[
+        Literal["dynamic", "static"], typer.Option(help="static: int8 with fixed scales, as TensorRT needs.")
+    ] = "dynamic",
+    kv_cache: Annotated[Literal["none", "int8"], typer.Option(help="Of the keys and values.")] = "none",
     lm_head: Annotated[Literal["int8", "none"], typer.Option(help="Of the LM head.")] = "int8",
     embedding: Annotated[Literal["int8", "none"], typer.Option(help="Of the embedding table.")] = "int8",
     heads: Annotated[Literal["int8", "none"], typer.Option(help="Of the draft heads.")] = "int8",
-    data: Annotated[Path | None, typer.Option(help="Calibration text, or JSONL; for awq and gptq.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Calibration text, or JSONL.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to look at.")] = 8192,
     force: Force = False,
 ) -> None:
@@ -84,7 +90,7 @@ def quantize(
 
     from .screen import counted
 
-    options = QuantizeOptions(weights, group, method, lm_head, embedding, heads, calibration_tokens)
+    options = QuantizeOptions(weights, group, method, activations, kv_cache, lm_head, embedding, heads, calibration_tokens)
     with counted() as progress:
         made = run(bundle, output, options, data, force, progress)
     print(f"{made.path}: " + ", ".join(f"{key} {value}" for key, value in made.manifest.quantization.items()))
@@ -93,17 +99,61 @@ def quantize(
 @app.command()
 def build(
     bundle: BundleArg,
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
+    ] = "cpu",
+    precision: Annotated[Literal["float16", "bfloat16"], typer.Option(help="TensorRT: of a float32 bundle.")] = "float16",
+    cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
+    batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
+    prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
+    source: Annotated[int, typer.Option(help="TensorRT: rows of the longest source of an encoder-decoder.")] = 512,
+    fits: Annotated[str | None, typer.Option(help="TensorRT: stop unless it fits this board; see headstart plan.")] = None,
+    workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="Classic TensorRT: keeps timings between builds.")] = None,
+    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights.")] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights can be exchanged later.")] = False,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="TensorRT: newer versions load it.")] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Classic TensorRT: newer GPUs run it.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Make a bundle's graphs ready for one device."""
     from headstart.exporter.build import build as run
+    from headstart.exporter.tensorrt.build import TensorRtOptions
+    from headstart.exporter.tensorrt.builder import BuilderOptions
 
     from .screen import show_engine, stages
 
+    flags = (strip_weights, refit, version_compatible, hardware_compatible)
+    builder = BuilderOptions(workspace_mb, optimization_level, *flags, timing_cache)
     with stages() as progress:
-        info = run(bundle, device, force, progress)
+        info = run(
+            bundle, device, force, progress, TensorRtOptions(precision, cache, batch, prefill_rows, source, fits, builder)
+        )
     show_engine(bundle, info)
+
+
+@app.command()
+def plan(
+    bundle: BundleArg,
+    on: Annotated[list[str] | None, typer.Option(help="A board; may be repeated. All by default.")] = None,
+    precision: Annotated[Literal["float16", "bfloat16"], typer.Option(help="Of a float32 bundle.")] = "float16",
+    cache: Annotated[int | None, typer.Option(help="Tokens the caches hold; the model's limit by default.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    prefill_rows: Annotated[int, typer.Option(help="The most prompt tokens of one pass.")] = 512,
+) -> None:
+    """The memory a TensorRT engine will need, before it is built, and the boards it fits."""
+    from headstart.exporter.devices import DEVICES
+    from headstart.exporter.memory_plan import memory_plan
+    from headstart.exporter.tensorrt.build import TensorRtOptions
+
+    from .screen import show_plans
+
+    options = TensorRtOptions(precision, cache, batch, prefill_rows)
+    show_plans(bundle, [memory_plan(bundle, name, options) for name in on or DEVICES])
 
 
 @app.command()
@@ -133,6 +183,7 @@ def generate(
     ] = None,
     draft_nodes: Annotated[int | None, typer.Option(help="Nodes of the draft tree.")] = None,
     draft_model: DraftModel = None,
+    beams: Annotated[int | None, typer.Option(help="Beam search, without drafts; 0 is the checkpoint's number.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
@@ -145,6 +196,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or what the bundle was built for: trt-rtx:sm89, tensorrt.")] = "cpu",
     threads: Threads = None,
     untuned: Untuned = False,
 ) -> None:
@@ -153,11 +205,13 @@ def generate(
 
     from .screen import print_captions, print_generation, print_transcript
 
-    model = load(bundle, threads=threads, draft_model=draft_model, tuned=not untuned)
+    model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
     given = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | {**sampling, **rules}
+    if beams is not None:
+        _check_beams(audio=audio, stream=stream, stop=stop, stats=stats, **given | {"max_new_tokens": None})
     if audio is not None and stream:
         print_captions(model, audio, {"language": language, "task": task, **options}, stats)
     elif audio is not None:
@@ -166,17 +220,32 @@ def generate(
         text = _prompt(prompt)
         if chat:
             text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        if beams is not None:
+            del options["stop"]
+            print(model.beam_search(text, beams or None, decoder_prompt=decoder_prompt, **options)[0].text)
+            return
         print_generation(model, text, {"decoder_prompt": decoder_prompt, **options}, stream, stats)
+
+
+def _check_beams(**given: Any) -> None:
+    """Raises OptionError for options that beam search knows nothing of; of sampling it speaks itself."""
+    from headstart.runtime.errors import OptionError
+
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if named:
+        raise OptionError(f"{named[0]} does not go with --beams: beam search neither drafts nor streams. Fix: leave one out.")
 
 
 @app.command()
 def tune(
     bundle: BundleArg,
     data: Annotated[Path, typer.Option(help="Prompts of the kind that will be decoded.", show_default=False)],
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu; with --simulate a board, see headstart plan.")] = "cpu",
+    simulate: Annotated[bool, typer.Option("--simulate", help="Predict for a board that is not at hand.")] = False,
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts.", min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     max_nodes: Annotated[int, typer.Option(help="The most nodes of a tree.")] = 47,
+    cache: Annotated[int | None, typer.Option(help="Simulated: tokens the engine's caches hold.")] = None,
     draft_model: DraftModel = None,
     threads: Threads = None,
     force: Force = False,
@@ -184,13 +253,21 @@ def tune(
     """Measure this machine and choose the drafter and its trees; or none."""
     from headstart.calibration.tune import TuneOptions
     from headstart.calibration.tune import tune as run
+    from headstart.runtime.errors import OptionError
     from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_tuning
 
-    options = TuneOptions(max_new_tokens, max_nodes)
+    options, prompts = TuneOptions(max_new_tokens, max_nodes), read_inputs(data)[:limit]
+    if simulate and draft_model:
+        raise OptionError("--simulate knows draft heads and n-grams only. Fix: leave --draft-model out.")
     with counted() as progress:
-        found = run(bundle, read_inputs(data)[:limit], device, threads, draft_model, options, force, progress)
+        if simulate:
+            from headstart.calibration.simulate import simulate as predict
+
+            found = predict(bundle, prompts, device, threads, cache, options, force, progress)
+        else:
+            found = run(bundle, prompts, device, threads, draft_model, options, force, progress)
     show_tuning(bundle, found)
 
 
@@ -338,7 +415,7 @@ def heads_train(
     rate = learning_rate
     options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=rate, distill=distill, family=family)
     with counted() as progress:
-        report = train_medusa(checkpoint, training_files(data), output, options, force, progress)
+        report = train_medusa(checkpoint, data, output, options, force, progress)
     show_accuracy(report)
 
 
@@ -349,32 +426,19 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table's rows there.")] = None,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.", min=1)] = 12,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 3,
+    sample: Annotated[
+        list[str] | None, typer.Option(help="pycode, normalise or speech; may be repeated. All by default.")
+    ] = None,
 ) -> None:
-    """The whole way on the shipped sample: export, verify, decode with and without heads."""
+    """The whole way on the shipped samples: export, quantize, build, tune, verify, decode with and without heads."""
     from .demo import run
     from .screen import show_demo, write_json
 
-    table = run(output, samples, prompts, rounds)
+    table = run(output, samples, prompts, rounds, sample or ())
     show_demo(table)
     if json_file:
         write_json(json_file, table.rows)
     raise typer.Exit(0 if table.ok else 1)
-
-
-def training_files(paths: list[Path]) -> list[Path]:
-    """Files as given. A folder stands for the sound files below it, where there are any, else for its text files.
-
-    Text is told as git does it: no NUL among the first bytes.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        below = sorted(file for file in path.rglob("*") if file.is_file())
-        sounds = [file for file in below if file.suffix.lower() in SOUND_FILES]
-        files += sounds or [file for file in below if b"\0" not in file.read_bytes()[:8000]]
-    return files
 
 
 def _integers(text: str) -> tuple[int, ...]:

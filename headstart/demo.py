@@ -1,27 +1,60 @@
-"""`headstart demo`: the shipped sample goes the whole way, and a table says what came of it.
+"""`headstart demo`: the shipped samples go the whole way, and a table says what came of it.
 
 Export, quantize, build, tune, verify; then decode held-out prompts with every drafter, greedy and sampled, in interleaved
 rounds.
 """
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import headstart
-from headstart.runtime.errors import BundleError
-from headstart.runtime.model import Model, Result
-from headstart.runtime.prompts import read_prompts
+from headstart.runtime.errors import BundleError, OptionError
+from headstart.runtime.model import Model, Prompt, Result
+from headstart.runtime.prompts import read_inputs
 
 from .screen import counted, show_report, show_tuning, stages
 
-SAMPLE = "pycode"
 NEW_TOKENS = 128
 VERIFIED_PROMPTS = 8
-TUNING_PROMPTS = 16  # the file's last, which are not measured
-TEMPERATURES = (0.0, 0.7)
+TUNING_PROMPTS = 16  # the file's last, which are not measured; of a short file, its second half
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A shipped checkpoint: `checkpoints/<name>` below the samples, its heads in `medusa`.
+
+    Attributes:
+        data: its held-out prompts, relative to that folder: JSON Lines, with what should come out where that is known.
+        without: class of prompts in that file which are not for the demo.
+        endless: it continues texts, and is decoded past end tokens so that all drafters write equally much.
+        temperatures: to decode at.
+    """
+
+    name: str
+    data: str
+    without: str = ""
+    endless: bool = False
+    temperatures: tuple[float, ...] = (0.0,)
+
+
+SAMPLES = (
+    Sample("pycode", "held_out_prompts.jsonl", endless=True, temperatures=(0.0, 0.7)),
+    Sample("normalise", "held_out.jsonl"),
+    Sample("speech", "recordings/texts.jsonl", without="long"),
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt, and the text that should come of it, where there is one right answer."""
+
+    prompt: Prompt
+    wanted: str | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +75,7 @@ class DemoRow:
         speedup: tokens_per_s over plain decoding's at the same temperature.
         acceptance_length: new tokens per verify call.
         equal: prompts whose tokens are those of plain decoding; None where sampling makes texts differ.
+        right: prompts whose output is the text that should come of them; None where there is no one right answer.
         prompts: of how many.
         distinct_4grams: share of the outputs' 4-grams that are distinct, so that loops cannot flatter the drafter.
     """
@@ -56,6 +90,7 @@ class DemoRow:
     acceptance_length: float
     verify_calls: int
     equal: int | None
+    right: int | None
     prompts: int
     distinct_4grams: float
 
@@ -73,33 +108,63 @@ class DemoTable:
         return self.verified and all(row.equal == row.prompts for row in exact)
 
 
-def run(output: Path, samples: Path | None, prompt_count: int, rounds: int) -> DemoTable:
-    """Take the sample the whole way. Its bundles go to `output`/pycode and pycode-int8, anew each time."""
-    checkpoints = (samples or Path(__file__).parent.parent / "samples") / "checkpoints"
-    checkpoint = checkpoints / SAMPLE
-    if not checkpoint.is_dir():
-        raise BundleError(
-            f"{checkpoint} is not there: the samples come with the repository. Fix: run in a clone, or --samples DIR."
-        )
-    prompts = read_prompts(checkpoint / "held_out_prompts.jsonl")
-    measured, tuning = prompts[:prompt_count], prompts[-TUNING_PROMPTS:]
-    bundles = {"float32": output / SAMPLE, "int8": output / f"{SAMPLE}-int8"}
-    prepare(checkpoint, bundles, tuning)
+def run(output: Path, samples: Path | None, prompt_count: int, rounds: int, names: Sequence[str] = ()) -> DemoTable:
+    """Take the samples (all, or those named) the whole way. Bundles go to `output`/NAME and NAME-int8, anew each time.
+
+    Raises OptionError for an unknown sample, BundleError where the samples' folder does not hold them.
+    """
+    folder = (samples or Path(__file__).parent.parent / "samples") / "checkpoints"
+    unknown = set(names) - {sample.name for sample in SAMPLES}
+    if unknown:
+        known = ", ".join(sample.name for sample in SAMPLES)
+        raise OptionError(f"the sample {min(unknown)!r} is unknown. Choose from: {known}.")
+    chosen = [sample for sample in SAMPLES if not names or sample.name in names]
+    for sample in chosen:
+        if not (folder / sample.name / sample.data).is_file():
+            raise BundleError(
+                f"{folder / sample.name / sample.data} is not there: the samples come with the repository. "
+                "Fix: run in a clone, or --samples DIR."
+            )
+    parts = [run_sample(sample, folder / sample.name, output, prompt_count, rounds) for sample in chosen]
+    title = f"Held-out prompts, up to {NEW_TOKENS} new tokens each, median of {rounds} interleaved rounds"
+    return DemoTable(title, tuple(row for rows, _ in parts for row in rows), all(verified for _, verified in parts))
+
+
+def run_sample(
+    sample: Sample, checkpoint: Path, output: Path, prompt_count: int, rounds: int
+) -> tuple[tuple[DemoRow, ...], bool]:
+    """(one row for each drafter, temperature and kind of weights; whether `verify` found no fault)."""
+    items = read_items(checkpoint / sample.data, sample.without)
+    tuning = items[-min(TUNING_PROMPTS, len(items) // 2) :]
+    measured = items[: min(prompt_count, len(items) - len(tuning))]
+    prompts = [item.prompt for item in measured]
+    bundles = {"float32": output / sample.name, "int8": output / f"{sample.name}-int8"}
+    prepare(checkpoint, bundles, [item.prompt for item in tuning])
     reports = []
     for weights, bundle in bundles.items():
         source = checkpoint if weights == "float32" else None
         with counted() as progress_of:
-            reports.append(headstart.verify(bundle, measured[:VERIFIED_PROMPTS], NEW_TOKENS, source, progress=progress_of))
+            reports.append(headstart.verify(bundle, prompts[:VERIFIED_PROMPTS], NEW_TOKENS, source, progress=progress_of))
         show_report(reports[-1])
-    rows = measure({weights: headstart.load(bundle) for weights, bundle in bundles.items()}, measured, rounds)
-    title = f"{SAMPLE}: {len(measured)} held-out prompts, {NEW_TOKENS} new tokens each, median of {rounds} interleaved rounds"
-    return DemoTable(title, rows, all(report.ok for report in reports))
+    rows = measure(sample, {weights: headstart.load(bundle) for weights, bundle in bundles.items()}, measured, rounds)
+    return rows, all(report.ok for report in reports)
 
 
-def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[str]) -> None:
+def read_items(file: Path, without: str = "") -> list[Item]:
+    """The prompts of a JSON Lines file, but those of one class, each with its "target", or the "text" of its recording."""
+    records = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+    pairs = zip(read_inputs(file), records, strict=True)
+    return [
+        Item(prompt, record.get("target") or (record["text"] if "audio" in record else None))
+        for prompt, record in pairs
+        if not without or record.get("class") != without
+    ]
+
+
+def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[Prompt]) -> None:
     """Export, quantize, build for the CPU, and tune on prompts that are not measured afterwards."""
     with stages() as progress:
-        headstart.export(checkpoint, bundles["float32"], [checkpoint / "medusa"], force=True, progress=progress)
+        headstart.export(checkpoint, bundles["float32"], _heads(checkpoint), force=True, progress=progress)
     with counted() as progress_of:
         headstart.quantize(bundles["float32"], bundles["int8"], force=True, progress=progress_of)
     for bundle in bundles.values():
@@ -109,11 +174,16 @@ def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[str]) -
             show_tuning(bundle, headstart.tune(bundle, tuning, progress=progress_of))
 
 
-def measure(models: dict[str, Model], prompts: Sequence[str], rounds: int) -> tuple[DemoRow, ...]:
+def _heads(checkpoint: Path) -> list[Path]:
+    folder = checkpoint / "medusa"
+    return [folder] if folder.is_dir() else []
+
+
+def measure(sample: Sample, models: dict[str, Model], items: Sequence[Item], rounds: int) -> tuple[DemoRow, ...]:
     """Every bundle, drafter and temperature, interleaved so that a noisy moment hits all alike."""
     settings = [
         Setting(weights, temperature, drafter)
-        for temperature in TEMPERATURES
+        for temperature in sample.temperatures
         for weights, model in models.items()
         for drafter in ("none", *model.drafters)
     ]
@@ -121,21 +191,24 @@ def measure(models: dict[str, Model], prompts: Sequence[str], rounds: int) -> tu
     with counted() as progress:
         for done in range(rounds):
             for setting in settings:
-                options = {"temperature": setting.temperature, "seed": done, "ignore_end": True, "max_new_tokens": NEW_TOKENS}
+                options: dict[str, Any] = {"temperature": setting.temperature, "seed": done, "max_new_tokens": NEW_TOKENS}
+                options |= {"ignore_end": sample.endless, "drafter": setting.drafter}
                 model = models[setting.weights]
-                results[setting].append([model.generate(prompt, drafter=setting.drafter, **options) for prompt in prompts])
-            progress("decoding", done + 1, rounds)
-    return tuple(_row(models[setting.weights], setting, results) for setting in settings)
+                results[setting].append([model.generate(item.prompt, **options) for item in items])
+            progress(f"decoding {sample.name}", done + 1, rounds)
+    return tuple(_row(sample, models[setting.weights], setting, results, items) for setting in settings)
 
 
-def _row(model: Model, setting: Setting, results: dict[Setting, list[list[Result]]]) -> DemoRow:
+def _row(
+    sample: Sample, model: Model, setting: Setting, results: dict[Setting, list[list[Result]]], items: Sequence[Item]
+) -> DemoRow:
     runs, plain = results[setting], results[dataclasses.replace(setting, drafter="none")]
     speed, plain_speed = median_speed(runs), median_speed(plain)
     calls = sum(r.stats.verify_calls for r in runs[0])
     tokens = sum(len(r.token_ids) - 1 for r in runs[0])
-    greedy = setting.temperature == 0
+    greedy, wanted = setting.temperature == 0, [item.wanted for item in items]
     return DemoRow(
-        sample=SAMPLE,
+        sample=sample.name,
         weights=setting.weights,
         drafter=setting.drafter,
         device=model.engine.device,
@@ -145,6 +218,7 @@ def _row(model: Model, setting: Setting, results: dict[Setting, list[list[Result
         acceptance_length=round(tokens / calls, 3),
         verify_calls=calls,
         equal=sum(r.token_ids == p.token_ids for r, p in zip(runs[0], plain[0], strict=True)) if greedy else None,
+        right=None if None in wanted else sum(r.text.strip() == w for r, w in zip(runs[0], wanted, strict=True)),
         prompts=len(runs[0]),
         distinct_4grams=round(distinct_4grams(runs[0]), 3),
     )
@@ -160,5 +234,5 @@ def distinct_4grams(results: Sequence[Result]) -> float:
     shares = []
     for result in results:
         grams = [tuple(result.token_ids[i : i + 4]) for i in range(len(result.token_ids) - 3)]
-        shares.append(len(set(grams)) / max(len(grams), 1))
-    return statistics.mean(shares)
+        shares += [len(set(grams)) / len(grams)] if grams else []
+    return statistics.mean(shares) if shares else 1.0

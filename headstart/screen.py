@@ -16,7 +16,7 @@ from rich.table import Table
 
 from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest, atomic_write
-from headstart.runtime.engines.info import EngineInfo
+from headstart.runtime.engines.info import EngineInfo, PlanInfo
 from headstart.runtime.model import Generation, Model, Result
 from headstart.runtime.tuning import Tuning
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headstart.calibration.bench import Bench
     from headstart.calibration.report import QuantizationReport
     from headstart.calibration.verify import Report
+    from headstart.exporter.memory_plan import MemoryPlan
 
     from .demo import DemoTable
 
@@ -97,13 +98,52 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
         grid.add_row(name.replace("_", " "), str(count))
     for name, value in info.settings.items():
         grid.add_row(name, value)
-    grid.add_row("against the canonical graph", f"{info.relative_difference:.1e} of the logits' range")
+    for name, plan in info.plans.items():
+        grid.add_row(name, describe_plan(plan))
+    if info.peak_memory_mb:
+        written = len(info.plans["decoder"].in_place)
+        grid.add_row("cache", f"{info.cache_slots} slots, {info.batch} sequence(s); {written} tensors written in place")
+        grid.add_row("peak memory of the build", f"{info.peak_memory_mb:.0f} MB")
+    ran = info.relative_difference >= 0
+    grid.add_row(
+        "against the canonical graph",
+        f"{info.relative_difference:.1e} of the logits' range" if ran else "not run: this machine is not the target",
+    )
     grid.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.builder.items()))
     out.print(grid)
 
 
+def describe_plan(plan: PlanInfo) -> str:
+    """Size, time, layers that have kernels of their own, and the stored types, of one TensorRT plan."""
+    kinds = ("kv_cache_update", "attention_output", "matrix_multiply", "dequantize")
+    fused = plan.kernels.get("fused_attention", 0) // max(len(plan.profiles), 1)
+    layers = ", ".join(f"{count} {name}" for name, count in plan.layers.items() if name.startswith(kinds))
+    stored = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in plan.weight_bytes.items())
+    parts = [f"{plan.bytes / 1e6:.1f} MB in {plan.build_s:.1f} s, {len(plan.profiles)} profile(s)", layers]
+    parts += [f"{fused} fused attention kernels a profile"] if fused else []
+    parts += [stored]
+    return "; ".join(part for part in parts if part)
+
+
+def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
+    columns = ("plans", "cache", "per 1k", "scratch", "needed", "there is", "fits", "build")
+    grid = table(f"{bundle}: memory of a TensorRT engine in MB, predicted", "device", "--device", *columns)
+    for one in plans:
+        sizes = (one.engine_mb, one.cache_mb, one.cache_mb_per_1000, one.workspace_mb, one.needed_mb, one.available_mb)
+        grid.add_row(
+            one.device,
+            one.target,
+            *(f"{size:.0f}" if size >= 10 else f"{size:.1f}" for size in sizes),
+            "yes" if one.fits else "NO",
+            f"{one.build_mb:.0f}",
+        )
+    out.print(grid)
+    out.print("per 1k: cache of 1,000 tokens. there is: without the system's share. build: peak memory of the build itself.")
+
+
 def show_tuning(bundle: Path, tuning: Tuning) -> None:
-    grid = table(f"{bundle}: verify pass in ms", "history", *map(str, tuning.verify.rows))
+    simulated = f", predicted for {tuning.device}" if tuning.simulated else ""
+    grid = table(f"{bundle}: verify pass in ms{simulated}", "history", *map(str, tuning.verify.rows))
     for history, line in zip(tuning.verify.histories, tuning.verify.milliseconds, strict=True):
         grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
     out.print(grid)
@@ -235,16 +275,18 @@ def show_report(report: "Report") -> None:
 
 
 def show_demo(demo: "DemoTable") -> None:
-    columns = ("T", "weights", "drafter", "tokens/s", "× plain", "acceptance", "verify calls", "equal", "distinct")
+    columns = ("sample", "T", "weights", "drafter", "tokens/s", "× plain", "acceptance", "equal", "right", "distinct")
     grid = table(demo.title, *columns)
     for row in demo.rows:
         equal = "–" if row.equal is None else f"{row.equal} of {row.prompts}"
         speed = (f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}", f"{row.acceptance_length:.2f}")
-        counts = (str(row.verify_calls), equal, f"{row.distinct_4grams:.0%}")
-        grid.add_row(f"{row.temperature:g}", row.weights, row.drafter, *speed, *counts)
+        right = "–" if row.right is None else f"{row.right} of {row.prompts}"
+        counts = (equal, right, f"{row.distinct_4grams:.0%}")
+        grid.add_row(row.sample, f"{row.temperature:g}", row.weights, row.drafter, *speed, *counts)
     out.print(grid)
     out.print(
-        "acceptance: new tokens per verify call. distinct: different 4-grams of the outputs over all of them; loops lower it."
+        "acceptance: new tokens per verify call. equal: outputs that are plain decoding's, token by token. right: outputs that "
+        "are the wanted text. distinct: different 4-grams of the outputs over all of them; loops lower it."
     )
 
 

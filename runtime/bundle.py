@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,13 +55,17 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The keys and values of one attention layer: its own cache, or what it reads of the source."""
+    """The keys and values of one attention layer: its own cache, or what it reads of the source.
+
+    `dtype` None is the model's own.
+    """
 
     key_name: str
     value_name: str
     kv_heads: int
     key_size: int
     value_size: int
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,10 @@ class ModelInfo:
 
     Attributes:
         aux_layers: indices into `hidden_states` in the transformers convention.
-        source: what the encoder reads: "text", "audio", or "" without an encoder.
+        source: what the encoder reads: "text", "audio", or "" without an encoder; "states" for an assistant, which has no
+            encoder of its own and reads the states of its target's.
         max_source: the longest source in tokens, or in frames or samples of audio; 0 is no limit.
+        encoder_sha256: of the checkpoint's encoder, by which a target and its assistants know one another.
     """
 
     architecture: str
@@ -85,6 +91,7 @@ class ModelInfo:
     aux_layers: tuple[int, ...] = ()
     source: str = ""
     max_source: int = 0
+    encoder_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,17 +203,10 @@ class Bundle:
             bundle.check_hashes()
         return bundle
 
-    def check_hashes(self) -> None:
-        for name, expected in self.manifest.files.items():
-            file = self.path / name
-            if not file.is_file():
-                raise BundleError(f"{file} is missing: the manifest lists it. Fix: export or copy the bundle again.")
-            found = sha256_of(file)
-            if found != expected:
-                raise BundleError(
-                    f"{file} was changed after it was written: the manifest says sha256 {expected[:16]}…, "
-                    f"the file has {found[:16]}…. Fix: export or copy the bundle again."
-                )
+    def check_hashes(self, unread: Collection[str] = ()) -> None:
+        """Hash every file but those in `unread`. Raises BundleError for one that is missing or was edited."""
+        wanted = {name: digest for name, digest in self.manifest.files.items() if name not in unread}
+        check_files(self.path, wanted, "the manifest", "export or copy the bundle again")
 
     def head(self, name: str) -> HeadInfo:
         """The description of one draft head. Raises BundleError when there is none of that name."""
@@ -235,11 +235,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Hash every file of the bundle and write `manifest.json` by rename."""
-    files = {
-        file.relative_to(path).as_posix(): sha256_of(file)
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and _is_hashed(file.relative_to(path))
-    }
+    files = hash_files(path, _is_hashed)
     atomic_write(path / MANIFEST, to_json(dataclasses.replace(manifest, files=files)))
 
 
@@ -280,6 +276,26 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, scalars):
         raise BundleError(f"{where}: expected {kind}, found {value!r}. Fix: export or copy the bundle again.")
     return value
+
+
+def check_files(folder: Path, hashes: Mapping[str, str], listing: str, fix: str) -> None:
+    """Compare files with the sha256 that `listing` gives them. Raises BundleError for one that is missing or was edited."""
+    for name, expected in hashes.items():
+        file = folder / name
+        if not file.is_file():
+            raise BundleError(f"{file} is missing: {listing} lists it. Fix: {fix}.")
+        found = sha256_of(file)
+        if found != expected:
+            raise BundleError(
+                f"{file} was changed after it was written: {listing} says sha256 {expected[:16]}…, "
+                f"the file has {found[:16]}…. Fix: {fix}."
+            )
+
+
+def hash_files(folder: Path, chosen: Callable[[Path], bool] = lambda relative: True) -> dict[str, str]:
+    """sha256 of the files below `folder`, by path relative to it; of those that are `chosen`."""
+    files = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {relative.as_posix(): sha256_of(file) for relative, file in files.items() if chosen(relative)}
 
 
 def sha256_of(file: Path) -> str:

@@ -30,6 +30,10 @@ class CrossState:
     mask: NDArray[np.bool_]
     hidden: NDArray[Any]
 
+    def states(self) -> list[NDArray[Any]]:
+        """Each source's encoder states, [E, H], without padding."""
+        return [states[seen] for states, seen in zip(self.hidden, self.mask, strict=True)]
+
     def repeated(self, count: int) -> "CrossState":
         """Every source `count` times in a row: one for each beam."""
         mask, hidden = (np.repeat(array, count, axis=0) for array in (self.mask, self.hidden))
@@ -54,9 +58,10 @@ class KVCache:
     def __init__(self, infos: Sequence[CacheInfo], batch: int, slots: int, dtype: str, cross: CrossState | None = None) -> None:
         sizes = [size for info in infos for size in (info.key_size, info.value_size)]
         heads = [info.kv_heads for info in infos for _ in range(2)]
+        dtypes = [info.dtype or dtype for info in infos for _ in range(2)]
         self.names = [name for info in infos for name in (info.key_name, info.value_name)]
         self.buffers: list[NDArray[Any]] = [
-            np.zeros((batch, head, slots, size), dtype=dtype) for head, size in zip(heads, sizes, strict=True)
+            np.zeros((batch, head, slots, size), dtype=kind) for head, size, kind in zip(heads, sizes, dtypes, strict=True)
         ]
         self.lengths: NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
         self.engine_state: dict[Any, Any] = {}

@@ -18,6 +18,7 @@ AUX_HIDDEN = "aux_hidden"  # [B, T, n * H]
 AUDIO = "audio"  # [B, samples] float32, into the front-end's graph
 INPUT_FEATURES = "input_features"  # out of it; [B, bands, frames], or as the encoder's graph takes it
 ENCODER_MASK = "encoder_mask"  # [B, E] bool, which source rows exist; the encoder's graph takes it for text
+ENCODER_STATES = "encoder_states"  # [B, E, H of the encoder], what an assistant's graph takes in the place of a source
 ENCODER_HIDDEN = "encoder_hidden"  # [B, E, H of the encoder]
 
 STEP_INPUTS = (INPUT_IDS, POSITION_IDS, ATTENTION_MASK, WRITE_INDEX, OUTPUT_ROWS)

@@ -29,9 +29,13 @@ class MissingExtraError(HeadstartError):
 
 
 # Which extra brings a package that the bare install lacks.
-_EXTRAS = {"onnxruntime": "cpu", "soundfile": "audio", "soxr": "audio"} | dict.fromkeys(
-    ("torch", "transformers", "optimum", "onnx", "onnx_ir", "safetensors"), "export"
-)
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    "tensorrt_rtx": "trt-rtx",
+    "cuda": "trt-rtx",
+    "soundfile": "audio",
+    "soxr": "audio",
+} | dict.fromkeys(("torch", "transformers", "optimum", "onnx", "onnx_ir", "safetensors"), "export")
 
 
 def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingExtraError:

@@ -118,10 +118,10 @@ class DecodingLoop:
         if self._drafter is not None:
             self._drafter.open(len(self._prompts))
         started = time.perf_counter()
-        if isinstance(self._drafter, SourceReader):
-            self._drafter.read(self._sources)
         if self._sources:
             self._cache.cross = self._engine.encode(self._sources)
+        if isinstance(self._drafter, SourceReader):
+            self._drafter.read(self._sources, self._cache.cross)
         self.sequences = [self._start(row, list(prompt)) for row, prompt in enumerate(self._prompts)]
         self.clock.prefill_s = time.perf_counter() - started
         yield [s.token_ids[s.prompt_tokens :] for s in self.sequences]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .beam import BeamOptions, beam_search
-from .budget import Budget
+from .budget import Budget, Standing
 from .bundle import Bundle, GenerationRules
 from .drafters.aligned_copy import previous_hypothesis, source_copy
 from .drafters.base import Drafter, TunedDrafter
@@ -18,6 +18,7 @@ from .drafters.first_that_pays import FirstThatPays
 from .drafters.medusa import MedusaDrafter
 from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
+from .engines.tensorrt import TENSORRT_DEVICES, TensorRtEngine
 from .errors import BundleError, OptionError, PromptError
 from .loop import DecodingLoop, FinishReason, LoopOptions, Text
 from .rules import TokenRules
@@ -26,7 +27,10 @@ from .tokenizer import TextStream, Tokenizer
 from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
 from .tuning import Tuning, read_tuning
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "trt-rtx:sm89 (as it was built)", "tensorrt")
+BuiltEngine = OnnxRuntimeEngine | TensorRtEngine
+# Sources that are no text.
+ARRAYS = {"audio": "audio features", "states": "encoder states of the target whose assistant it is (load it as draft model)"}
 Prompt = str | Path | NDArray[Any]  # text; for encoders of speech a sound file of one window, or its features
 
 
@@ -78,7 +82,7 @@ class Model:
     def __init__(
         self,
         bundle: Bundle,
-        engine: OnnxRuntimeEngine,
+        engine: BuiltEngine,
         tokenizer: Tokenizer,
         drafters: dict[str, Drafter],
         tuning: Tuning | None = None,
@@ -88,11 +92,17 @@ class Model:
         self.tokenizer = tokenizer
         self.tuning = tuning
         self._drafters = drafters
+        self._standings: dict[tuple[str, bool], Standing] = {}
 
     @property
     def drafters(self) -> list[str]:
         """Names `generate` takes, beside "auto" and "none": the bundle's heads first."""
         return list(self._drafters)
+
+    @property
+    def answers(self) -> bool:
+        """Outputs answer a source and end of themselves; continuations are measured past end tokens, all equally long."""
+        return bool(self.bundle.manifest.model.source)
 
     @overload
     def generate(self, prompt: Prompt, **options: Any) -> Result: ...
@@ -151,40 +161,6 @@ class Model:
             if pieces[0]:
                 yield pieces[0]
 
-    def transcribe(
-        self,
-        recording: Recording,
-        language: str | None = None,
-        task: str = "transcribe",
-        timestamps: bool | None = None,
-        **options: Any,
-    ) -> Transcript:
-        """What is said in a recording of any length.
-
-        Args:
-            recording: a sound file, or [samples] at the model's rate (16 kHz): floats in -1 … 1, or integers.
-            language: such as "en"; None lets a model of several languages hear which it is.
-            task: "transcribe", or "translate" where the model can.
-            timestamps: False for none, which only recordings within one window allow; None as the model can.
-            options: those of `stream`.
-
-        Raises:
-            AudioError: no such file, not a sound file, empty, or truncated.
-            MissingExtraError: a file was given and `headstart[audio]` is not installed.
-            OptionError: the model reads no audio, or lacks the language, the task or timestamps.
-            PromptError: the recording is longer than a model without timestamps reads at once.
-        """
-        return transcribe(Transcriber(self, language, task, timestamps, options), recording)
-
-    def stream_audio(
-        self, chunks: Iterable[NDArray[Any]], language: str | None = None, task: str = "transcribe", **options: Any
-    ) -> Iterator[Caption]:
-        """Live captions: one after each chunk of [samples], and a final one. Each draft is the caption before.
-
-        Args: as `transcribe`.
-        """
-        return live_captions(Transcriber(self, language, task, None, options), chunks)
-
     def beam_search(
         self,
         prompt: Prompt,
@@ -222,6 +198,40 @@ class Model:
         found = beam_search(self.engine, token_ids, options, source)
         return [Beam(self.tokenizer.decode(h.token_ids), h.token_ids, h.score) for h in found]
 
+    def transcribe(
+        self,
+        recording: Recording,
+        language: str | None = None,
+        task: str = "transcribe",
+        timestamps: bool | None = None,
+        **options: Any,
+    ) -> Transcript:
+        """What is said in a recording of any length.
+
+        Args:
+            recording: a sound file, or [samples] at the model's rate (16 kHz): floats in -1 … 1, or integers.
+            language: such as "en"; None lets a model of several languages hear which it is.
+            task: "transcribe", or "translate" where the model can.
+            timestamps: False for none, which only recordings within one window allow; None as the model can.
+            options: those of `stream`.
+
+        Raises:
+            AudioError: no such file, not a sound file, empty, or truncated.
+            MissingExtraError: a file was given and `headstart[audio]` is not installed.
+            OptionError: the model reads no audio, or lacks the language, the task or timestamps.
+            PromptError: the recording is longer than a model without timestamps reads at once.
+        """
+        return transcribe(Transcriber(self, language, task, timestamps, options), recording)
+
+    def stream_audio(
+        self, chunks: Iterable[NDArray[Any]], language: str | None = None, task: str = "transcribe", **options: Any
+    ) -> Iterator[Caption]:
+        """Live captions: one after each chunk of [samples], and a final one. Each draft is the caption before.
+
+        Args: as `transcribe`.
+        """
+        return live_captions(Transcriber(self, language, task, None, options), chunks)
+
     def inputs(self, prompt: Prompt, decoder_prompt: str | Sequence[int] = ()) -> tuple[NDArray[Any] | None, list[int]]:
         """(what the encoder reads, None without one; the token ids the decoder starts from).
 
@@ -231,8 +241,8 @@ class Model:
         if isinstance(prompt, Path):
             source, start = Transcriber(self, None, "transcribe", False, {}).inputs(prompt)
             return source, self._decoder_start(decoder_prompt or start)
-        if isinstance(prompt, str) == (kind == "audio"):
-            wanted = "audio features" if kind == "audio" else "text"
+        if isinstance(prompt, str) == (kind in ARRAYS):
+            wanted = ARRAYS.get(kind, "text")
             raise PromptError(f"{self.bundle.manifest.model.architecture} reads {wanted}, and the prompt is not.")
         if not kind and decoder_prompt:
             raise PromptError("This model has no encoder: it continues the prompt itself. Fix: leave the decoder prompt out.")
@@ -263,9 +273,15 @@ class Model:
             raise OptionError(f"drafter {name!r} is unknown. Choose one of: auto, none, {', '.join(self._drafters)}.")
         return self._drafters[name]
 
-    def budget(self, drafter: Drafter | None) -> Budget | None:
-        """A sequence's budget for that drafter; None where nothing was tuned."""
-        return None if drafter is None or self.tuning is None else self.tuning.budget(drafter.name)
+    def budget(self, drafter: Drafter | None, greedy: bool) -> Budget | None:
+        """A sequence's budget for that drafter; None where nothing was tuned.
+
+        What earlier texts showed of the drafter is kept, for greedy and sampled texts apart.
+        """
+        if drafter is None or self.tuning is None:
+            return None
+        standing = self._standings.setdefault((drafter.name, greedy), Standing())
+        return self.tuning.budget(drafter.name, standing)
 
 
 class Generation:
@@ -291,12 +307,13 @@ class Generation:
         stated = model.bundle.manifest.generation
         ends = frozenset() if ignore_end else frozenset(stated.eos_token_ids)
         self._drafter = previous_hypothesis() if hypotheses and drafter == "auto" else model.drafter(drafter)
+        chosen = _sampling_options(sampling, stated)
         options = LoopOptions(
             max_new_tokens,
-            _sampling_options(sampling, stated),
+            chosen,
             ends,
             draft_nodes,
-            lambda: model.budget(self._drafter),
+            lambda: model.budget(self._drafter, chosen.greedy),
             TokenRules.of(stated, timestamps, not ignore_end),
             hypotheses,
         )
@@ -381,7 +398,7 @@ def load(
 
     Args:
         path: the bundle's folder.
-        device: "cpu".
+        device: "cpu", or what the bundle was built for with TensorRT: "trt-rtx:sm89", "tensorrt".
         threads: of the engine; all cores when None.
         draft_model: another bundle with the same vocabulary, offered as the drafter "draft_model".
         tuned: use what `headstart tune` found; False takes fixed trees and n-grams for "auto".
@@ -390,12 +407,12 @@ def load(
         BundleError: no bundle, another schema, or a file that was edited.
         MissingExtraError: no engine is installed.
         OptionError: unknown device, or a draft model with another vocabulary.
-        EngineError: the built engine or the tuning is of another bundle, machine or number of threads.
+        EngineError: the built engine or the tuning is of another bundle, machine or number of threads; or there is no GPU.
     """
-    if device not in DEVICES:
+    if device != "cpu" and device.split(":")[0] not in TENSORRT_DEVICES:
         raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
-    bundle = Bundle.load(path)
-    engine = OnnxRuntimeEngine.open(bundle, threads)
+    bundle = Bundle.load(path, check_hashes=False)  # the engine checks what it reads
+    engine = OnnxRuntimeEngine.open(bundle, threads) if device == "cpu" else TensorRtEngine.open(bundle, device)
     tuning = read_tuning(bundle, device, engine.built[0] if engine.built else None, engine.threads) if tuned else None
     draft_engine = None if draft_model is None else _draft_engine(draft_model, bundle)
     drafters = _drafters(bundle, engine, draft_engine, tuning)
@@ -403,7 +420,7 @@ def load(
 
 
 def _drafters(
-    bundle: Bundle, engine: OnnxRuntimeEngine, draft_engine: OnnxRuntimeEngine | None, tuning: Tuning | None
+    bundle: Bundle, engine: BuiltEngine, draft_engine: OnnxRuntimeEngine | None, tuning: Tuning | None
 ) -> dict[str, Drafter]:
     """The bundle's heads, n-grams, the draft model, and the pairs that tuning measured; each believing its measured rates."""
     tuned: dict[str, TunedDrafter] = {}
@@ -426,13 +443,24 @@ def _drafters(
 
 
 def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:
-    bundle = Bundle.load(path)
-    if _reads(target) != _reads(bundle):
+    bundle = Bundle.load(path, check_hashes=False)
+    if bundle.manifest.model.source == "states":
+        _check_assistant(path, bundle, target)
+    elif _reads(target) != _reads(bundle):
         raise OptionError(f"{path} reads {_reads(bundle)}, the target {_reads(target)}: a draft model must read the same.")
     ours, theirs = target.manifest.model.vocab_size, bundle.manifest.model.vocab_size
     if ours != theirs:
         raise OptionError(f"{path} has {theirs} tokens in its vocabulary, the target {ours}: a draft model must share it.")
     return OnnxRuntimeEngine.open(bundle, DRAFT_THREADS)
+
+
+def _check_assistant(path: str | Path, assistant: Bundle, target: Bundle) -> None:
+    starts = [bundle.manifest.generation.decoder_start_token_id for bundle in (target, assistant)]
+    if assistant.manifest.model.encoder_sha256 != target.manifest.model.encoder_sha256 or starts[0] != starts[1]:
+        raise OptionError(
+            f"{path} is the assistant of another model: it reads the states of an encoder that {target.path} does not have. "
+            f"Fix: export its checkpoint with --assistant-of {target.path}, or without, as a model with its own encoder."
+        )
 
 
 def _reads(bundle: Bundle) -> str:

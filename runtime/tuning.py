@@ -9,7 +9,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from .budget import Budget, VerifyCost
+from .budget import Budget, Standing, VerifyCost
 from .bundle import Bundle, from_json
 from .engines.info import EngineInfo
 from .errors import BundleError, EngineError
@@ -38,7 +38,10 @@ class DrafterTuning:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Everything `headstart tune` found. `chosen` is a drafter's name or "none", and `reason` says why."""
+    """Everything `headstart tune` found. `chosen` is a drafter's name or "none", and `reason` says why.
+
+    `simulated`: costs and speed-ups were predicted for a board that was not at hand; acceptance was measured.
+    """
 
     schema_version: int
     device: str
@@ -49,15 +52,16 @@ class Tuning:
     reason: str
     max_nodes: int
     prompts: int
+    simulated: bool = False
 
-    def budget(self, drafter: str) -> Budget | None:
-        """A fresh budget for one sequence; None for a drafter that was not tuned."""
+    def budget(self, drafter: str, standing: Standing) -> Budget | None:
+        """A budget for one sequence; None for a drafter that was not tuned."""
         tuned = self.drafters.get(drafter)
-        return None if tuned is None else Budget(self.verify, tuned.draft_ms, self.max_nodes)
+        return None if tuned is None else Budget(self.verify, tuned.draft_ms, self.max_nodes, standing)
 
 
 def tuning_file(bundle: Bundle, device: str) -> Path:
-    return bundle.path / "tuning" / f"{device.replace(':', '-')}.json"
+    return bundle.path / "tuning" / f"{device.replace(':', '-').replace(',', '-')}.json"
 
 
 def fingerprint(bundle: Bundle, built: EngineInfo | None, threads: int) -> dict[str, str]:

@@ -14,11 +14,12 @@ import soundfile
 from speech import recording
 
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.model import load
 
 BundleOf = Callable[[str], Bundle]
 CheckpointOf = Callable[[str], Path]
 COMMAND = [sys.executable, "-m", "headstart"]
-COMMANDS = ("export", "quantize", "build", "tune", "compare", "bench", "inspect", "generate", "verify", "demo", "heads")
+COMMANDS = ("export", "quantize", "build", "plan", "tune", "compare", "bench", "inspect", "generate", "verify", "demo", "heads")
 
 
 def headstart(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -41,6 +42,15 @@ def test_generate_streams_the_same_text(bundle_of: BundleOf) -> None:
     assert whole.returncode == streamed.returncode == 0, whole.stderr + streamed.stderr
     assert whole.stdout == streamed.stdout
     assert "acceptance length" in streamed.stderr
+
+
+def test_generate_with_beams(bundle_of: BundleOf) -> None:
+    path = bundle_of("llama").path
+    best = load(path, threads=1).beam_search("abc", 3, max_new_tokens=12)[0]
+    assert headstart("generate", path, "abc", "-n", 12, "--beams", 3).stdout.strip() == best.text.strip()
+    assert "--stream does not go with --beams" in refused("generate", path, "abc", "--beams", 3, "--stream")
+    assert "temperature must be 0" in refused("generate", path, "abc", "--beams", 3, "--temperature", 1)
+    assert "num_beams must be at least 1" in refused("generate", path, "abc", "--beams", -2)
 
 
 def test_generate_from_a_recording(speech_bundle: Bundle, tmp_path: Path) -> None:
@@ -180,16 +190,17 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_folders_stand_for_their_text_or_sound_files(tmp_path: Path) -> None:
-    from headstart.cli import training_files
+    from headstart.calibration.files import training_files
 
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/b.py").write_text("b")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "weights.bin").write_bytes(b"\x01\0\x02")
-    assert training_files([tmp_path]) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
-    assert training_files([tmp_path / "weights.bin"]) == [tmp_path / "weights.bin"], "what is named is taken"
+    assert training_files([tmp_path], sound=False) == [tmp_path / "a.txt", tmp_path / "sub/b.py"]
+    assert training_files([tmp_path / "weights.bin"], sound=False) == [tmp_path / "weights.bin"], "what is named is taken"
     (tmp_path / "sub/said.WAV").write_bytes(b"RIFF\0")
-    assert training_files([tmp_path]) == [tmp_path / "sub/said.WAV"], "transcripts beside recordings are no recordings"
+    assert training_files([tmp_path], sound=True) == [tmp_path / "sub/said.WAV"], "transcripts beside recordings are none"
+    assert tmp_path / "sub/said.WAV" not in training_files([tmp_path], sound=False), "recordings beside text are none"
 
 
 def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
@@ -222,7 +233,7 @@ def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
 
 def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("llama").path
-    assert "device 'tpu' is unknown. Choose one of: cpu." in refused("build", bundle, "--device", "tpu")
+    assert "device 'tpu' is unknown. Choose one of: cpu, trt-rtx:sm89" in refused("build", bundle, "--device", "tpu")
     assert "cannot be read" in refused("tune", bundle, "--data", tmp_path / "none.txt")
     (tmp_path / "prompts.txt").write_text("abc\n")
     assert "drafter 'eagle' is unknown" in refused("bench", bundle, "--prompts", tmp_path / "prompts.txt", "--drafter", "eagle")
@@ -232,3 +243,12 @@ def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
         "quantize", bundle, "-o", out, "--method", "gptq", "--data", tmp_path / "tiny.txt"
     )
     assert not out.exists()
+
+
+def test_plan_says_what_fits(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("llama").path
+    done = headstart("plan", bundle, "--on", "jetson-orin-nano-8gb", "--on", "rtx-4090")
+    assert done.returncode == 0, done.stderr
+    assert "jetson-orin-nano-8gb" in done.stdout and "tensorrt" in done.stdout and "trt-rtx:sm89" in done.stdout
+    assert "the board 'jetson-9' is unknown. Known: jetson" in refused("plan", bundle, "--on", "jetson-9")
+    assert "is not built for trt-rtx:sm89" in refused("generate", bundle, "abc", "--device", "trt-rtx:sm89")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 
 from .rotary import Rotary, match_rotary, rotary_table
-from .surgery import MICROSOFT, Writer, clean, in_order, producer, put_in_place
+from .surgery import MICROSOFT, Writer, clean, constant_of, in_order, producer, put_in_place
 
 TABLE_STEP = 8  # the operator takes rotary tables whose width is a multiple of this
 MASKED = np.float32(-1e30)  # added to a masked score: its exponential is zero, and no sum overflows
@@ -34,6 +34,7 @@ class _Layer:
     key_scatter: Any
     value_scatter: Any
     mask: Any
+    scales: tuple[Any, Any] | None = None  # of an int8 cache's keys and values, [G] each
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -57,6 +58,7 @@ def _layer(node: Any) -> _Layer | None:
     if node.op_type != "Attention" or len(node.inputs) != 4:
         return None
     query, keys, values, mask = node.inputs
+    (keys, key_scale), (values, value_scale) = _stored(keys), _stored(values)
     key_scatter, value_scatter = producer(keys, "TensorScatter"), producer(values, "TensorScatter")
     if key_scatter is None or value_scatter is None or mask is None:
         return None
@@ -65,7 +67,17 @@ def _layer(node: Any) -> _Layer | None:
     if not (key_cache.is_graph_input() and same_sizes and key_cache.shape[3] % 8 == 0):
         return None
     key, value = key_scatter.inputs[1], value_scatter.inputs[1]
-    return _Layer(node, query, key, value, key_cache, value_cache, key_scatter, value_scatter, mask)
+    scales = None
+    if key_scale is not None and value_scale is not None:
+        key, value = (v.producer().inputs[0] for v in (key, value))  # the operator quantizes what it stores
+        scales = key_scale, value_scale
+    return _Layer(node, query, key, value, key_cache, value_cache, key_scatter, value_scatter, mask, scales)
+
+
+def _stored(read: Any) -> tuple[Any, Any]:
+    """(the updated cache, its scales when it is int8) of what an Attention reads."""
+    dequantize = producer(read, "DequantizeLinear")
+    return (read, None) if dequantize is None else (dequantize.inputs[0], dequantize.inputs[1])
 
 
 class _Shared:
@@ -125,6 +137,10 @@ def _rewrite(model: Any, layer: _Layer, shared: _Shared) -> None:
     inputs = [*_packed(flat), layer.key_cache, layer.value_cache, shared.last, shared.total]
     inputs += [*(tables or (None, None)), shared.position_ids if tables else None, shared.bias(layer.mask, layer.node)]
     scale = layer.node.attributes.get("scale")
+    integers: dict[str, Any] = {}
+    if layer.scales is not None:
+        inputs += [None, *(_spread(write, scale_of, size) for scale_of in layer.scales)]
+        integers = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     out, keys, values = write.nodes(
         "GroupQueryAttention",
         inputs,
@@ -134,11 +150,19 @@ def _rewrite(model: Any, layer: _Layer, shared: _Shared) -> None:
         kv_num_heads=kv_heads,
         do_rotary=int(tables is not None),
         scale=size**-0.5 if scale is None else float(scale.value),
+        **integers,
     )
     keys.shape, values.shape = layer.key_cache.shape, layer.value_cache.shape
     _replace_output(write, layer.node.outputs[0], out, heads, size)
     put_in_place(layer.key_scatter.outputs[0], keys)
     put_in_place(layer.value_scatter.outputs[0], values)
+
+
+def _spread(write: Writer, scale: Any, size: int) -> Any:
+    """[1, G, 1, D]: the operator wants a scale for each channel of each head."""
+    heads = constant_of(scale)
+    assert heads is not None
+    return write.constant(f"{scale.name}.channels", np.repeat(heads[None, :, None, None], size, axis=3))
 
 
 def _rotary(layer: _Layer, shared: _Shared) -> tuple[tuple[Any, Any] | None, tuple[Any, Any] | None]:

@@ -3,9 +3,11 @@
 Every row of the activations gets its own scale, so a row's result does not depend on the rows beside it, and speculative
 decoding stays equal to plain decoding (one scale per tensor, as in dynamic quantization, is not lossless). MatMulInteger
 costs hardly more for eight rows than for one. int4 weights in groups are widened to int8 per channel: their products are
-as exact, and no kernel multiplies them as fast over many rows.
+as exact, and no kernel multiplies them as fast over many rows. Where the canonical graph gives activations a fixed scale of
+their own, that is taken: it depends on no row at all.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .linear import Linear, linears
-from .surgery import MICROSOFT, Writer, clean, put_in_place
+from .surgery import MICROSOFT, Writer, clean, constant_of, producer, put_in_place
 
 LARGEST = 127
 ZERO_POINTS = {"uint8": 128, "int8": 0}
@@ -21,41 +23,59 @@ ZERO_POINTS = {"uint8": 128, "int8": 0}
 
 def lower_linears(model: Any, activations: str) -> tuple[Any, bool]:
     """Rewrite every quantized linear layer. `activations` is the type this CPU multiplies exactly and fast: uint8 or int8."""
-    rows: dict[int, tuple[Any, Any]] = {}
+    rounded: dict[int, _Rounded] = {}
     changed = False
     for linear in linears(model):
         if linear.quantized:
-            _rewrite(model, linear, activations, rows)
+            _rewrite(model, linear, activations, rounded)
             changed = True
     if changed:
         clean(model)
     return model, changed
 
 
-def _rewrite(model: Any, linear: Linear, activations: str, rows: dict[int, tuple[Any, Any]]) -> None:
+@dataclass(frozen=True)
+class _Rounded:
+    """Activations as whole numbers: x ≈ values · step · row, where row is None for a scale that is the same for all rows."""
+
+    values: Any  # [B, T, K] uint8 or int8
+    step: Any  # float
+    row: Any  # [B, T, 1] float
+
+
+def _rewrite(model: Any, linear: Linear, activations: str, rounded: dict[int, _Rounded]) -> None:
     write = Writer(model, linear.node)
     source, result = linear.node.inputs[0], linear.node.outputs[0]
-    if id(source) not in rows:  # layers that read the same activations share their quantization
-        rows[id(source)] = _quantize_rows(write, source, activations)
-    quantized, largest = rows[id(source)]
+    if id(source) not in rounded:  # layers that read the same activations share their rounding
+        rounded[id(source)] = _by_fixed_scale(write, source, activations) or _by_row(write, source, activations)
+    left = rounded[id(source)]
     values, channel_scales = per_channel(linear)
     weight = write.constant(f"{linear.name}.int8", np.ascontiguousarray(values))
-    channel = write.constant(f"{linear.name}.channel_scale", channel_scales / LARGEST)
-    zero_point = _zero_point(write, activations)
-    inputs = [quantized, weight, write.constant("one", np.float32(1)), channel, zero_point]
+    channel = write.constant(f"{linear.name}.channel_scale", channel_scales)
+    inputs = [left.values, weight, left.step, channel, _zero_point(write, activations)]
     product = write.node("MatMulIntegerToFloat", inputs, MICROSOFT)
-    put_in_place(result, write.node("Mul", [product, largest]))
+    put_in_place(result, product if left.row is None else write.node("Mul", [product, left.row]))
 
 
-def _quantize_rows(write: Writer, source: Any, activations: str) -> tuple[Any, Any]:
-    """(whole numbers [B, T, K], largest magnitudes [B, T, 1]): each row divided by its largest, in steps of 1/127.
+def _by_fixed_scale(write: Writer, source: Any, activations: str) -> _Rounded | None:
+    """The rounding that the canonical graph prescribes, when it does."""
+    dequantize = producer(source, "DequantizeLinear")
+    quantize = producer(dequantize.inputs[0], "QuantizeLinear") if dequantize is not None else None
+    if quantize is None or constant_of(quantize.inputs[1]) is None or len(quantize.inputs[1].shape):
+        return None
+    floats, step = quantize.inputs[:2]
+    return _Rounded(write.node("QuantizeLinear", [floats, step, _zero_point(write, activations)]), step, None)
 
-    The 127 is made up for in the weight's scales. A row of zeros is 0/0, and whatever that becomes is multiplied by 0 again.
+
+def _by_row(write: Writer, source: Any, activations: str) -> _Rounded:
+    """Each row divided by its largest magnitude, in steps of 1/127.
+
+    A row of zeros is 0/0, and whatever that becomes is multiplied by 0 again.
     """
     largest = write.node("ReduceMax", [write.node("Abs", [source]), write.ints([-1])], keepdims=1)
     step = write.constant("one_127th", np.float32(1 / LARGEST))
-    inputs = [write.node("Div", [source, largest]), step, _zero_point(write, activations)]
-    return write.node("QuantizeLinear", inputs), largest
+    values = write.node("QuantizeLinear", [write.node("Div", [source, largest]), step, _zero_point(write, activations)])
+    return _Rounded(values, step, largest)
 
 
 def _zero_point(write: Writer, activations: str) -> Any:

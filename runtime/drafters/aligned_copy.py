@@ -17,15 +17,16 @@ from .base import DraftRequest, step
 
 LONGEST_MATCH = 8  # tokens a match is followed back: of two as long, the nearer is the likelier
 SURE = 3  # tokens in a row that agree, the last as foretold, before an older alignment is given up
+OTHERS = 2  # further matches that are tried while none is sure
 FORGOTTEN = 8  # tokens astray after which the older alignment says nothing any more
 # A node's class: how its branch is aligned, over how many tokens, and the node's depth. Lists hold each step's lowest.
-FOLLOWED, REPLACED, INSERTED = KINDS = (0, 1, 2)
+FOLLOWED, REPLACED, INSERTED, ELSEWHERE = KINDS = (0, 1, 2, 3)
 RUNS = (0, 1, 2, 4, 8, 16)
 DEPTHS = (1, 2, 3, 5, 9, 17)
 # Chance that a copied token is right: by the run of a followed branch, and at the first token of the others and behind it.
 # Priors, which tuning replaces.
 FOLLOWED_PRIOR = (0.6, 0.5, 0.7, 0.85, 0.92, 0.95)
-FIRST_PRIOR, DEEPER_PRIOR = {REPLACED: 0.4, INSERTED: 0.25}, 0.8
+FIRST_PRIOR, DEEPER_PRIOR = {REPLACED: 0.4, INSERTED: 0.25, ELSEWHERE: 0.2}, 0.8
 
 
 class Alignment:
@@ -60,10 +61,12 @@ class Alignment:
 
     def _resynchronise(self, token: int) -> tuple[int, int]:
         """Behind the longest match of the output's end, the one nearest to where it was expected; and its length."""
-        expected = self.anchor + self.astray + 1
-        found = [(self._length(end), -abs(end - expected), end) for end in self._ends.get(token, ())]
-        length, _, end = max(found, default=(0, 0, len(self._text)))
-        return end, length
+        return next(iter(self._matches(token, self.anchor + self.astray + 1)), (len(self._text), 0))
+
+    def _matches(self, token: int, expected: int) -> list[tuple[int, int]]:
+        """(position behind it, its length) of every match of the output's end: the longest, then the nearest, first."""
+        found = [(end, self._length(end)) for end in self._ends.get(token, ())]
+        return sorted(found, key=lambda match: (-match[1], abs(match[0] - expected)))
 
     def _length(self, end: int) -> int:
         output, text, length = self._output, self._text, 1
@@ -77,6 +80,9 @@ class Alignment:
         if 0 < self.astray <= FORGOTTEN:
             places.setdefault(self.anchor + self.astray, (REPLACED, self.astray))
             places[self.anchor] = (INSERTED, self.astray)  # even where the output's end was found again: it went astray there
+        if self.astray and 0 < self.run < SURE:
+            for end, length in self._matches(self._output[-1], self.anchor + self.astray)[: 1 + OTHERS]:
+                places.setdefault(end, (ELSEWHERE, length))
         branches = []
         for start, (kind, run) in places.items():
             token_ids = self._text[start : start + count]

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.runtime.cache import CrossState
 from headstart.runtime.rules import LogitRule
 from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import DraftTree
@@ -60,8 +61,11 @@ class Drafter(Protocol):
 class SourceReader(Protocol):
     """A drafter that looks at what the target's encoder reads."""
 
-    def read(self, sources: Sequence[NDArray[Any]]) -> None:
-        """The sources of the sequences just opened, as Engine.encode takes them; none when the target has no encoder."""
+    def read(self, sources: Sequence[NDArray[Any]], cross: CrossState | None) -> None:
+        """The sources of the sequences just opened, as Engine.encode takes them, and what the target's encoder made of them.
+
+        None when the target has no encoder.
+        """
         ...
 
 

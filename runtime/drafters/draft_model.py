@@ -1,6 +1,8 @@
 """A draft model: a smaller exported model with the target's vocabulary proposes a chain (arXiv 2211.17192, 2302.01318).
 
-Where the target has an encoder the draft model has one too, and reads the same source with it, once.
+Where the target has an encoder the draft model has one too, and reads the same source with it, once. An assistant
+(Distil-Whisper, arXiv 2311.00430) was trained on the target's own encoder: it is exported without one, and reads the
+states that the target's made.
 Its own cache follows the text by comparing tokens: whatever the target rejected is rewound before the next draft.
 """
 
@@ -52,7 +54,9 @@ class DraftModelDrafter:
         self._fed = {row: [] for row in range(batch)}
         self._cross = []
 
-    def read(self, sources: Sequence[NDArray[Any]]) -> None:
+    def read(self, sources: Sequence[NDArray[Any]], cross: CrossState | None) -> None:
+        if cross is not None and self._engine.model.source == "states":
+            sources = cross.states()
         self._cross = [self._engine.encode([source]) for source in sources]
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.runtime.cache import CrossState
 from headstart.runtime.tree import DraftTree
 
 from .base import DraftRequest, SourceReader, TunedDrafter
@@ -41,10 +42,10 @@ class FirstThatPays:
         self._first.open(batch)
         self._second.open(batch)
 
-    def read(self, sources: Sequence[NDArray[Any]]) -> None:
+    def read(self, sources: Sequence[NDArray[Any]], cross: CrossState | None) -> None:
         for drafter in (self._first, self._second):
             if isinstance(drafter, SourceReader):
-                drafter.read(sources)
+                drafter.read(sources, cross)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         trees = self._first.propose(requests)

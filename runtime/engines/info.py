@@ -7,11 +7,43 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headstart.runtime.bundle import Bundle, from_json
+from headstart.runtime.bundle import Bundle, check_files, from_json
 from headstart.runtime.errors import BundleError, EngineError
 
 ENGINE_FILE = "engine.json"
-ENGINE_SCHEMA = 1
+ENGINE_SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimization profile of a plan: the least, usual and most of each open axis ("rows", "chosen", …)."""
+
+    name: str
+    sizes: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class PlanInfo:
+    """One TensorRT plan.
+
+    Attributes:
+        bytes: of the file.
+        build_s: seconds the builder took.
+        profiles: in the plan's own order.
+        layers: layers of the parsed network by kind and type, e.g. "matrix_multiply float16"; strongly typed, so these
+            types are the engine's.
+        kernels: steps of the compiled plan by kind, over all profiles; empty where the plan does not tell.
+        weight_bytes: constants of the compiled plan by type; empty where the plan does not tell.
+        in_place: caches that the compiled plan reads and writes in one buffer.
+    """
+
+    bytes: int
+    build_s: float
+    profiles: tuple[Profile, ...]
+    layers: dict[str, int]
+    kernels: dict[str, int] = field(default_factory=dict)
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+    in_place: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,7 +60,14 @@ class EngineInfo:
             this one.
         settings: what was chosen for this device, e.g. the type of integer activations.
         passes: what each lowering pass did, in order.
-        relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range.
+        relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range;
+            -1 where the engine was not run, because it was built for another machine.
+        plans: name of a graph -> what was built of it, for TensorRT.
+        cache_slots: of the caches, where that is fixed at build: the longest text and a verify pass behind it; else 0.
+        batch: sequences decoded together, where that is fixed at build; else 0.
+        source_rows: of the encoder's states, where there is an encoder and that is fixed at build; else 0.
+        peak_memory_mb: of the building process, where it was measured; else 0.
+        files: sha256 of each file beside this one.
     """
 
     schema_version: int
@@ -40,17 +79,28 @@ class EngineInfo:
     settings: dict[str, str]
     passes: dict[str, int] = field(default_factory=dict)
     relative_difference: float = 0.0
+    plans: dict[str, PlanInfo] = field(default_factory=dict)
+    cache_slots: int = 0
+    batch: int = 0
+    source_rows: int = 0
+    peak_memory_mb: float = 0.0
+    files: dict[str, str] = field(default_factory=dict)
+
+    def replaced(self) -> set[str]:
+        """The bundle's files that nobody reads once this engine is there: the canonical graphs."""
+        return {name for name in self.source if not name.endswith(".json")}
 
 
 def engine_folder(bundle: Bundle, device: str) -> Path:
-    """`engines/<device>`; a colon, as in trt-rtx:sm89, becomes a hyphen."""
-    return bundle.path / "engines" / device.replace(":", "-")
+    """`engines/<device>`; colons and commas, as in trt-rtx:sm86,sm89, become hyphens."""
+    return bundle.path / "engines" / device.replace(":", "-").replace(",", "-")
 
 
 def built_engine(bundle: Bundle, device: str) -> EngineInfo | None:
-    """What was built for `device`; None when nothing was.
+    """What was built for `device`, its files' hashes checked; None when nothing was.
 
-    Raises EngineError when it was built from other graphs than the bundle now holds, or by another version of Headstart.
+    Raises EngineError when it was built from other graphs than the bundle now holds, or by another version of Headstart;
+    BundleError when a file of it is missing or was edited.
     """
     file = engine_folder(bundle, device) / ENGINE_FILE
     if not file.is_file():
@@ -69,6 +119,7 @@ def built_engine(bundle: Bundle, device: str) -> EngineInfo | None:
     changed = sorted(name for name in info.source.keys() | now.keys() if info.source.get(name) != now.get(name))
     if changed:
         raise EngineError(f"{file.parent} was built from another {changed[0]} than the bundle now holds. {fix}")
+    check_files(file.parent, info.files, ENGINE_FILE, fix.removeprefix("Fix: ").removesuffix("."))
     return info
 
 

@@ -45,8 +45,12 @@ class OnnxRuntimeEngine:
 
     @classmethod
     def open(cls, bundle: Bundle, threads: int | None = None) -> "OnnxRuntimeEngine":
-        """With what `headstart build --device cpu` made, when it was run. Raises EngineError when that is stale."""
+        """With what `headstart build --device cpu` made, when it was run. Hashes the files that will be read, and no others.
+
+        Raises EngineError when the built engine is stale, BundleError when a file was edited.
+        """
         info = built_engine(bundle, "cpu")
+        bundle.check_hashes(unread=info.replaced() if info else ())
         return cls(bundle, threads, None if info is None else (info, engine_folder(bundle, "cpu")))
 
     @property

@@ -18,6 +18,7 @@ from rival_workers.protocol import Rival
 
 HERE = Path(__file__).parent
 HASHED = ("config.json", "tokenizer.json", "model.safetensors")
+HASHED_IF_THERE = ("generation_config.json", "preprocessor_config.json")
 
 
 class PreparationError(Exception):
@@ -39,7 +40,7 @@ class Workshop:
             return self._pythons[rival.name]
         if not rival.packages:
             return Path(sys.executable)
-        home = self.folder / "env" / rival.name
+        home = self.folder / "env" / (rival.environment or rival.name)
         stamp = home / "packages.json"
         if not stamp.is_file() or json.loads(stamp.read_text("utf-8")) != list(rival.packages):
             self._install(rival, home)
@@ -97,7 +98,7 @@ class Workshop:
 def fingerprint(checkpoint: Path, rival: Rival) -> str:
     """Of the files a conversion reads and what makes it: other weights, another folder."""
     digest = hashlib.sha256(json.dumps([rival.packages, rival.recipe]).encode())
-    for name in HASHED:
+    for name in (*HASHED, *(name for name in HASHED_IF_THERE if (checkpoint / name).is_file())):
         with (checkpoint / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]

@@ -2,22 +2,31 @@
 
 Rules:
     1. A round's decode figure is all new tokens after the first, over all their seconds: what somebody who has every
-       prompt completed waits for. The row shows the median round, and the slowest and fastest.
+       prompt completed waits for. Its figure per item is all seconds, over the items. The row shows the median round, and
+       the slowest and fastest.
     2. "own plain" compares token ids with the same program's plain decoding of the same weights.
-    3. "fp32" is the share of the new tokens before the first one that differs from transformers' fp32 greedy decoding.
+    3. "fp32" compares them with transformers' fp32 greedy decoding: the share of the new tokens before the first that
+       differs, or the number of equal items.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from statistics import mean, median
 from typing import Any
 
 from measurement import Configuration
+from quality import Quality
 
 CONTAMINATED = 0.10  # of all cores, used by others
-HEADINGS = (
-    *("program", "version", "weights", "mode", "prefill ms", "decode tok/s", "min..max", "tok/forward"),
-    *("= own plain", "= fp32", "MB", "load s", "other CPU"),
-)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What token ids are held against, where it is known: those of the reference, and the targets."""
+
+    reference: list[list[int]] | None
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True)
@@ -31,19 +40,24 @@ class Figures:
     tokens_per_s_rounds: list[float]
     tokens_per_s_prompts: list[float]
     tokens_per_forward: float | None
+    item_ms: float
+    item_ms_min: float
+    item_ms_max: float
     equal_prompts: int | None
+    equal_to_reference: int | None
     prompts: int
     agreement: float | None
+    quality: float | None
     repeatable: bool
     others_share: float
     contaminated_rounds: int
 
 
-def figures(row: Configuration, rows: list[Configuration], reference: list[list[int]] | None) -> Figures:
+def figures(row: Configuration, rows: list[Configuration], truth: Truth) -> Figures:
     """Rules 1 to 3."""
     rounds = [_decoded(p.token_ids) / sum(p.decode_s) for p in row.passes]
-    token_ids = row.passes[0].token_ids
-    plain = _plain(row, rows)
+    items_ms = [1000 * (sum(p.prefill_s) + sum(p.decode_s)) / len(p.token_ids) for p in row.passes]
+    token_ids, reference = row.passes[0].token_ids, truth.reference
     return Figures(
         prefill_ms=1000 * median(seconds for p in row.passes for seconds in p.prefill_s),
         tokens_per_s=median(rounds),
@@ -52,55 +66,82 @@ def figures(row: Configuration, rows: list[Configuration], reference: list[list[
         tokens_per_s_rounds=rounds,
         tokens_per_s_prompts=_per_prompt(row),
         tokens_per_forward=_tokens_per_forward(row),
-        equal_prompts=sum(a == b for a, b in zip(token_ids, plain, strict=True)) if plain else None,
+        item_ms=median(items_ms),
+        item_ms_min=min(items_ms),
+        item_ms_max=max(items_ms),
+        equal_prompts=_equal(token_ids, _plain(row, rows)),
+        equal_to_reference=_equal(token_ids, reference),
         prompts=len(token_ids),
         agreement=mean(_agreement(a, b) for a, b in zip(token_ids, reference, strict=True)) if reference else None,
+        quality=truth.quality.of(token_ids) if truth.quality else None,
         repeatable=all(p.token_ids == token_ids for p in row.passes),
         others_share=mean(p.others_share for p in row.passes),
         contaminated_rounds=sum(p.others_share > CONTAMINATED for p in row.passes),
     )
 
 
-def markdown(rows: list[Configuration], reference: list[list[int]] | None) -> str:
+Columns = Mapping[str, Callable[[Configuration, Figures], str]]  # heading → cell of a row that was measured
+
+COST: Columns = {
+    "MB": lambda row, _: _or_unknown(row.resident_mb, "{:.0f}"),
+    "load s": lambda row, _: _or_unknown(row.load_s, "{:.1f}"),
+    "other CPU": lambda _, found: f"{found.others_share:.0%}" + (" !" if found.contaminated_rounds else ""),
+}
+DECODER: Columns = {
+    "prefill ms": lambda _, found: f"{found.prefill_ms:.0f}",
+    "decode tok/s": lambda _, found: f"{found.tokens_per_s:.1f}",
+    "min..max": lambda _, found: f"{found.tokens_per_s_min:.1f}..{found.tokens_per_s_max:.1f}",
+    "tok/forward": lambda _, found: _or_unknown(found.tokens_per_forward, "{:.2f}"),
+    "= own plain": lambda _, found: _yes_or_count(found.equal_prompts, found.prompts),
+    "= fp32": lambda _, found: _or_unknown(found.agreement, "{:.0%}"),
+    **COST,
+}
+
+
+def encoder_decoder(quality: str) -> Columns:
+    """The columns of models whose texts end by themselves, so that time per item says what time per token does not."""
+    return {
+        "ms per item": lambda _, found: f"{found.item_ms:.1f}",
+        "min..max": lambda _, found: f"{found.item_ms_min:.1f}..{found.item_ms_max:.1f}",
+        "encoder ms": lambda _, found: f"{found.prefill_ms:.1f}",
+        "decode tok/s": lambda _, found: f"{found.tokens_per_s:.0f}",
+        "tok/forward": lambda _, found: _or_unknown(found.tokens_per_forward, "{:.2f}"),
+        "= own plain": lambda _, found: _yes_or_count(found.equal_prompts, found.prompts),
+        "= fp32": lambda _, found: "?" if found.equal_to_reference is None else f"{found.equal_to_reference}/{found.prompts}",
+        quality: lambda _, found: _or_unknown(found.quality, "{:.1%}"),
+        **COST,
+    }
+
+
+def markdown(rows: list[Configuration], truth: Truth, columns: Columns) -> str:
     """The table, then what is to be said about some rows."""
-    lines = [_line(HEADINGS), _line("---" for _ in HEADINGS)]
-    lines += [_line(_cells(row, rows, reference)) for row in rows]
-    warnings = [f"- {text}" for row in rows for text in _warnings(row, rows, reference)] + _contaminated(rows)
+    headings = ["program", "version", "weights", "mode", *columns]
+    lines = [_line(headings), _line("---" for _ in headings)]
+    lines += [_line(_cells(row, rows, truth, columns)) for row in rows]
+    warnings = [f"- {text}" for row in rows for text in _warnings(row, rows, truth)] + _contaminated(rows)
     return "\n".join([*lines, *([""] if warnings else []), *warnings])
 
 
-def as_json(rows: list[Configuration], reference: list[list[int]] | None) -> list[dict[str, Any]]:
+def as_json(rows: list[Configuration], truth: Truth) -> list[dict[str, Any]]:
     """Every row with its figures and every pass it comes from."""
     return [
-        {**asdict(row), "figures": asdict(figures(row, rows, reference)) if row.passes else None, "name": row.name}
-        for row in rows
+        {**asdict(row), "figures": asdict(figures(row, rows, truth)) if row.passes else None, "name": row.name} for row in rows
     ]
 
 
-def _cells(row: Configuration, rows: list[Configuration], reference: list[list[int]] | None) -> list[str]:
+def _cells(row: Configuration, rows: list[Configuration], truth: Truth, columns: Columns) -> list[str]:
     start = [row.program, row.version, row.weights, row.mode]
     if row.error is not None or not row.passes:
-        return [*start, "", f"**failed**: {row.error or 'not measured'}".replace("|", "/"), *[""] * (len(HEADINGS) - 6)]
-    found = figures(row, rows, reference)
-    return [
-        *start,
-        f"{found.prefill_ms:.0f}",
-        f"{found.tokens_per_s:.1f}",
-        f"{found.tokens_per_s_min:.1f}..{found.tokens_per_s_max:.1f}",
-        _or_unknown(found.tokens_per_forward, "{:.2f}"),
-        _equality(found),
-        _or_unknown(found.agreement, "{:.0%}"),
-        _or_unknown(row.resident_mb, "{:.0f}"),
-        _or_unknown(row.load_s, "{:.1f}"),
-        f"{found.others_share:.0%}" + (" !" if found.contaminated_rounds else ""),
-    ]
+        return [*start, "", f"**failed**: {row.error or 'not measured'}".replace("|", "/"), *[""] * (len(columns) - 2)]
+    found = figures(row, rows, truth)
+    return [*start, *(cell(row, found) for cell in columns.values())]
 
 
-def _warnings(row: Configuration, rows: list[Configuration], reference: list[list[int]] | None) -> list[str]:
+def _warnings(row: Configuration, rows: list[Configuration], truth: Truth) -> list[str]:
     found = [f"{row.name}: {note}" for note in row.notes]
     if not row.passes or row.error is not None:
         return found
-    if not figures(row, rows, reference).repeatable:
+    if not figures(row, rows, truth).repeatable:
         found.append(f"{row.name}: its token ids changed from round to round")
     return found
 
@@ -137,14 +178,19 @@ def _tokens_per_forward(row: Configuration) -> float | None:
 
 
 def _agreement(token_ids: list[int], reference: list[int]) -> float:
-    pairs = enumerate(zip(token_ids, reference, strict=True))
-    return next((i for i, (a, b) in pairs if a != b), len(token_ids)) / len(token_ids)
+    pairs = enumerate(zip_longest(token_ids, reference))
+    longest = max(len(token_ids), len(reference))
+    return next((i for i, (a, b) in pairs if a != b), longest) / longest
 
 
-def _equality(found: Figures) -> str:
-    if found.equal_prompts is None:
+def _equal(token_ids: list[list[int]], wanted: list[list[int]] | None) -> int | None:
+    return sum(a == b for a, b in zip(token_ids, wanted, strict=True)) if wanted else None
+
+
+def _yes_or_count(equal: int | None, prompts: int) -> str:
+    if equal is None:
         return "?"
-    return "yes" if found.equal_prompts == found.prompts else f"no ({found.equal_prompts}/{found.prompts})"
+    return "yes" if equal == prompts else f"no ({equal}/{prompts})"
 
 
 def _or_unknown(value: float | None, text: str) -> str:

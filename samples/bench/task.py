@@ -1,21 +1,24 @@
-"""What was asked for: the command line of rivals.py, checked before anything is prepared."""
+"""What was asked for: the command line of a comparison, checked before anything is prepared."""
 
 import argparse
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from measurement import Prompt
+from quality import Quality
 from rival_workers.protocol import Rival
+from table import DECODER, Columns
 
 HERE = Path(__file__).parent
 WEIGHTS = "model.safetensors"
 PYCODE = HERE.parent / "checkpoints" / "pycode"
-NAMES = ("onnxruntime_genai", "openvino_genai", "llama_cpp", "transformers_torch", "headstart_bundle")
-RIVALS: dict[str, Rival] = {name: importlib.import_module(f"rival_workers.{name}").RIVAL for name in NAMES}
+RIVALS = ("onnxruntime_genai", "openvino_genai", "llama_cpp", "transformers_torch", "headstart_bundle")
 
 
 class InputError(Exception):
@@ -24,8 +27,18 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """What was asked for."""
+    """What was asked for.
 
+    Attributes:
+        rivals: workers by name.
+        reference: the one whose plain fp32 decoding the others are compared with.
+        ends: whether the end token ends a text; otherwise each has `new_tokens`.
+        quality: where the prompts have targets.
+    """
+
+    rivals: Mapping[str, Rival]
+    reference: str
+    columns: Columns
     checkpoint: Path
     draft: Path
     bundles: dict[str, tuple[Path, Path | None]]
@@ -34,6 +47,8 @@ class Task:
     threads: int
     only: list[str]
     skip: list[str]
+    ends: bool = False
+    quality: Quality | None = None
 
     def wants(self, name: str) -> bool:
         """Whether "rival/weights/mode", or a beginning of it, is selected."""
@@ -42,6 +57,7 @@ class Task:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options of rivals.py."""
     made = argparse.ArgumentParser(description="Decode speed of one checkpoint in every program that runs it on a CPU.")
     add = made.add_argument
     add("checkpoint", type=Path, nargs="?", default=PYCODE, help="Llama-shaped Hugging Face folder (default: pycode)")
@@ -49,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, default=PYCODE / "held_out_prompts.jsonl", help='JSON lines with a field "prompt"')
     add("--prompts", type=int, default=8, help="so many of them, evenly spread (default: 8)")
     add("--new-tokens", type=int, default=128, help="exactly so many for each prompt (default: 128)")
+    add_common_options(made)
+    return made
+
+
+def add_common_options(made: argparse.ArgumentParser) -> None:
+    """Those of every comparison."""
+    add = made.add_argument
     add("--rounds", type=int, default=5, help="default: 5")
     add("--threads", type=int, default=2, help="of each program (default: 2)")
     add("--headstart", action="append", default=[], metavar="LABEL=BUNDLE", help="repeatable")
@@ -60,29 +83,32 @@ def parser() -> argparse.ArgumentParser:
     add("--prepare-only", action="store_true", help="make environments and conversions, measure nothing")
     add("--fresh", action="store_true", help="start each worker again for each pass (least memory)")
     add("--json", type=Path, metavar="FILE", help="everything measured, rewritten after each round")
-    return made
+
+
+def rivals_named(names: tuple[str, ...]) -> dict[str, Rival]:
+    """What the worker files say of themselves."""
+    return {name: importlib.import_module(f"rival_workers.{name}").RIVAL for name in names}
 
 
 def task_from_arguments(arguments: argparse.Namespace) -> Task:
-    """Everything the user gave, checked."""
+    """Everything the user of rivals.py gave, checked."""
     for checkpoint in (arguments.checkpoint, arguments.draft):
-        _check_checkpoint(checkpoint)
-    config, draft = (json.loads((c / "config.json").read_text("utf-8")) for c in (arguments.checkpoint, arguments.draft))
-    if config["vocab_size"] != draft["vocab_size"]:
-        raise InputError(f"{arguments.draft} has {draft['vocab_size']} tokens, the checkpoint {config['vocab_size']}")
-    if arguments.new_tokens < 2 or arguments.rounds < 1 or arguments.threads < 1:
-        raise InputError("--new-tokens must be at least 2, --rounds and --threads at least 1")
+        check_checkpoint(checkpoint, ("LlamaForCausalLM",))
+    check_common_options(arguments)
+    config = same_vocabulary(arguments.checkpoint, arguments.draft)
     prompts = _prompts(arguments.data, arguments.prompts, arguments.checkpoint)
     longest = max(len(prompt.token_ids) for prompt in prompts) + arguments.new_tokens
     if longest > config["max_position_embeddings"]:
         raise InputError(f"prompt and new tokens are up to {longest}, the model takes {config['max_position_embeddings']}")
-    if arguments.json and not arguments.json.parent.is_dir():
-        raise InputError(f"{arguments.json.parent} is no folder to write a report to")
-    _check_patterns([*arguments.only, *arguments.skip])
+    rivals = rivals_named(RIVALS)
+    check_patterns([*arguments.only, *arguments.skip], rivals)
     return Task(
+        rivals=rivals,
+        reference="transformers_torch",
+        columns=DECODER,
         checkpoint=arguments.checkpoint,
         draft=arguments.draft,
-        bundles=_bundles(arguments.headstart, arguments.headstart_draft, arguments.checkpoint),
+        bundles=bundles(arguments.headstart, arguments.headstart_draft, arguments.checkpoint),
         prompts=prompts,
         new_tokens=arguments.new_tokens,
         threads=arguments.threads,
@@ -91,36 +117,69 @@ def task_from_arguments(arguments: argparse.Namespace) -> Task:
     )
 
 
-def _check_checkpoint(folder: Path) -> None:
+def check_common_options(arguments: argparse.Namespace) -> None:
+    """Numbers, and the place of the report."""
+    if arguments.new_tokens < 2 or arguments.rounds < 1 or arguments.threads < 1:
+        raise InputError("--new-tokens must be at least 2, --rounds and --threads at least 1")
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise InputError(f"{arguments.json.parent} is no folder to write a report to")
+
+
+def same_vocabulary(checkpoint: Path, draft: Path) -> dict[str, Any]:
+    """The checkpoint's configuration, once the draft model is known to have as many tokens."""
+    config, drafts = (json.loads((folder / "config.json").read_text("utf-8")) for folder in (checkpoint, draft))
+    if config["vocab_size"] != drafts["vocab_size"]:
+        raise InputError(f"{draft} has {drafts['vocab_size']} tokens, the checkpoint {config['vocab_size']}")
+    return dict(config)
+
+
+def check_checkpoint(folder: Path, architectures: tuple[str, ...]) -> str:
+    """Which of the architectures it is."""
     for name in ("config.json", "tokenizer.json", WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}: give a Hugging Face checkpoint with its weights in one file")
-    family = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
-    if family != ["LlamaForCausalLM"]:
-        raise InputError(f"{folder} is {family}: this comparison is for LlamaForCausalLM")
+    family = json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or ["nothing it says"]
+    if family[0] not in architectures:
+        raise InputError(f"{folder} is {family[0]}: this comparison is for {', '.join(architectures)}")
+    return str(family[0])
 
 
 def _prompts(file: Path, count: int, checkpoint: Path) -> list[Prompt]:
     """So many prompts, evenly spread over the file."""
-    from tokenizers import Tokenizer
+    tokenizer = tokenizer_of(checkpoint)
+    texts = [line["prompt"] for line in spread(lines_with(file, "prompt"), count, "--prompts", file)]
+    return [Prompt(text, tokenizer.encode(text).ids) for text in texts]
 
+
+def lines_with(file: Path, *fields: str) -> list[dict[str, Any]]:
+    """JSON lines that have those fields."""
     if not file.is_file():
         raise InputError(f"{file} is not there")
     try:
-        texts = [json.loads(line)["prompt"] for line in file.read_text("utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+        return [{field: line[field] for field in fields} for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{file} is not JSON lines with a field "prompt" ({error!r})') from error
-    if not 1 <= count <= len(texts):
-        raise InputError(f"--prompts must be from 1 to {len(texts)}, the number in {file}")
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    chosen = [texts[i * len(texts) // count] for i in range(count)]
-    return [Prompt(text, tokenizer.encode(text).ids) for text in chosen]
+        raise InputError(f"{file} is not JSON lines with {' and '.join(fields)} ({error!r})") from error
 
 
-def _bundles(given: list[str], draft: Path | None, checkpoint: Path) -> dict[str, tuple[Path, Path | None]]:
-    bundles: dict[str, tuple[Path, Path | None]] = {}
+def spread(lines: list[dict[str, Any]], count: int, option: str, file: Path) -> list[dict[str, Any]]:
+    """So many, evenly spread."""
+    if not 1 <= count <= len(lines):
+        raise InputError(f"{option} must be from 1 to {len(lines)}, the number in {file}")
+    return [lines[i * len(lines) // count] for i in range(count)]
+
+
+def tokenizer_of(checkpoint: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+
+
+def bundles(given: list[str], draft: Path | None, checkpoint: Path) -> dict[str, tuple[Path, Path | None]]:
+    """By label: the bundle, and that of the draft model."""
+    found: dict[str, tuple[Path, Path | None]] = {}
     for label, path in map(pair, given):
-        if label in bundles:
+        if label in found:
             raise InputError(f"--headstart {label} is given twice")
         source = _source(Path(path))
         if draft:
@@ -128,8 +187,8 @@ def _bundles(given: list[str], draft: Path | None, checkpoint: Path) -> dict[str
         with (checkpoint / WEIGHTS).open("rb") as file:
             if source not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
                 raise InputError(f"{path} was exported from other weights than {checkpoint / WEIGHTS}")
-        bundles[label] = (Path(path), draft)
-    return bundles
+        found[label] = (Path(path), draft)
+    return found
 
 
 def _source(bundle: Path) -> str | None:
@@ -141,12 +200,12 @@ def _source(bundle: Path) -> str | None:
     return source.get(WEIGHTS)
 
 
-def pythons_from(given: list[str]) -> dict[str, Path]:
+def pythons_from(given: list[str], rivals: Mapping[str, Rival]) -> dict[str, Path]:
     """Interpreters that stand in for environments of our own."""
     pythons = {name: Path(path) for name, path in map(pair, given)}
     for name, path in pythons.items():
-        if name not in RIVALS or not path.is_file():
-            raise InputError(f"--python {name}={path}: no such rival or no such interpreter. Rivals: {', '.join(RIVALS)}")
+        if name not in rivals or not path.is_file():
+            raise InputError(f"--python {name}={path}: no such rival or no such interpreter. Rivals: {', '.join(rivals)}")
     return pythons
 
 
@@ -157,11 +216,12 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _check_patterns(patterns: list[str]) -> None:
+def check_patterns(patterns: list[str], rivals: Mapping[str, Rival]) -> None:
+    """Each must begin with a rival."""
     for pattern in patterns:
         rival = pattern.split("/")[0]
-        if not any(fnmatch(name, rival) for name in RIVALS):
-            raise InputError(f"{pattern!r} names no rival. Choose from: {', '.join(RIVALS)}")
+        if not any(fnmatch(name, rival) for name in rivals):
+            raise InputError(f"{pattern!r} names no rival. Choose from: {', '.join(rivals)}")
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -69,7 +69,7 @@ def main() -> None:
     for name, recording in shipped.items():
         soundfile.write(OUTPUT / f"{name}.wav", recording.samples, SAMPLING_RATE, "PCM_16")
         facts = {"audio": f"{name}.wav", "text": recording.text, "voice": recording.voice, "noise_db": recording.noise_db}
-        lines.append(json.dumps(facts))
+        lines.append(json.dumps(facts | {"class": name.split("-")[0]}))
     (OUTPUT / "texts.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -17,9 +17,9 @@ import headstart
 from headstart.runtime.model import Model
 
 HERE = Path(__file__).parent / "speech"
-COUNT = 300  # recordings of each set
+COUNT = 150  # recordings of each set
 CHUNK_S = 0.5  # of live captions
-LIVE = 20  # recordings captioned live
+LIVE = 12  # recordings captioned live
 
 
 def word_errors(said: str, heard: str) -> int:

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: less output error than plain rounding, a fold that changes nothing in float, data that is refused."""
+"""GPTQ, AWQ and SmoothQuant: less output error than plain rounding, a fold that changes nothing in float, refused data."""
 
 import shutil
 from collections import Counter
@@ -11,7 +11,15 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from headstart.calibration.methods import best_input_scale, clipped_scales, gptq, round_clipped, scale_inputs
+from headstart.calibration.methods import (
+    InputScale,
+    best_input_scale,
+    clipped_scales,
+    gptq,
+    round_clipped,
+    scale_inputs,
+    smooth_input_scale,
+)
 from headstart.calibration.observers import WINDOW, Statistics, calibration_windows, observe
 from headstart.calibration.quantize import DECODER, QuantizeOptions, quantize
 from headstart.calibration.rounding import WeightScheme, round_to_nearest
@@ -45,7 +53,7 @@ def outliers(rows: int, inputs: int) -> Floats:
 
 def statistics_of(values: Floats) -> Statistics:
     width = values.shape[1]
-    statistics = Statistics(np.zeros((width, width)), np.zeros(width))
+    statistics = Statistics.empty(width)
     statistics.add(values)
     return statistics
 
@@ -100,6 +108,19 @@ def test_int8_ranges_are_kept_whole() -> None:
     np.testing.assert_array_equal(clipped_scales(weight, np.eye(64), scheme), round_to_nearest(weight, scheme).scales)
 
 
+def awq_scale(weight: Floats, statistics: Statistics) -> Floats:
+    return best_input_scale(weight, statistics, INT4)
+
+
+def test_smoothing_evens_out_inputs_and_weights() -> None:
+    weight, values = weight_of(64), outliers(256, 64)
+    statistics = statistics_of(values)
+    scale = smooth_input_scale(weight, statistics)
+    inputs, weights = statistics.largest / scale, np.abs(weight * scale[:, None]).max(axis=1)
+    np.testing.assert_allclose(inputs, weights, rtol=1e-4)  # what α = 1/2 means
+    assert np.ptp(np.log(inputs)) < np.ptp(np.log(statistics.largest))
+
+
 def readers_by_input(model: Any, vocab_size: int) -> dict[str, list[Linear]]:
     """The decoder's linear layers by the name of the value they read."""
     found: dict[str, list[Linear]] = {}
@@ -120,7 +141,8 @@ def readers_by_input(model: Any, vocab_size: int) -> dict[str, list[Linear]]:
         ("gpt2", 0),  # a Reshape stands between each norm and what reads it
     ],
 )
-def test_folding_changes_no_logit(bundle_of: BundleOf, tmp_path: Path, name: str, folds: int) -> None:
+@pytest.mark.parametrize("scale_of", [awq_scale, smooth_input_scale])
+def test_folding_changes_no_logit(bundle_of: BundleOf, tmp_path: Path, name: str, folds: int, scale_of: InputScale) -> None:
     bundle, rng = bundle_of(name), np.random.default_rng(4)
     model, _ = split_gemms(ir.load(bundle.path / DECODER))
     randomize_norms(model, rng)
@@ -129,7 +151,7 @@ def test_folding_changes_no_logit(bundle_of: BundleOf, tmp_path: Path, name: str
     for readers in readers_by_input(model, bundle.manifest.model.vocab_size).values():
         width = readers[0].shape[0]
         values = rng.standard_normal((256, width)) * np.exp(2 * rng.standard_normal(width))
-        folded.append(scale_inputs(readers, statistics_of(values.astype(np.float32)), INT4))
+        folded.append(scale_inputs(readers, statistics_of(values.astype(np.float32)), scale_of))
     assert sum(folded) == folds
     after = logits_of(model, bundle, tmp_path / "after")
     assert np.abs(after - before).max() / np.ptp(before) < 1e-4
@@ -160,7 +182,7 @@ def test_a_fold_moves_the_statistics_along(bundle_of: BundleOf) -> None:
     before = observe(model, readers, bundle, windows)
     (name,) = before
     before[name].magnitude *= np.exp(np.random.default_rng(6).standard_normal(64))  # else nothing is worth a scale
-    assert scale_inputs(readers, before[name], INT4)
+    assert scale_inputs(readers, before[name], awq_scale)
     after = observe(model, readers, bundle, windows)[name]
     np.testing.assert_allclose(after.gram, before[name].gram, rtol=1e-3, atol=1e-3 * np.abs(after.gram).max())
 
@@ -171,7 +193,7 @@ def test_a_weight_that_two_layers_share_is_left_alone(bundle_of: BundleOf) -> No
     third.node.replace_input_with(1, second.weight)
     readers = next(iter(readers_by_input(model, 300).values()))
     before = first.dequantized(), second.dequantized()
-    assert not scale_inputs(readers, statistics_of(outliers(256, 64)), INT4)
+    assert not scale_inputs(readers, statistics_of(outliers(256, 64)), awq_scale)
     for kept, linear in zip(before, (first, second), strict=True):
         np.testing.assert_array_equal(kept, linear.dequantized())
 

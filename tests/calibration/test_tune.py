@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from headstart.calibration.bench import bench, draw
-from headstart.calibration.tune import PRIOR_WEIGHT, Recorder, TuneOptions, tune
+from headstart.calibration.tune import PRIOR_WEIGHT, Recorder, TuneOptions, drafter_pairs, tune
 from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
@@ -19,7 +19,7 @@ from headstart.runtime.model import Model, load
 from headstart.runtime.prompts import read_prompt_classes
 from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import ROOT, DraftTree
-from headstart.runtime.tuning import tuning_file
+from headstart.runtime.tuning import DrafterTuning, tuning_file
 
 BundleOf = Callable[[str], Bundle]
 SAMPLE = Path(__file__).parent.parent.parent / "samples" / "checkpoints" / "pycode"
@@ -68,6 +68,19 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(bundle)
     tune(bundle, PROMPTS, threads=2, options=SHORT)
     return bundle
+
+
+def test_copies_stand_before_what_costs_more() -> None:
+    found = {name: DrafterTuning((0.5,), 1.0, length, 1.0) for name, length in (("ngram", 2.0), ("medusa", 3.0))}
+    assert {name: pair.enough for name, pair in drafter_pairs(found).items()} == {"ngram+medusa": 3.0}
+    found["source_copy"] = DrafterTuning((0.9, 0.8), 0.5, 4.0, 1.0)
+    pairs = drafter_pairs(found)
+    assert {name: pair.enough for name, pair in pairs.items()} == {
+        "source_copy+ngram": 2.0,
+        "source_copy+medusa": 3.0,
+        "ngram+medusa": 3.0,
+    }
+    assert pairs["source_copy+ngram"].rates == (0.9, 0.8, 0.5) and pairs["source_copy+ngram"].draft_ms == 1.5
 
 
 def test_tuning_is_read_back_and_decides_auto(tuned: Path) -> None:

@@ -1,6 +1,7 @@
 """The CPU lowering against the canonical graph, for every architecture; and what each pass promises."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from headstart.exporter.passes.packed_linears import pack_linears
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import ENGINE_FILE, engine_folder
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
-from headstart.runtime.errors import EngineError, OptionError, OutputError
+from headstart.runtime.errors import BundleError, EngineError, OptionError, OutputError
 from headstart.runtime.model import load
 from headstart.runtime.prefill import prefill
 
@@ -193,3 +194,14 @@ def test_an_engine_that_does_not_fit_is_refused(
             load(bundle.path)
     finally:
         file.write_text(before)
+
+
+def test_loading_hashes_what_it_reads_and_nothing_else(built: Callable[[str, str], Bundle], tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(built("qwen2", "float32").path, copy)
+    (copy / "graphs/decoder.onnx.data").unlink()  # the engine stands in for the canonical graph
+    load(copy)
+    weights = copy / "engines/cpu/decoder.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(BundleError, match=r"decoder\.onnx\.data was changed.*headstart build"):
+        load(copy)

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from headstart.runtime.drafters.aligned_copy import (
+    INSERTED,
+    KINDS,
+    REPLACED,
     AlignedCopyDrafter,
     Alignment,
     previous_hypothesis,
@@ -132,8 +135,8 @@ def test_growing_by_rounds_equals_growing_at_once(seed: int) -> None:
 
 def test_measured_rates_order_the_branches() -> None:
     drafter = source_copy()
-    rates = np.array(drafter.prior_rates()).reshape(3, -1)
-    rates[1], rates[2] = 0.1, 0.9
+    rates = np.array(drafter.prior_rates()).reshape(len(KINDS), -1)
+    rates[REPLACED], rates[INSERTED] = 0.1, 0.9
     drafter.use_rates(rates.reshape(-1).tolist())
     drafter.open(1)
     assert drafter.propose([request([10, 11, 12, 99], nodes=2)])[0].token_ids.tolist() == [13, 14]
@@ -147,3 +150,9 @@ def test_rows_and_texts_are_separate() -> None:
     captions = previous_hypothesis()
     captions.open(1)
     assert len(captions.propose([request([10])])[0]) == 0, "no hypothesis yet"
+
+
+def test_an_unsure_match_is_not_the_only_one_tried() -> None:
+    source = [10, 11, 7, 20, 21, 22, 7, 30, 31]
+    assert first_tokens(propose([10, 11, 90, 91, 7], nodes=16, source=source)) >= {20, 30}
+    assert 30 not in first_tokens(propose([10, 11, 7], source=source)), "the output never went astray"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headstart.runtime.budget import SHORTEST_REST, WINDOW, Budget, VerifyCost
+from headstart.runtime.budget import SHORTEST_REST, WINDOW, Budget, Standing, VerifyCost
 from headstart.runtime.tree import DraftTree, chain
 
 FLAT = VerifyCost((1, 64), (0, 1000), ((1.0, 1.0), (1.0, 1.0)))
@@ -68,3 +68,34 @@ def test_sampled_drafts_are_never_cut() -> None:
     drawn = sure_chain(0.1, 4)
     drawn = DraftTree(drawn.token_ids, drawn.parents, drawn.log_probs, np.full((4, 8), 0.125))
     assert len(Budget(LINEAR, 0.0, 16).cut(drawn, 10)) == 4
+
+
+def test_promises_that_are_not_kept_are_believed_less_and_forgotten_in_time() -> None:
+    tree = sure_chain(0.9, 8)
+    budget = Budget(VerifyCost((1, 64), (0, 1000), ((1.0, 20.0), (1.0, 20.0))), 0.0, 16)
+    believed = len(budget.cut(tree, 10))
+    sizes = []
+    for _ in range(WINDOW - 1):
+        sizes.append(len(budget.cut(tree, 10)))
+        budget.observe(1, sizes[-1], 10, drafted=True)
+    assert believed and sizes[-1] == 0, "nothing was ever accepted, so nothing should be drafted"
+    for _ in range(100):
+        budget.standing.record.add(0, 0)
+    assert len(budget.cut(tree, 10)) == believed, "an old failure is forgotten"
+
+
+def test_promises_that_are_more_than_kept_grow_the_tree() -> None:
+    tree, budget = sure_chain(0.3, 12), Budget(VerifyCost((1, 64), (0, 1000), ((1.0, 20.0), (1.0, 20.0))), 0.0, 16)
+    assert len(budget.cut(tree, 10)) == 0
+    for _ in range(20):
+        budget.cut(tree, 10)
+        budget.standing.record.add(1.0, 3.0)
+    assert len(budget.cut(tree, 10)) > 0
+
+
+def test_the_next_text_begins_with_what_the_last_one_showed() -> None:
+    standing = Standing()
+    first = Budget(LINEAR, 0.5, 16, standing)
+    for _ in range(WINDOW):
+        first.observe(1, 4, 10, drafted=True)
+    assert Budget(LINEAR, 0.5, 16, standing).resting

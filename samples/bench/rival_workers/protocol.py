@@ -1,13 +1,14 @@
-"""The worker's side of rivals.py: one JSON line in, one JSON line out. Standard library only.
+"""The worker's side of a comparison: one JSON line in, one JSON line out. Standard library only.
 
 A worker file is a module with a constant RIVAL and two commands, so that all knowledge about one rival sits in one
-file. It imports the rival's packages inside its functions: rivals.py reads RIVAL without having them.
+file. It imports the rival's packages inside its functions: the comparison reads RIVAL without having them.
 
     python -m rival_workers.X convert CHECKPOINT WEIGHTS FOLDER
     python -m rival_workers.X serve '{"model": FOLDER, "draft": FOLDER or null, "weights": ..., "threads": 2, "modes": []}'
 
 `serve` answers first with {"load_s", "version", "modes", "notes"}, then once per request
-{"mode", "prompt", "prompt_ids", "new_tokens"} with {"token_ids", "prefill_s", "decode_s", "forwards"}.
+{"mode", "prompt", "prompt_ids", "audio", "new_tokens"} with {"token_ids", "prefill_s", "decode_s", "forwards"}.
+An encoder-decoder takes the prompt as its source; or a sound file, and then `prompt_ids` is what its decoder starts from.
 It does not know how many rounds there are, nor what the others do.
 """
 
@@ -25,18 +26,19 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True)
 class Rival:
-    """What rivals.py must know of a rival before its packages are there.
+    """What a comparison must know of a rival before its packages are there.
 
     Attributes:
         name: of the worker file and of the environment.
         program: as its makers write it.
-        packages: pinned requirements; empty where the environment of rivals.py itself serves.
+        packages: pinned requirements; empty where the environment of the comparison itself serves.
         weights: the precisions measured, one conversion each.
         groups: modes that share one loaded model, so one process; resident memory is that of a group.
         draft_weights: the precision of the draft model, whatever the target's.
         converts: False where the program reads the checkpoint itself.
         recipe: of `convert`; raise it with a change there, so that older conversions are not found again.
         unwanted: packages that come along and have to go again.
+        environment: the worker whose environment, with the same packages, serves this one too; its own where empty.
     """
 
     name: str
@@ -48,22 +50,36 @@ class Rival:
     converts: bool = True
     recipe: int = 1
     unwanted: tuple[str, ...] = ()
+    environment: str = ""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is started with. `draft` is None where no mode of the worker drafts with a model."""
+    """What a worker is started with.
+
+    Attributes:
+        draft: None where no mode of the worker drafts with a model.
+        modes: those of its group; empty where the worker finds them out.
+        ends: the end token ends a text. Otherwise it is ordinary, and every text is as long as asked.
+    """
 
     model: str
     draft: str | None
     weights: str
     threads: int
-    modes: list[str]  # those of its group; empty where the worker finds them out
+    modes: list[str]
+    ends: bool = False
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One generation. `forwards`: target forwards after the prompt's own, None where the program does not tell."""
+    """One generation.
+
+    Attributes:
+        token_ids: what was added, with the end token where it came.
+        prefill_s: of prompt or encoder, and the first token.
+        forwards: of the target after the prompt's own; None where the program does not tell.
+    """
 
     token_ids: list[int]
     prefill_s: float

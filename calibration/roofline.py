@@ -1,0 +1,156 @@
+"""What a pass costs on a device that is not at hand: bytes over bandwidth, operations over arithmetic, and launches.
+
+    pass = sqrt((bytes / (bandwidth · memory))² + (operations / rate)²) + layers · launch
+
+- bytes: the weights, once a pass however many rows, and the caches.
+- rate: a share of the tensor cores' for float16 and for fp4. Whole numbers that are widened to float16 on the way (weight-only
+  INT4, INT8) are widened by the ordinary cores, and the published rows follow those cores' rate, not the tensor cores'.
+- The two overlap, but not wholly: their root of squares lies between maximum and sum.
+
+Four numbers are fitted to `published.ROWS`. The model speaks of relative costs and speed-ups: the absolute speed of a board
+differs with its clocks and power mode.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.exporter.devices import DEVICES, Device
+
+from .published import MODELS, ROWS, ModelSize, Row
+
+BITS = {"float16": 16.0, "bfloat16": 16.0, "int8": 8.1, "int4": 4.5, "nvfp4": 4.5}  # a weight's, its share of a scale included
+WIDENED = ("int4", "int8")
+TENSOR_SPEED = {"float16": 1, "bfloat16": 1, "nvfp4": 4}  # times the float16 rate
+HEAD_STORAGE = {"int4": "float16", "nvfp4": "nvfp4"}  # how the published rows' LM heads are taken to be stored
+TOLERANCE = 0.2  # of a logarithm: errors beyond it count less than squared
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What the fit finds.
+
+    Attributes:
+        memory: share of the published bandwidth.
+        tensor: share of the published dense tensor rate.
+        widened: operations with widened weights for each published float32 operation.
+        launch_us: microseconds per layer and pass that are neither.
+    """
+
+    memory: float
+    tensor: float
+    widened: float
+    launch_us: float
+
+
+FITTED = Coefficients(0.864, 0.176, 3.959, 110.5)  # of all rows; a test fits them again
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass: matrix weights in millions by how they are stored, rows, layers, and bytes that are not weights."""
+
+    weights: Mapping[str, float]
+    rows: int
+    layers: int
+    other_bytes: float = field(default=0.0)
+
+
+def pass_ms(work: Work, device: Device, fitted: Coefficients = FITTED) -> float:
+    """Milliseconds of one pass."""
+    weight_bytes = sum(1e6 * millions * BITS[kind] / 8 for kind, millions in work.weights.items())
+    memory_s = (weight_bytes + work.other_bytes) / (1e9 * device.bandwidth_gb_s * fitted.memory)
+    arithmetic_s = sum(2e6 * m * work.rows / (1e12 * _rate(kind, device, fitted)) for kind, m in work.weights.items())
+    return 1e3 * math.hypot(memory_s, arithmetic_s) + work.layers * fitted.launch_us / 1e3
+
+
+def _rate(kind: str, device: Device, fitted: Coefficients) -> float:
+    """10¹² operations per second."""
+    if kind in WIDENED:
+        return device.float32_tflops * fitted.widened
+    return device.float16_tflops * fitted.tensor * TENSOR_SPEED[kind]
+
+
+def row_ms(row: Row, fitted: Coefficients) -> tuple[float, float]:
+    """(a plain step, a speculative round) of a published row."""
+    model, device = MODELS[row.model], DEVICES[row.device]
+
+    def cost(body: float, lm_head: float, rows: int, layers: int) -> float:
+        weights = {row.weights: body, HEAD_STORAGE[row.weights]: lm_head}
+        if row.weights == HEAD_STORAGE[row.weights]:
+            weights = {row.weights: body + lm_head}
+        return pass_ms(Work(weights, rows * row.batch, layers), device, fitted)
+
+    plain = cost(model.body, model.lm_head, 1, model.layers)
+    verified, drafts = RECIPES[row.method]
+    body, lm_head, rows, layers = DRAFTERS[row.method](model)
+    verify = cost(model.body, model.lm_head, verified, model.layers)
+    return plain, verify + drafts * cost(body, lm_head, rows, layers)
+
+
+# method -> rows verified, passes of the drafter in a round (the published recipes)
+RECIPES = {"eagle3": (60, 6), "mtp": (4, 3), "dflash": (16, 1)}
+# method -> weights of the drafter's layers, of its LM head, rows and layers of one of its passes
+DRAFTERS: dict[str, Callable[[ModelSize], tuple[float, float, int, int]]] = {
+    "eagle3": lambda model: (model.eagle_draft, model.eagle_head, 10, 2),
+    "mtp": lambda model: (model.mtp_draft, model.lm_head, 1, 2),
+    "dflash": lambda model: (model.dflash_draft, model.lm_head, 16, 6),
+}
+
+
+def predicted_speedup(row: Row, fitted: Coefficients) -> float:
+    """Of a published row, its acceptance length taken as published."""
+    plain, round_ms = row_ms(row, fitted)
+    return row.acceptance * plain / round_ms
+
+
+def fit(rows: Sequence[Row], start: Coefficients = FITTED) -> Coefficients:
+    """Least error of plain steps, rounds and speed-ups, by pattern search over the coefficients' logarithms."""
+    place: NDArray[np.float64] = np.log(astuple(start))
+    steps, least = np.full(len(place), 0.4), _misfit(Coefficients(*astuple(start)), rows)
+    while steps.max() > 1e-3:
+        for index in range(len(place)):
+            for sign in (1, -1):
+                tried = place.copy()
+                tried[index] += sign * steps[index]
+                misfit = _misfit(Coefficients(*map(float, np.exp(tried))), rows)
+                if misfit < least:
+                    place, least = tried, misfit
+                    steps[index] *= 1.3
+                    break
+            else:
+                steps[index] /= 2
+    return Coefficients(*map(float, np.exp(place)))
+
+
+def _misfit(fitted: Coefficients, rows: Sequence[Row]) -> float:
+    """Sum of the logarithms' errors, squared where small and plain where large: one odd row must not bend the rest."""
+    total = 0.0
+    for row in rows:
+        plain, round_ms = row_ms(row, fitted)
+        published_plain = 1e3 * row.batch / row.plain
+        published_round = 1e3 * row.batch * row.acceptance / row.speculative
+        errors = (math.log(plain / published_plain), math.log(round_ms / published_round))
+        for error in (*errors, 2 * (errors[1] - errors[0])):
+            total += math.hypot(1, error / TOLERANCE) - 1
+    return total
+
+
+def left_out_errors(rows: Sequence[Row] = ROWS) -> list[float]:
+    """|predicted / published speed-up - 1| of each row, by a fit to all the others."""
+    fits = [fit([other for other in rows if other is not row]) for row in rows]
+    return [abs(predicted_speedup(row, fitted) / row.speedup - 1) for row, fitted in zip(rows, fits, strict=True)]
+
+
+def left_out_device_errors(rows: Sequence[Row] = ROWS) -> dict[str, float]:
+    """Device -> median error of its rows by a fit to the other devices' rows alone: what an unseen board may expect."""
+    errors = {}
+    for device in dict.fromkeys(row.device for row in rows):
+        fitted = fit([row for row in rows if row.device != device])
+        own = [row for row in rows if row.device == device]
+        errors[device] = statistics.median(abs(predicted_speedup(row, fitted) / row.speedup - 1) for row in own)
+    return errors

@@ -1,0 +1,93 @@
+"""The recipe for TensorRT, classic and RTX: which passes, in which order. The graph stays one of standard operators.
+
+What builders need beyond the canonical graph: one stated type for every value, a cache of one size, and masks and heads in
+the form their fused attention takes. DequantizeLinear in front of a MatMul stays: it is how 8 and 4 bits are said there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from headstart.exporter.passes.additive_mask import add_masks
+from headstart.exporter.passes.attention_scale import avoid_unit_scale
+from headstart.exporter.passes.dequantized_embedding import dequantize_tables
+from headstart.exporter.passes.fixed_sizes import fix_sizes
+from headstart.exporter.passes.gemm import split_gemms
+from headstart.exporter.passes.grouped_heads import fold_grouped_heads
+from headstart.exporter.passes.half import to_half
+from headstart.exporter.passes.rms_norm import fuse_rms_norms
+from headstart.exporter.passes.scatter_elements import scatter_elements
+from headstart.exporter.passes.written_out_attention import write_out_attention
+from headstart.runtime import contract
+
+KEY_CACHE = contract.key_name(0).removesuffix("0")
+WRITTEN_OUT_OPSET = 21  # the last with block-wise DequantizeLinear that TensorRT 10.3 knows
+WEIGHT_TYPES = {"INT4": "int4", "INT8": "int8", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT": "float32"}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A lowered graph, what each pass left in it, and its weights' bytes by type."""
+
+    model: Any
+    passes: dict[str, int]
+    weight_bytes: dict[str, int]
+
+
+def lower(model: Any, precision: str, sizes: Mapping[str, int], native: bool = True) -> Lowered:
+    """Lower a decoder, an encoder or a head.
+
+    Args:
+        precision: float16 or bfloat16.
+        sizes: axes with one size (batch, slots, …); the others stay open for the profiles.
+        native: the builder has layers for attention, cache updates and norms; else they are written out, in the operators of
+            ONNX opset 21.
+    """
+    common.ShapeInferencePass(strict_mode=False)(model)  # quantizing leaves values whose type nobody stated
+    model, _ = split_gemms(model)
+    if native:
+        model, _ = fuse_rms_norms(model)
+    model, _ = dequantize_tables(model)
+    model, _ = scatter_elements(model, floats=not native)
+    common.ShapeInferencePass(strict_mode=False)(model)
+    if _computes_in_float32(model):
+        model, _ = to_half(model, precision)
+    model, _ = add_masks(model)
+    model, _ = avoid_unit_scale(model)
+    grouped = fold_grouped_heads(model)[1]
+    if not native:
+        model, _ = write_out_attention(model)
+        model.graph.opset_imports[""] = WRITTEN_OUT_OPSET
+    model, _ = fix_sizes(model, sizes)
+    return Lowered(model, _counts(model, grouped), weight_bytes(model))
+
+
+def _computes_in_float32(model: Any) -> bool:
+    """Whether the activations are float32: a bundle that was exported in half precision says itself what is not."""
+    return any(value.dtype == ir.DataType.FLOAT for value in (*model.graph.inputs, *model.graph.outputs))
+
+
+def _counts(model: Any, grouped: bool) -> dict[str, int]:
+    kinds = [node.op_type for node in model.graph]
+    keys = sum(value.name.startswith(KEY_CACHE) for value in model.graph.inputs)
+    return {
+        "fused_norms": kinds.count("RMSNormalization") + kinds.count("LayerNormalization"),
+        "quantized_weights": kinds.count("DequantizeLinear"),
+        "cache_updates": kinds.count("TensorScatter"),
+        "attention_layers": kinds.count("Attention"),
+        "written_out_attention_layers": max(keys - kinds.count("Attention"), 0),
+        "folded_heads": int(grouped),
+    }
+
+
+def weight_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the constants by type; int4 is two to a byte."""
+    total: dict[str, int] = {}
+    for value in model.graph.initializers.values():
+        kind = WEIGHT_TYPES.get(value.dtype.name)
+        if kind is not None:
+            total[kind] = total.get(kind, 0) + value.const_value.nbytes
+    return total

@@ -1,0 +1,30 @@
+"""Attention becomes MatMul, Add, Softmax and MatMul, for builders that have no layer of that name (TensorRT of JetPack 6).
+
+Its mask must be numbers and its heads ungrouped (`additive_mask`, `grouped_heads`). The softmax sums in float32.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .half import NUMPY_TYPES
+from .surgery import Writer, clean, in_order, put_in_place
+
+
+def write_out_attention(model: Any) -> tuple[Any, bool]:
+    """Rewrite every Attention. Returns (model, whether anything changed)."""
+    found = [node for node in in_order(model) if node.op_type == "Attention"]
+    for node in found:
+        query, keys, values, mask = node.inputs
+        write, dtype, scale = Writer(model, node), query.dtype, node.attributes["scale"].value
+        factor = write.constant(f"scale_{scale:.9g}.{dtype.name.lower()}", np.full((), scale, NUMPY_TYPES[dtype]))
+        turned = write.node("Transpose", [keys], perm=[0, 1, 3, 2])
+        scores = write.node("Add", [write.node("MatMul", [write.node("Mul", [query, factor]), turned]), mask])
+        wide = write.node("Softmax", [write.node("Cast", [scores], to=int(ir.DataType.FLOAT))], axis=-1)
+        attended = write.node("MatMul", [write.node("Cast", [wide], to=int(dtype)), values])
+        attended.dtype = dtype
+        put_in_place(node.outputs[0], attended)
+    if found:
+        clean(model)
+    return model, bool(found)
