@@ -14,7 +14,7 @@ import headstart
 SAMPLE = Path(__file__).parent.parent / "checkpoints" / "normalise"
 MESSY = (
     "meet me on the 3rd of march twenty 24 at half past 5 pm, and it costs 1.200,50 euro",
-    "Call me at (415) 555-0142. I moved to 12 n oak st., apt 4",
+    "Call me at (415) 623-0198. I moved to 12 n oak st., apt 4",
     "the tank holds two and a half litres and the box three dozen apples",
 )
 

@@ -63,11 +63,10 @@ def head_table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def examples(items: list[dict[str, str]], results: list[Result]) -> str:
-    """Every so many of the file, right or wrong, and where wrong what was wanted."""
+def shown(answers: list[tuple[dict[str, str], Result]]) -> str:
+    """Sentence and answer, and where it is wrong what was wanted."""
     parts = []
-    step = len(items) // SHOWN
-    for item, result in list(zip(items, results, strict=True))[::step]:
+    for item, result in answers:
         wanted = "" if result.text == item["target"] else f"\nwanted: {item['target']}"
         parts.append(f"~~~text\n{item['prompt']}\n⟦{result.text}⟧{wanted}\n~~~\n")
     return "\n".join(parts)
@@ -79,6 +78,8 @@ def main() -> None:
     items = [json.loads(line) for line in (HERE / "held_out.jsonl").read_text("utf-8").splitlines()]
     model = headstart.load(sys.argv[1])
     rows, results = measure(model, items)
+    answers = list(zip(items, results, strict=True))
+    wrong = [(item, result) for item, result in answers if result.text != item["target"]]
     parameters = model.bundle.manifest.model.parameters
     rules = messy_text.__doc__.split("by these rules:\n\n")[1]
     card = f"""# normalise
@@ -111,7 +112,10 @@ token is among the head's best:
 
 Not chosen: every {len(items) // SHOWN}th of the file. The model's answer stands in ⟦ ⟧.
 
-{examples(items, results)}"""
+{shown(answers[:: len(items) // SHOWN])}
+## All wrong answers
+
+{shown(wrong)}"""
     (HERE / "README.md").write_text(card, "utf-8")
     print(drafter_table(rows, len(items)))
 

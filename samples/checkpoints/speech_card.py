@@ -134,7 +134,8 @@ Live captions, {CHUNK_S} s at a time, over {LIVE} recordings ({plain["captions"]
 calls plain, {drafted["verify_calls"]} with each caption as the draft of the next.
 
 The recordings in [recordings](recordings) are the first of each set, and one longer than a window; their texts are in
-`texts.jsonl`. All figures: `evaluation.json`.
+`texts.jsonl`. All figures: `evaluation.json`; the times in it were taken on a machine that was busy with other work and compare
+nothing ([speech.py](../../bench/speech.py) does). espeak-ng is used as a program that speaks; nothing of it is shipped.
 """
 
 
