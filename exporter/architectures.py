@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
-from transformers.masking_utils import sliding_window_bidirectional_overlay
-from transformers.models.t5gemma2.modeling_t5gemma2 import sliding_window_mask_function
 
 from headstart.runtime.errors import CheckpointError
 
@@ -155,12 +153,19 @@ def encoder_masks(encoder: Any, mask: Tensor) -> Any:
     config = encoder.config.get_text_config()
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
         return mask
-    # The two generations count the window's ends differently.
-    second = type(encoder).__name__.startswith("T5Gemma2")
-    inside = (
-        sliding_window_mask_function(config.sliding_window, is_causal=False)
-        if second
-        else sliding_window_bidirectional_overlay(config.sliding_window)
-    )
+    inside = _window(encoder, config.sliding_window)
     places = torch.arange(mask.shape[-1])
     return {"full_attention": mask, "sliding_attention": mask & inside(0, 0, places[:, None], places[None, :])}
+
+
+def _window(encoder: Any, size: int) -> Callable[..., Tensor]:
+    """transformers' own rule by (batch, head, row, column); T5Gemma's two generations count the window's ends differently."""
+    if type(encoder).__name__.startswith("T5Gemma2"):
+        from transformers.models.t5gemma2.modeling_t5gemma2 import sliding_window_mask_function
+
+        second: Callable[..., Tensor] = sliding_window_mask_function(size, is_causal=False)
+        return second
+    from transformers.masking_utils import sliding_window_bidirectional_overlay
+
+    first: Callable[..., Tensor] = sliding_window_bidirectional_overlay(size)
+    return first

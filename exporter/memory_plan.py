@@ -31,7 +31,7 @@ class MemoryPlan:
     Attributes:
         weights_mb: of the decoder and the heads, as the plans will hold them.
         kernels_mb: of all profiles.
-        cache_mb: of `batch` caches of `cache_slots` each, the longest text and a verify pass.
+        cache_mb: of `batch` caches of `cache_slots` each, the longest text and a verify pass; and of their sources.
         cache_mb_per_1000: of one sequence's 1,000 tokens.
         workspace_mb: activations of the largest pass, its logits included.
         context_mb: CUDA and the library.
@@ -83,7 +83,7 @@ def memory_plan(bundle: str | Path | Bundle, device: str, options: TensorRtOptio
         weights_mb=weights,
         kernels_mb=profiles * (PROFILE_MB + LAYER_MB * model.layers),
         cache_slots=slots,
-        cache_mb=options.batch * slots * per_token,
+        cache_mb=options.batch * (slots * per_token + _source_mb(opened, options)),
         cache_mb_per_1000=1000 * per_token,
         workspace_mb=options.batch * _workspace_mb(opened, rows, slots),
         context_mb=CONTEXT_MB,
@@ -117,7 +117,8 @@ def stored_weights_mb(bundle: Bundle) -> float:
 
     from .heads.builder import load_head
 
-    models = [ir.load(bundle.path / graph.file) for graph in bundle.manifest.graphs.values()]
+    built = [graph for name, graph in bundle.manifest.graphs.items() if name != "frontend"]
+    models = [ir.load(bundle.path / graph.file) for graph in built]
     models += [load_head(bundle, name) for name in bundle.manifest.heads]
     return sum(_stored_bytes(value) for model in models for value in model.graph.initializers.values()) / MB
 
@@ -126,6 +127,14 @@ def _stored_bytes(value: Any) -> float:
     tensor, readers = value.const_value, {node.op_type for node, _ in value.uses()}
     copies = 2 if "Gather" in readers and len(readers) > 1 and len(tensor.shape) == 2 else 1
     return float(copies * (tensor.nbytes / 2 if tensor.dtype.name == "FLOAT" else tensor.nbytes))
+
+
+def _source_mb(bundle: Bundle, options: TensorRtOptions) -> float:
+    """What the decoder reads of one source, and which of its rows exist."""
+    if not bundle.manifest.cross_caches:
+        return 0.0
+    per_row = sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in bundle.manifest.cross_caches)
+    return options.source_rows(bundle) * (2 * per_row + 1) / MB
 
 
 def _workspace_mb(bundle: Bundle, rows: int, slots: int) -> float:

@@ -99,6 +99,7 @@ class EncoderGraph(torch.nn.Module):
         """`source` as the encoder's main input; `encoder_mask` [B, E] bool for text. [B, E', H], then [B, G, E', D] each."""
         encoder = self.model.get_encoder()
         inputs, step = {encoder_input(self.model): source}, _first_step(source.shape[0])
+        step.windowed = False
         with during(step):
             if encoder_mask is not None:
                 seen = encoder_mask[:, None, None, :].expand(-1, -1, encoder_mask.shape[1], -1)
@@ -279,7 +280,7 @@ def encoder_sha256(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.get_encoder().state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

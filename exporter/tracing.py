@@ -36,6 +36,7 @@ class Step:
     write_index: Tensor  # [B] int64
     caches: list[Tensor]  # key, value, key, value, …; each [B, G, S, D]
     cross_mask: Tensor | None = None  # [B, 1, T, E] bool, which source rows cross-attention may see
+    windowed: bool = True  # sliding windows are put into the mask here; an encoder's masks hold theirs already
     attended: set[int] = field(default_factory=set)  # layers whose self-attention went through us
     slot_positions: Tensor | None = None  # [B, S], filled when a sliding window or a relative bias asks
 
@@ -113,7 +114,7 @@ def attention(
     mask = step.cross_mask if attention_mask is None else attention_mask
     if mask is None or mask is not step.cross_mask:
         step.attended.add(getattr(module, "layer_idx", len(step.attended)))
-        if sliding_window is not None and mask is not None:
+        if sliding_window is not None and mask is not None and step.windowed:
             mask = mask & inside_window(step, key.shape[2], sliding_window)
         if position_bias is not None and mask is not None:
             mask = torch.where(mask, position_bias, torch.finfo(query.dtype).min)

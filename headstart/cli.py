@@ -183,6 +183,7 @@ def generate(
     ] = None,
     draft_nodes: Annotated[int | None, typer.Option(help="Nodes of the draft tree.")] = None,
     draft_model: DraftModel = None,
+    beams: Annotated[int | None, typer.Option(help="Beam search, without drafts; 0 is the checkpoint's number.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
@@ -209,6 +210,8 @@ def generate(
     rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
     given = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | {**sampling, **rules}
+    if beams is not None:
+        _check_beams(audio=audio, stream=stream, stop=stop, stats=stats, **given | {"max_new_tokens": None})
     if audio is not None and stream:
         print_captions(model, audio, {"language": language, "task": task, **options}, stats)
     elif audio is not None:
@@ -217,7 +220,20 @@ def generate(
         text = _prompt(prompt)
         if chat:
             text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        if beams is not None:
+            del options["stop"]
+            print(model.beam_search(text, beams or None, decoder_prompt=decoder_prompt, **options)[0].text)
+            return
         print_generation(model, text, {"decoder_prompt": decoder_prompt, **options}, stream, stats)
+
+
+def _check_beams(**given: Any) -> None:
+    """Raises OptionError for options that beam search knows nothing of; of sampling it speaks itself."""
+    from headstart.runtime.errors import OptionError
+
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if named:
+        raise OptionError(f"{named[0]} does not go with --beams: beam search neither drafts nor streams. Fix: leave one out.")
 
 
 @app.command()

@@ -164,7 +164,7 @@ def read_items(file: Path, without: str = "") -> list[Item]:
 def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[Prompt]) -> None:
     """Export, quantize, build for the CPU, and tune on prompts that are not measured afterwards."""
     with stages() as progress:
-        headstart.export(checkpoint, bundles["float32"], _heads(checkpoint), force=True, progress=progress)
+        headstart.export(checkpoint, bundles["float32"], [checkpoint / "medusa"], force=True, progress=progress)
     with counted() as progress_of:
         headstart.quantize(bundles["float32"], bundles["int8"], force=True, progress=progress_of)
     for bundle in bundles.values():
@@ -172,11 +172,6 @@ def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[Prompt]
             headstart.build(bundle, progress=progress)
         with counted() as progress_of:
             show_tuning(bundle, headstart.tune(bundle, tuning, progress=progress_of))
-
-
-def _heads(checkpoint: Path) -> list[Path]:
-    folder = checkpoint / "medusa"
-    return [folder] if folder.is_dir() else []
 
 
 def measure(sample: Sample, models: dict[str, Model], items: Sequence[Item], rounds: int) -> tuple[DemoRow, ...]:

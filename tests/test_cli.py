@@ -14,6 +14,7 @@ import soundfile
 from speech import recording
 
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.model import load
 
 BundleOf = Callable[[str], Bundle]
 CheckpointOf = Callable[[str], Path]
@@ -41,6 +42,15 @@ def test_generate_streams_the_same_text(bundle_of: BundleOf) -> None:
     assert whole.returncode == streamed.returncode == 0, whole.stderr + streamed.stderr
     assert whole.stdout == streamed.stdout
     assert "acceptance length" in streamed.stderr
+
+
+def test_generate_with_beams(bundle_of: BundleOf) -> None:
+    path = bundle_of("llama").path
+    best = load(path, threads=1).beam_search("abc", 3, max_new_tokens=12)[0]
+    assert headstart("generate", path, "abc", "-n", 12, "--beams", 3).stdout.strip() == best.text.strip()
+    assert "--stream does not go with --beams" in refused("generate", path, "abc", "--beams", 3, "--stream")
+    assert "temperature must be 0" in refused("generate", path, "abc", "--beams", 3, "--temperature", 1)
+    assert "num_beams must be at least 1" in refused("generate", path, "abc", "--beams", -2)
 
 
 def test_generate_from_a_recording(speech_bundle: Bundle, tmp_path: Path) -> None:

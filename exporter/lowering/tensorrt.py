@@ -67,7 +67,7 @@ def lower(model: Any, precision: str, sizes: Mapping[str, int], native: bool = T
 
 def _computes_in_float32(model: Any) -> bool:
     """Whether the activations are float32: a bundle that was exported in half precision says itself what is not."""
-    return any(value.dtype == ir.DataType.FLOAT for value in model.graph.inputs)
+    return any(value.dtype == ir.DataType.FLOAT for value in (*model.graph.inputs, *model.graph.outputs))
 
 
 def _counts(model: Any, grouped: bool) -> dict[str, int]:

@@ -111,6 +111,7 @@ def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtO
         plans=made.plans,
         cache_slots=options.slots(bundle),
         batch=options.batch,
+        source_rows=made.sizes.get("source", 0),
         peak_memory_mb=peak_memory_mb(),
     )
 

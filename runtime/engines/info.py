@@ -65,6 +65,7 @@ class EngineInfo:
         plans: name of a graph -> what was built of it, for TensorRT.
         cache_slots: of the caches, where that is fixed at build: the longest text and a verify pass behind it; else 0.
         batch: sequences decoded together, where that is fixed at build; else 0.
+        source_rows: of the encoder's states, where there is an encoder and that is fixed at build; else 0.
         peak_memory_mb: of the building process, where it was measured; else 0.
         files: sha256 of each file beside this one.
     """
@@ -81,6 +82,7 @@ class EngineInfo:
     plans: dict[str, PlanInfo] = field(default_factory=dict)
     cache_slots: int = 0
     batch: int = 0
+    source_rows: int = 0
     peak_memory_mb: float = 0.0
     files: dict[str, str] = field(default_factory=dict)
 

@@ -16,17 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime import contract
-from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo
+from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, TensorInfo
 from headstart.runtime.cache import CrossState, KVCache
 from headstart.runtime.engine import MAX_ROWS, StepOutput
 from headstart.runtime.engines.buckets import Packed, Pass, moves, passes
 from headstart.runtime.engines.half import STORED, narrowed, widened
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
-from headstart.runtime.errors import EngineError, missing_extra
+from headstart.runtime.errors import EngineError, PromptError, missing_extra
 
 TENSORRT_DEVICES = ("trt-rtx", "tensorrt")  # of which the former names GPU generations behind a colon
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
-NO_SOURCE = "Encoders are built for TensorRT, but the runtime drives decoders alone there so far. Fix: --device cpu."
 
 
 class Device(Protocol):
@@ -52,20 +51,24 @@ class Plan(Protocol):
 
 
 class DeviceCache(KVCache):
-    """The caches of one sequence, on the device."""
+    """The caches of one sequence, on the device; with an encoder, what the decoder reads of the source beside them."""
 
-    def __init__(self, infos: Sequence[CacheInfo], slots: int, device: Device) -> None:
+    def __init__(self, infos: Sequence[CacheInfo], slots: int, device: Device, cross: CrossState | None = None) -> None:
         self.names = [name for info in infos for name in (info.key_name, info.value_name)]
         self.lengths = np.zeros(1, np.int64)
         self.buffers = []
-        self.cross = None
         self.engine_state = {}
         self._slots, self._device = slots, device
         sizes = [size for info in infos for size in (info.key_size, info.value_size)]
         heads = [info.kv_heads for info in infos for _ in range(2)]
         self._planes = list(zip(heads, sizes, strict=True))
         self.addresses = [device.allocate(2 * head * slots * size) for head, size in self._planes]
-        weakref.finalize(self, _free, device, self.addresses)
+        self.cross = cross
+        arrays = dict(zip(cross.names, cross.buffers, strict=True)) | {contract.ENCODER_MASK: cross.mask} if cross else {}
+        self.source_addresses = {name: device.allocate(array.nbytes) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            device.upload(self.source_addresses[name], array)
+        weakref.finalize(self, _free, device, [*self.addresses, *self.source_addresses.values()])
 
     @property
     def slots(self) -> int:
@@ -99,19 +102,21 @@ class TensorRtEngine:
         self._precision = info.settings["precision"]
         self._profiles = info.plans["decoder"].profiles
         self._plan = open_plan("decoder")
+        self._encoder: Plan | None = None
         self._packed: dict[tuple[int, int], tuple[Packed, int]] = {}
         self._outputs = self._allocate_outputs()
 
     @classmethod
     def open(cls, bundle: Bundle, device: str) -> "TensorRtEngine":
-        """Raises EngineError when nothing was built for `device`, when it is stale, when there is no GPU, or for an encoder."""
+        """Raises EngineError when nothing was built for `device`, when it is stale, or when there is no GPU."""
         from .cuda import Cuda
 
-        if bundle.manifest.model.source:
-            raise EngineError(NO_SOURCE)
+        if bundle.manifest.model.source and "encoder" not in bundle.manifest.graphs:
+            raise EngineError(f"{bundle.path} is an assistant without an encoder of its own. Fix: --device cpu.")
         info = built_engine(bundle, device)
         if info is None:
             raise EngineError(f"{bundle.path} is not built for {device}. Fix: headstart build {bundle.path} --device {device}.")
+        bundle.check_hashes(unread=info.replaced())
         library = open_library(info)
         cuda = Cuda()
         folder = engine_folder(bundle, device)
@@ -132,11 +137,47 @@ class TensorRtEngine:
             widths[contract.AUX_HIDDEN] = (rows, model.hidden_size * len(model.aux_layers))
         return {name: (self._memory.allocate(2 * count * width), width) for name, (count, width) in widths.items()}
 
-    def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
-        raise EngineError(NO_SOURCE)
-
     def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        raise EngineError(NO_SOURCE)
+        """Raises EngineError: the front-end of recordings is not built for TensorRT yet."""
+        if "frontend" in self.bundle.manifest.graphs:
+            raise EngineError("Recordings are not read with TensorRT yet. Fix: give features, or decode with --device cpu.")
+        return samples
+
+    def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
+        """Run the encoder over one source, padded to the size it was built for. Cross states stay in half precision.
+
+        Raises PromptError for a source it has no room for, EngineError for several.
+        """
+        if len(sources) != 1:
+            raise EngineError("The TensorRT engine decodes one sequence at a time. Fix: one source a call.")
+        graph, rows = self.bundle.manifest.graphs["encoder"], self.info.source_rows
+        inputs, mask = _padded_source(graph.inputs[0], sources[0], rows, self._precision)
+        hidden_size = int(graph.outputs[0].shape[2])
+        shapes: dict[str, tuple[int, ...]] = {contract.ENCODER_HIDDEN: (1, rows, hidden_size)}
+        for info in self.bundle.manifest.cross_caches:
+            shapes[info.key_name] = (1, info.kv_heads, rows, info.key_size)
+            shapes[info.value_name] = (1, info.kv_heads, rows, info.value_size)
+        if contract.ENCODER_MASK in {tensor.name for tensor in graph.inputs}:
+            inputs[contract.ENCODER_MASK] = mask
+        found = self._run_encoder(inputs, shapes)
+        hidden = widened(found.pop(contract.ENCODER_HIDDEN), self._precision)
+        return CrossState(tuple(found), tuple(found.values()), mask, hidden)
+
+    def _run_encoder(
+        self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, NDArray[Any]]:
+        """The encoder's outputs, as stored. Its buffers live for this one pass."""
+        if self._encoder is None:
+            self._encoder = self._open_plan("encoder")
+        found = {name: np.zeros(shape, STORED[self._precision]) for name, shape in outputs.items()}
+        addresses = {name: self._memory.allocate(array.nbytes) for name, array in {**inputs, **found}.items()}
+        for name, array in inputs.items():
+            self._memory.upload(addresses[name], array)
+        self._encoder.run(0, {name: array.shape for name, array in inputs.items()}, addresses)
+        for name, array in found.items():
+            self._memory.download(array, addresses[name])
+        _free(self._memory, list(addresses.values()))
+        return found
 
     def new_cache(self, batch: int, slots: int, cross: CrossState | None = None) -> KVCache:
         """Raises EngineError for more sequences than one, or more slots than the engine was built with."""
@@ -147,7 +188,7 @@ class TensorRtEngine:
                 f"The engine for {self.device} holds {self.model.max_cache} tokens, and {slots} are wanted. "
                 f"Fix: headstart build {self.bundle.path} --device {self.device} --cache {slots} --force, or a shorter text."
             )
-        return DeviceCache(self.bundle.manifest.caches, self.info.cache_slots, self._memory)
+        return DeviceCache(self.bundle.manifest.caches, self.info.cache_slots, self._memory, cross)
 
     def forward(
         self,
@@ -179,7 +220,7 @@ class TensorRtEngine:
         places |= {name: where for name, (where, _) in self._outputs.items()}
         for name, where in zip(cache.names, cache.addresses, strict=True):
             places[name] = places[contract.updated(name)] = where
-        return places
+        return places | cache.source_addresses
 
     def _packed_for(self, part: Pass) -> tuple[Packed, int]:
         """The inputs' buffer of that shape, on the host and on the device; made once."""
@@ -199,6 +240,23 @@ class TensorRtEngine:
 
     def head(self, info: HeadInfo) -> "TensorRtHead":
         return TensorRtHead(info, self._open_plan(f"heads/{info.name}"), self._memory, self._precision)
+
+
+def _padded_source(
+    info: TensorInfo, source: NDArray[Any], rows: int, precision: str
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
+    """({input: array}, [1, E] mask) of one source; text is padded to `rows`, features have the one shape the graph takes."""
+    if info.dtype == "int64":
+        if len(source) > rows:
+            raise PromptError(
+                f"The source has {len(source)} tokens, and the engine takes {rows}. Fix: headstart build --source N."
+            )
+        return {info.name: np.pad(source, (0, rows - len(source)))[None].astype(np.int64)}, (np.arange(rows) < len(source))[
+            None
+        ]
+    if tuple(source.shape) != info.shape[1:]:
+        raise PromptError(f"The source has the shape {list(source.shape)}; the engine takes {list(info.shape[1:])}.")
+    return {info.name: narrowed(source[None], precision)}, np.ones((1, rows), np.bool_)
 
 
 class TensorRtHead:

@@ -40,7 +40,7 @@ class Workshop:
             return self._pythons[rival.name]
         if not rival.packages:
             return Path(sys.executable)
-        home = self.folder / "env" / (rival.environment or rival.name)
+        home = self.folder / "env" / (rival.shares or rival.name)
         stamp = home / "packages.json"
         if not stamp.is_file() or json.loads(stamp.read_text("utf-8")) != list(rival.packages):
             self._install(rival, home)
@@ -51,7 +51,7 @@ class Workshop:
         """The checkpoint in a rival's own format, which is made when it is not there."""
         if not rival.converts:
             return checkpoint
-        home = self.folder / "models" / fingerprint(checkpoint, rival) / f"{rival.name}-{weights}"
+        home = self.folder / "models" / fingerprint(checkpoint, rival) / f"{rival.shares or rival.name}-{weights}"
         if not home.is_dir():
             self._convert(rival, checkpoint, weights, home)
         return home

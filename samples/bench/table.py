@@ -55,7 +55,7 @@ class Figures:
 
 def figures(row: Configuration, rows: list[Configuration], truth: Truth) -> Figures:
     """Rules 1 to 3."""
-    rounds = [_decoded(p.token_ids) / sum(p.decode_s) for p in row.passes]
+    rounds = [_rate(_decoded(p.token_ids), sum(p.decode_s)) for p in row.passes]
     items_ms = [1000 * (sum(p.prefill_s) + sum(p.decode_s)) / len(p.token_ids) for p in row.passes]
     token_ids, reference = row.passes[0].token_ids, truth.reference
     return Figures(
@@ -104,7 +104,7 @@ def encoder_decoder(quality: str) -> Columns:
         "ms per item": lambda _, found: f"{found.item_ms:.1f}",
         "min..max": lambda _, found: f"{found.item_ms_min:.1f}..{found.item_ms_max:.1f}",
         "encoder ms": lambda _, found: f"{found.prefill_ms:.1f}",
-        "decode tok/s": lambda _, found: f"{found.tokens_per_s:.0f}",
+        "decode tok/s": lambda _, found: _or_unknown(found.tokens_per_s or None, "{:.0f}"),
         "tok/forward": lambda _, found: _or_unknown(found.tokens_per_forward, "{:.2f}"),
         "= own plain": lambda _, found: _yes_or_count(found.equal_prompts, found.prompts),
         "= fp32": lambda _, found: "?" if found.equal_to_reference is None else f"{found.equal_to_reference}/{found.prompts}",
@@ -156,7 +156,7 @@ def _contaminated(rows: list[Configuration]) -> list[str]:
 
 def _plain(row: Configuration, rows: list[Configuration]) -> list[list[int]] | None:
     """Token ids of the plain mode with the same numbers: "draft k=5 exact" is compared with "plain exact"."""
-    mode = "plain exact" if row.mode.endswith("exact") else "plain"
+    mode = row.mode if row.mode.startswith("plain") else "plain exact" if row.mode.endswith("exact") else "plain"
     same = (other for other in rows if (other.rival, other.weights, other.mode) == (row.rival, row.weights, mode))
     plain = next((other for other in same if other.passes), None)
     return plain.passes[0].token_ids if plain else None
@@ -169,7 +169,12 @@ def _decoded(token_ids: list[list[int]]) -> int:
 def _per_prompt(row: Configuration) -> list[float]:
     lengths = [len(ids) - 1 for ids in row.passes[0].token_ids]
     seconds = [median(values) for values in zip(*(p.decode_s for p in row.passes), strict=True)]
-    return [length / s if s > 0 else 0.0 for length, s in zip(lengths, seconds, strict=True)]
+    return [_rate(length, s) for length, s in zip(lengths, seconds, strict=True)]
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    """Per second; 0 where a difference of two generations came out as no time at all."""
+    return tokens / seconds if seconds > 0 else 0.0
 
 
 def _tokens_per_forward(row: Configuration) -> float | None:

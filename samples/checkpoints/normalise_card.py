@@ -87,8 +87,8 @@ A T5 of {parameters / 1e6:.1f} M parameters (layout of T5 1.1: gated GELU; 3 enc
 vocabulary {vocabulary()}) that rewrites messy dates, times, numbers, amounts, units, phone numbers and addresses inside
 English sentences. Trained from scratch by [train_normalise.py](../train_normalise.py) on {training["sentences"]:,} sentences
 of the grammar in [messy_text.py](../messy_text.py), in {training["minutes"]} minutes on one shared CPU core; none twice.
-It knows the grammar's sentences and nothing else. The training also asked the decoder's state for the four tokens after
-the next one (multi-token prediction).
+The run was resumed three times, with other --minutes. It knows the grammar's sentences and nothing else. The training also
+asked the decoder's state for the four tokens after the next one (multi-token prediction).
 
 The rules, which give every sentence one right answer:
 

@@ -25,9 +25,9 @@ def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=here / "normalise")
-    parser.add_argument("--sequences", type=int, default=6000)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=5)
+    parser.add_argument("--sequences", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()
@@ -37,7 +37,7 @@ def main() -> None:
         layers=args.layers,
         own_projection=False,
         epochs=args.epochs,
-        batch_tokens=2048,
+        batch_tokens=1024,
         learning_rate=args.learning_rate,
         distill=DistillOptions(new_tokens=128, sequences=args.sequences, batch=64),
     )

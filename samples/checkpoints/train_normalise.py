@@ -261,12 +261,14 @@ def train(args: argparse.Namespace) -> None:
         if progress["step"] % 50 == 0:
             print(f"{progress['spent_s']:.0f} s  {progress}  loss {loss.item():.4f} + {future_loss.item():.3f}", flush=True)
         if progress["spent_s"] >= whole_s or progress["spent_s"] - saved > SAVE_EVERY_S:
+            measured = 500 if progress["spent_s"] >= whole_s else 50
             note = {
                 "sentences": progress["sentences"],
                 "steps": progress["step"],
                 "minutes": round(progress["spent_s"] / 60, 1),
                 "held_out_share": 1 / HELD_OUT_SHARE,
-                "held_out_exact": exact_rate(model, tokenizer, 500 if progress["spent_s"] >= whole_s else 50),
+                "held_out_sentences": measured,
+                "held_out_exact": exact_rate(model, tokenizer, measured),
                 "torch": torch.__version__,
             }
             print(json.dumps(note), flush=True)

@@ -1,6 +1,7 @@
 """Every encoder-decoder, exported, against transformers: what the encoder gives, greedy tokens, trees, and padded sources."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, EncoderDecoderCache
 from trees import random_tree
 
-from headstart.calibration.verify import all_logits
+from headstart.calibration.verify import all_logits, verify
+from headstart.exporter.export import export
 from headstart.exporter.golden import decoder_start, reference_greedy
 from headstart.exporter.seq2seq import cache_infos, encoder_input, feature_shape
 from headstart.runtime import contract
@@ -173,3 +175,13 @@ def test_generate_starts_behind_the_decoder_prompt(bundle_of: BundleOf) -> None:
     assert forced.token_ids == free.token_ids[2:] and forced.prompt_tokens == 3
     batch = model.generate(["some source", "another, longer source"], max_new_tokens=8, ignore_end=True)
     assert batch[0].token_ids == free.token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_half_precision(name: str, checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Both graphs take and give float16, and stay within its tolerance of the checkpoint's own golden outputs."""
+    bundle = export(checkpoint_of(name), tmp_path / "half", dtype="float16")
+    tensors = [tensor for graph in bundle.manifest.graphs.values() for tensor in (*graph.inputs, *graph.outputs)]
+    assert "float32" not in {tensor.dtype for tensor in tensors}
+    assert verify(bundle.path, max_new_tokens=12).ok

@@ -33,7 +33,7 @@ BundleOf = Callable[[str], Bundle]
 Built = Callable[..., tuple[Bundle, EngineInfo]]
 TOKENS = 64
 SLOTS = TOKENS + MAX_ROWS
-OPTIONS = TensorRtOptions(cache=TOKENS, prefill_rows=64)
+OPTIONS = TensorRtOptions(cache=TOKENS, prefill_rows=64, source=48)
 
 
 def add_head(bundle: Path, folder: Path, hidden: int = 64) -> None:
@@ -157,6 +157,17 @@ def test_attention_of_other_forms(built: Built, name: str, fused: int) -> None:
     assert info.passes["attention_layers"] == fused
     assert info.passes["written_out_attention_layers"] == 2 - fused
     assert len(info.plans["decoder"].in_place) == 4
+
+
+@pytest.mark.parametrize(("name", "rows"), [("t5", 48), ("whisper", 60)])
+def test_encoders_are_built_beside_their_decoders(built: Built, name: str, rows: int) -> None:
+    """Text is padded to the size that was asked for; a window of audio has its own. Self- and cross-attention are fused."""
+    bundle, info = built(name)
+    decoder = info.plans["decoder"]
+    assert set(info.plans) == {"decoder", "encoder"} and info.source_rows == rows
+    assert len(decoder.in_place) == 4 and decoder.kernels["fused_attention"] == 4 * len(decoder.profiles)
+    text = read_plan((engine_folder(bundle, info.device) / info.graphs["encoder"]).read_bytes())
+    assert text.tensors["encoder_hidden.1"] == ("half", ("1", str(rows), "64"))
 
 
 def test_the_written_out_form_builds_too(bundle_of: BundleOf, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from headstart.runtime.engines.half import narrowed, widened
 from headstart.runtime.engines.info import EngineInfo, PlanInfo
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from headstart.runtime.engines.tensorrt import TensorRtEngine, open_library
-from headstart.runtime.errors import EngineError
+from headstart.runtime.errors import EngineError, PromptError
 from headstart.runtime.model import Model
 from headstart.runtime.prefill import prefill
 from headstart.runtime.tokenizer import Tokenizer
@@ -103,13 +103,13 @@ def bundle(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> Bun
     return Bundle.load(folder / "bundle")
 
 
-@pytest.fixture(scope="module")
-def engine(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> TensorRtEngine:
-    folder, memory, sizes = tmp_path_factory.mktemp("plans"), Memory(), {"batch": 1, "slots": SLOTS}
-    decoder = ir.load(bundle.path / bundle.manifest.graphs["decoder"].file)
-    for name, graph in (("decoder", decoder), ("heads/medusa", load_head(bundle, "medusa"))):
+def stand_in(bundle: Bundle, folder: Path, source_rows: int = 0) -> TensorRtEngine:
+    """An engine of every graph of the bundle, lowered as for TensorRT, over stand-ins."""
+    memory, sizes = Memory(), {"batch": 1, "slots": SLOTS, "source": source_rows}
+    graphs = {name: ir.load(bundle.path / graph.file) for name, graph in bundle.manifest.graphs.items() if name != "frontend"}
+    graphs |= {f"heads/{name}": load_head(bundle, name) for name in bundle.manifest.heads}
+    for name, graph in graphs.items():
         save_graph(lower(graph, "float16", sizes).model, folder / f"{name}.onnx")
-    plan = PlanInfo(0, 0.0, decoder_profiles(32), {})
     info = EngineInfo(
         schema_version=1,
         device="trt-rtx:sm89",
@@ -118,11 +118,17 @@ def engine(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> TensorRt
         source={},
         graphs={},
         settings={"precision": "float16"},
-        plans={"decoder": plan},
+        plans={"decoder": PlanInfo(0, 0.0, decoder_profiles(32), {})},
         cache_slots=SLOTS,
         batch=1,
+        source_rows=source_rows,
     )
     return TensorRtEngine(bundle, info, memory, lambda name: StandInPlan(folder / f"{name}.onnx", memory, sizes))
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> TensorRtEngine:
+    return stand_in(bundle, tmp_path_factory.mktemp("plans"))
 
 
 def test_prompts_and_trees_equal_the_cpu_engine(bundle: Bundle, engine: TensorRtEngine) -> None:
@@ -145,6 +151,32 @@ def _outputs(engine: Any, prompt: list[int]) -> list[NDArray[np.float32]]:
     cache.commit(0, [0, 2, 4])  # the root, its second child, that one's second child
     after = engine.forward(cache, np.array([[4]]), np.array([[78]]), np.ones((1, 1, 1), np.bool_), np.zeros((1, 1), np.int64))
     return [*found, after.logits.copy()]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("t5", 48), ("bart", 40), ("whisper", 60)])
+def test_encoders_equal_the_cpu_engine(bundle_of: BundleOf, tmp_path: Path, name: str, rows: int) -> None:
+    """A source padded to the engine's size gives what it gives alone: what is behind it is masked everywhere."""
+    bundle = bundle_of(name)
+    engine, cpu = stand_in(bundle, tmp_path, rows), OnnxRuntimeEngine(bundle)
+    generator = np.random.default_rng(0)
+    shape = bundle.manifest.graphs["encoder"].inputs[0].shape[1:]
+    is_text = bundle.manifest.model.source == "text"
+    source = generator.integers(3, 300, 17) if is_text else generator.standard_normal(tuple(map(int, shape))).astype(np.float32)
+    found = []
+    for one in (engine, cpu):
+        cross = one.encode([source])
+        cache = one.new_cache(1, 64, cross)
+        ids = np.array([[1, 7, 9]])
+        output = one.forward(cache, ids, np.arange(3)[None], np.tri(3, dtype=np.bool_)[None], np.arange(3)[None])
+        found.append((cross.hidden[:, : 17 if is_text else None].astype(np.float32), output.logits.copy()))
+    for here, there in zip(*found, strict=True):
+        assert here.shape == there.shape and np.abs(here - there).max() < 0.03 * np.ptp(there)
+
+
+def test_sources_without_room(bundle_of: BundleOf, tmp_path: Path) -> None:
+    engine = stand_in(bundle_of("t5"), tmp_path, 16)
+    with pytest.raises(PromptError, match="has 17 tokens, and the engine takes 16"):
+        engine.encode([np.arange(17)])
 
 
 def test_each_pass_takes_the_smallest_profile(engine: TensorRtEngine) -> None:

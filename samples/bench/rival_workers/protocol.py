@@ -38,7 +38,7 @@ class Rival:
         converts: False where the program reads the checkpoint itself.
         recipe: of `convert`; raise it with a change there, so that older conversions are not found again.
         unwanted: packages that come along and have to go again.
-        environment: the worker whose environment, with the same packages, serves this one too; its own where empty.
+        shares: the worker whose environment and conversions it uses, with the same packages; its own where empty.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Rival:
     converts: bool = True
     recipe: int = 1
     unwanted: tuple[str, ...] = ()
-    environment: str = ""
+    shares: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,12 @@ def split_by_length(generate: Callable[[int], list[int]], new_tokens: int) -> tu
     token_ids = generate(new_tokens)
     end = time.perf_counter()
     return token_ids, middle - start, (end - middle) - (middle - start)
+
+
+def with_end(token_ids: list[int], end: int, limit: int) -> list[int]:
+    """For programs that keep the end token to themselves: a text shorter than allowed has ended."""
+    ended = len(token_ids) >= limit or token_ids[-1:] == [end]
+    return list(token_ids) if ended else [*token_ids, end]
 
 
 def _private_stdout() -> TextIO:
