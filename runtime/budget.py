@@ -17,6 +17,7 @@ from .tree import DraftTree, empty_tree
 HISTORY_STEP = 64  # tokens of history over which a cost curve is reused
 WINDOW = 16  # drafted rounds after which the account is settled
 SHORTEST_REST, LONGEST_REST = 32, 1024  # plain rounds before the drafter is tried again
+GAIN = 1.1  # what a draft must promise over plain decoding: each size of pass has costs of its own that t(n) does not hold
 FORGET = 0.95  # weight of the rounds before the last in a drafter's record: some 20 rounds count
 BENEFIT_OF_DOUBT = 4.0  # promised tokens that count as kept before anything was seen
 
@@ -92,8 +93,8 @@ class Standing:
             self._settle()
 
     def _settle(self) -> None:
-        """Rest when plain decoding would have been faster, twice as long each time in a row."""
-        if self._account.plain_milliseconds < self._account.milliseconds:
+        """Rest when plain decoding would have been about as fast, twice as long each time in a row."""
+        if self._account.plain_milliseconds < GAIN * self._account.milliseconds:
             self._rest = self._next_rest
             self._next_rest = min(2 * self._next_rest, LONGEST_REST)
         else:
@@ -137,6 +138,8 @@ class Budget:
         promises = np.concatenate([[0.0], np.cumsum(probabilities)])
         rates = (1 + self.standing.record.trust * promises) / (cost[1 : 1 + len(promises)] + self.draft_ms)
         nodes = int(rates.argmax())
+        if rates[nodes] < GAIN * rates[0]:
+            nodes = 0
         self._promise = float(promises[nodes])
         return tree.best(nodes, len(tree)) if nodes else empty_tree()
 
