@@ -135,7 +135,8 @@ calls plain, {drafted["verify_calls"]} with each caption as the draft of the nex
 
 The recordings in [recordings](recordings) are the first of each set, and one longer than a window; their texts are in
 `texts.jsonl`. All figures: `evaluation.json`; the times in it were taken on a machine that was busy with other work and compare
-nothing ([seq2seq_rivals.py](../../bench/seq2seq_rivals.py) does). espeak-ng is used as a program that speaks; nothing of it is shipped.
+nothing ([seq2seq_rivals.py](../../bench/seq2seq_rivals.py) does). espeak-ng is used as a program that speaks; nothing of it
+is shipped.
 """
 
 
