@@ -14,8 +14,9 @@ from typing import Any
 
 from headstart.runtime.budget import VerifyCost
 from headstart.runtime.errors import OptionError
+from headstart.runtime.generation import Generation, Prompt
 from headstart.runtime.memory import peak_memory_mb
-from headstart.runtime.model import Generation, Model, Prompt
+from headstart.runtime.model import Model
 from headstart.runtime.tuning import processor
 
 from .picture import load_pyplot

@@ -16,16 +16,16 @@ from headstart.exporter.devices import Device, device_named
 from headstart.exporter.heads.builder import load_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import linears
-from headstart.runtime.budget import Budget, VerifyCost
+from headstart.runtime.budget import Budget, Standing, VerifyCost
 from headstart.runtime.bundle import Bundle, atomic_write, to_json
-from headstart.runtime.drafters.base import TunedDrafter
-from headstart.runtime.errors import OptionError, OutputError, missing_extra
+from headstart.runtime.errors import missing_extra
+from headstart.runtime.generation import Prompt
 from headstart.runtime.loop import LoopOptions
-from headstart.runtime.model import Model, Prompt, load
-from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint, tuning_file
+from headstart.runtime.model import Model, load, with_rates
+from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint
 
 from .roofline import FITTED, Coefficients, Work, pass_ms
-from .tune import MARGIN, ROWS, Progress, TuneOptions, decode, drafter_pairs, observe, other_ms_per_round, with_rates
+from .tune import ROWS, Progress, TuneOptions, choice, decode, drafter_pairs, new_tuning, observed, tuned_drafters
 
 HEAD_LAYERS = 2  # a head's launches, in layers' worth
 CACHE_PASSES = 3  # of an attention layer over its cache: the plans read it, write it in their own order, and read that
@@ -61,21 +61,14 @@ def simulate(
     """
     options = options or TuneOptions()
     board = device_named(device)
-    if not prompts:
-        raise OptionError("Simulating needs prompts of the kind that will be decoded. Fix: --data FILE.")
-    opened = Bundle.load(bundle)
-    file = tuning_file(opened, device)
-    if file.exists() and not force:
-        raise OutputError(f"{file} exists and is not overwritten. Fix: --force.")
+    opened, file = new_tuning(bundle, device, prompts, force)
     model = load(bundle, "cpu", threads, tuned=False)
     try:
         cost = predicted_cost(opened, board, cache or opened.manifest.model.max_cache)
         heads = {name: head_ms(opened, name, board) for name in opened.manifest.heads}
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Simulating") from error
-    names = [name for name in model.drafters if isinstance(model.drafter(name), TunedDrafter)]
-    plain_ms = other_ms_per_round(decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
-    drafters = {name: observe(model, name, prompts, options, plain_ms, progress) for name in names}
+    drafters = observed(model, prompts, options, progress)
     drafters = {name: dataclasses.replace(one, draft_ms=heads.get(name, one.draft_ms)) for name, one in drafters.items()}
     made = Tuning(
         schema_version=TUNING_SCHEMA,
@@ -128,24 +121,22 @@ def _chosen(model: Model, made: Tuning, prompts: Sequence[Prompt], options: Tune
     for done, name in enumerate(made.drafters):
         found[name] = _priced(model, made, name, prompts, options)
         progress("simulation", done + 1, len(made.drafters))
-    best = max(found, key=lambda name: found[name].speedup, default="none")
-    chosen = best if best in found and found[best].speedup >= MARGIN else "none"
-    listed = ", ".join(f"{name} {one.speedup:.2f} ×" for name, one in found.items())
-    verdict = f"{best} is fastest" if chosen != "none" else f"nothing reaches {MARGIN} × plain decoding"
-    return dataclasses.replace(made, drafters=found, chosen=chosen, reason=f"simulated for {made.device}: {verdict}: {listed}")
+    chosen, reason = choice({name: one.speedup for name, one in found.items()})
+    return dataclasses.replace(made, drafters=found, chosen=chosen, reason=f"simulated for {made.device}: {reason}")
 
 
 def _priced(model: Model, made: Tuning, name: str, prompts: Sequence[Prompt], options: TuneOptions) -> DrafterTuning:
     """A drafter's acceptance length and speed-up under its budget, at the board's prices."""
     one = made.drafters[name]
+    drafter, standing = with_rates(tuned_drafters(model), name, one), Standing()
     budgets: list[PricedBudget] = []
 
     def next_budget() -> Budget:
-        budgets.append(PricedBudget(made.verify, one.draft_ms, made.max_nodes))
+        budgets.append(PricedBudget(made.verify, one.draft_ms, made.max_nodes, standing))
         return budgets[-1]
 
     settings = LoopOptions(options.max_new_tokens, budgets=next_budget)
-    loops = [decode(model, with_rates(model, name, one), prompt, settings) for prompt in prompts]
+    loops = [decode(model, drafter, prompt, settings) for prompt in prompts]
     calls = sum(loop.sequences[0].verify_calls for loop in loops)
     tokens, spent = sum(budget.tokens for budget in budgets), sum(budget.spent_ms for budget in budgets)
     speedup = tokens * float(made.verify.curve(0)[1]) / spent if spent else 0.0

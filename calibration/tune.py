@@ -9,7 +9,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from headstart.runtime.budget import Standing, VerifyCost
 from headstart.runtime.bundle import Bundle, atomic_write, to_json
 from headstart.runtime.cache import KVCache
 from headstart.runtime.drafters.base import DraftRequest, TunedDrafter
-from headstart.runtime.drafters.first_that_pays import FirstThatPays
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import OptionError, OutputError
+from headstart.runtime.generation import Prompt
 from headstart.runtime.loop import DecodingLoop, LoopOptions
-from headstart.runtime.model import Model, Prompt, load
+from headstart.runtime.model import Model, load, with_rates
 from headstart.runtime.prefill import open_cache
 from headstart.runtime.tree import ROOT, DraftTree
 from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint, tuning_file
@@ -71,19 +71,10 @@ def tune(
     Raises OptionError without prompts, OutputError when it was tuned already (unless `force`), BundleError, EngineError.
     """
     options = options or TuneOptions()
-    if not prompts:
-        raise OptionError(
-            "Tuning needs prompts of the kind that will be decoded. Fix: --data FILE, one prompt a line, or JSONL."
-        )
-    opened = Bundle.load(bundle)
-    file = tuning_file(opened, device)
-    if file.exists() and not force:
-        raise OutputError(f"{file} exists and is not overwritten. Fix: --force.")
+    opened, file = new_tuning(bundle, device, prompts, force)
     model = load(bundle, device, threads, draft_model, tuned=False)
     cost = verify_cost(model.engine, progress, model.inputs(prompts[0])[0])
-    names = [name for name in model.drafters if isinstance(model.drafter(name), TunedDrafter)]
-    plain_ms = other_ms_per_round(decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
-    drafters = {name: observe(model, name, prompts, options, plain_ms, progress) for name in names}
+    drafters = observed(model, prompts, options, progress)
     if "draft_model" in drafters:
         drafters["draft_model"] = as_deep_as_pays(drafters["draft_model"], cost)
     drafters |= drafter_pairs(drafters)
@@ -103,6 +94,19 @@ def tune(
     file.parent.mkdir(exist_ok=True)
     atomic_write(file, to_json(made))
     return made
+
+
+def new_tuning(bundle: str | Path, device: str, prompts: Sequence[Prompt], force: bool) -> tuple[Bundle, Path]:
+    """(the bundle, the file to write). Raises OptionError without prompts, OutputError when it is there (unless `force`)."""
+    if not prompts:
+        raise OptionError(
+            "Tuning needs prompts of the kind that will be decoded. Fix: --data FILE, one prompt a line, or JSONL."
+        )
+    opened = Bundle.load(bundle)
+    file = tuning_file(opened, device)
+    if file.exists() and not force:
+        raise OutputError(f"{file} exists and is not overwritten. Fix: --force.")
+    return opened, file
 
 
 def verify_cost(engine: Engine, progress: Progress, source: NDArray[Any] | None = None) -> VerifyCost:
@@ -186,15 +190,20 @@ class Recorder:
         return tuple(map(float, (self.accepted + PRIOR_WEIGHT * prior) / (self.seen + PRIOR_WEIGHT)))
 
 
-def observe(
-    model: Model, name: str, prompts: Sequence[Prompt], options: TuneOptions, plain_ms: float, progress: Progress
+def observed(model: Model, prompts: Sequence[Prompt], options: TuneOptions, progress: Progress) -> dict[str, DrafterTuning]:
+    """What each drafter's nodes are worth, and what its proposals cost here."""
+    plain_ms = other_ms_per_round(decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
+    drafters = tuned_drafters(model)
+    return {name: _observe(model, inner, prompts, options, plain_ms, progress) for name, inner in drafters.items()}
+
+
+def _observe(
+    model: Model, inner: TunedDrafter, prompts: Sequence[Prompt], options: TuneOptions, plain_ms: float, progress: Progress
 ) -> DrafterTuning:
     """Decode the prompts with generous trees, and count.
 
     What a round takes beside verifying, over what a plain round does (`plain_ms`), is part of the draft's price.
     """
-    inner = model.drafter(name)
-    assert isinstance(inner, TunedDrafter)
     recorder = Recorder(inner)
     calls = tokens = 0
     other_ms = []
@@ -204,7 +213,7 @@ def observe(
         recorder.settle(0, text.token_ids)
         calls, tokens = calls + text.verify_calls, tokens + text.new_tokens - 1
         other_ms.append(other_ms_per_round(loop))
-        progress(name, done + 1, len(prompts))
+        progress(inner.name, done + 1, len(prompts))
     draft_ms = 1000 * statistics.median(recorder.seconds) if recorder.seconds else 0.0
     draft_ms += max(0.0, statistics.median(other_ms) - plain_ms)
     return DrafterTuning(recorder.rates(), draft_ms, tokens / max(calls, 1), 0.0)
@@ -254,7 +263,8 @@ def drafter_pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning
 
 def _prove(model: Model, tuning: Tuning, prompts: Sequence[Prompt], options: TuneOptions, progress: Progress) -> Tuning:
     """Decode with each budget and without, interleaved; fill in what came of it, and choose."""
-    drafters = {name: with_rates(model, name, found) for name, found in tuning.drafters.items()}
+    single = tuned_drafters(model)
+    drafters = {name: with_rates(single, name, found) for name, found in tuning.drafters.items()}
     seconds: dict[str, list[float]] = {"none": [], **{name: [] for name in drafters}}
     settings = {name: _budgeted(tuning, name, options) for name in seconds}
     lengths: dict[str, float] = {}
@@ -273,21 +283,23 @@ def _prove(model: Model, tuning: Tuning, prompts: Sequence[Prompt], options: Tun
         name: dataclasses.replace(one, acceptance_length=lengths[name], speedup=speedups[name])
         for name, one in tuning.drafters.items()
     }
-    best = max(found, key=lambda name: speedups[name], default="none")
+    chosen, reason = choice({name: speedups[name] for name in found})
+    return dataclasses.replace(tuning, drafters=found, chosen=chosen, reason=reason)
+
+
+def choice(speedups: Mapping[str, float]) -> tuple[str, str]:
+    """(the fastest drafter, or "none" where none beats plain decoding; why), from tokens/s over plain decoding's."""
+    best = max(speedups, key=lambda name: speedups[name], default="none")
     chosen = best if speedups.get(best, 0.0) >= MARGIN else "none"
-    listed = ", ".join(f"{name} {speedups[name]:.2f} ×" for name in found)
+    listed = ", ".join(f"{name} {speedup:.2f} ×" for name, speedup in speedups.items())
     verdict = f"{best} is fastest" if chosen != "none" else f"nothing reaches {MARGIN} × plain decoding"
-    return dataclasses.replace(tuning, drafters=found, chosen=chosen, reason=f"{verdict}: {listed or 'no drafter'}")
+    return chosen, f"{verdict}: {listed or 'no drafter'}"
 
 
-def with_rates(model: Model, name: str, found: DrafterTuning) -> TunedDrafter:
-    """The drafter of that name, or the pair, believing the rates that were found."""
-    parts = [model.drafter(part) for part in name.split("+")]
-    assert all(isinstance(part, TunedDrafter) for part in parts)
-    tuned = [part for part in parts if isinstance(part, TunedDrafter)]
-    drafter = tuned[0] if len(tuned) == 1 else FirstThatPays(tuned[0], tuned[1], found.enough)
-    drafter.use_rates(found.rates)
-    return drafter
+def tuned_drafters(model: Model) -> dict[str, TunedDrafter]:
+    """The model's drafters that believe rates."""
+    found = {name: model.drafter(name) for name in model.drafters}
+    return {name: drafter for name, drafter in found.items() if isinstance(drafter, TunedDrafter)}
 
 
 def _budgeted(tuning: Tuning, name: str, options: TuneOptions) -> LoopOptions:

@@ -22,7 +22,8 @@ from headstart.exporter.build import LIMITS
 from headstart.runtime.bundle import GOLDEN, Bundle
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
-from headstart.runtime.model import ARRAYS, Model, Prompt, load
+from headstart.runtime.generation import Prompt
+from headstart.runtime.model import ARRAYS, Model, load
 from headstart.runtime.prefill import open_cache, prefill
 from headstart.runtime.tree import ROOT, DraftTree, chain
 

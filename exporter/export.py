@@ -156,8 +156,13 @@ def _write_encoder_decoder(
     limits = seq2seq.limits(source.model)
     longest = longest_text(source, limits.text or max_cache or UNSTATED_CACHE, max_cache)
     model = _model_info(source, graphs["decoder"], len(caches), longest, aux_layers)
-    model = dataclasses.replace(model, family="encoder-decoder", source=limits.kind, max_source=limits.source)
-    model = dataclasses.replace(model, encoder_sha256=seq2seq.encoder_sha256(source.model))
+    model = dataclasses.replace(
+        model,
+        family="encoder-decoder",
+        source=limits.kind,
+        max_source=limits.source,
+        encoder_sha256=seq2seq.encoder_sha256(source.model),
+    )
     sources, states = _golden_sources(source.model, model), None
     if assistant:
         model = dataclasses.replace(model, source="states", max_source=0)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from headstart.exporter.heads.install import import_head
     from headstart.runtime.bundle import Bundle
     from headstart.runtime.errors import HeadstartError
-    from headstart.runtime.model import Model, Result, Stats, load
+    from headstart.runtime.generation import Result, Stats
+    from headstart.runtime.model import Model, load
     from headstart.runtime.segments import Segment
     from headstart.runtime.transcription import Caption, Transcript
 
@@ -36,9 +37,9 @@ _HOMES = {
     "HeadstartError": "headstart.runtime.errors",
     "Model": "headstart.runtime.model",
     "QuantizeOptions": "headstart.calibration.quantize",
-    "Result": "headstart.runtime.model",
+    "Result": "headstart.runtime.generation",
     "Segment": "headstart.runtime.segments",
-    "Stats": "headstart.runtime.model",
+    "Stats": "headstart.runtime.generation",
     "Transcript": "headstart.runtime.transcription",
     "TuneOptions": "headstart.calibration.tune",
     "bench": "headstart.calibration.bench",

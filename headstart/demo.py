@@ -14,7 +14,8 @@ from typing import Any
 
 import headstart
 from headstart.runtime.errors import BundleError, OptionError
-from headstart.runtime.model import Model, Prompt, Result
+from headstart.runtime.generation import Prompt, Result
+from headstart.runtime.model import Model
 from headstart.runtime.prompts import read_inputs
 
 from .screen import counted, show_report, show_tuning, stages

@@ -17,7 +17,8 @@ from rich.table import Table
 from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest, atomic_write
 from headstart.runtime.engines.info import EngineInfo, PlanInfo
-from headstart.runtime.model import Generation, Model, Result
+from headstart.runtime.generation import Generation, Result
+from headstart.runtime.model import Model
 from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What users hold: a loaded bundle that turns prompts into text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from .beam import BeamOptions, beam_search
 from .budget import Budget, Standing
-from .bundle import Bundle, GenerationRules
-from .drafters.aligned_copy import previous_hypothesis, source_copy
+from .bundle import Bundle
+from .drafters.aligned_copy import source_copy
 from .drafters.base import Drafter, TunedDrafter
 from .drafters.draft_model import DraftModelDrafter
 from .drafters.first_that_pays import FirstThatPays
@@ -20,51 +20,16 @@ from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
 from .engines.tensorrt import TENSORRT_DEVICES, TensorRtEngine
 from .errors import BundleError, OptionError, PromptError
-from .loop import DecodingLoop, FinishReason, LoopOptions, Text
+from .generation import Generation, Prompt, Result, check_given, sampling_options
 from .rules import TokenRules
-from .sampling import SamplingOptions
-from .tokenizer import TextStream, Tokenizer
+from .tokenizer import Tokenizer
 from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
-from .tuning import Tuning, read_tuning
+from .tuning import DrafterTuning, Tuning, read_tuning
 
 DEVICES = ("cpu", "trt-rtx:sm89 (as it was built)", "tensorrt")
 BuiltEngine = OnnxRuntimeEngine | TensorRtEngine
 # Sources that are no text.
 ARRAYS = {"audio": "audio features", "states": "encoder states of the target whose assistant it is (load it as draft model)"}
-Prompt = str | Path | NDArray[Any]  # text; for encoders of speech a sound file of one window, or its features
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What one generation cost. Times are of the whole batch it ran in.
-
-    Attributes:
-        drafter: the drafter used, "none" for plain decoding.
-        verify_calls: target forwards after the prompt.
-        acceptance_length: new tokens per verify call, the target's own token included; 1.0 is plain decoding.
-        drafted_tokens: tree nodes verified.
-        prefill_s, decode_s: seconds.
-        tokens_per_s: new tokens after the first, per second of decoding.
-    """
-
-    drafter: str
-    verify_calls: int
-    acceptance_length: float
-    drafted_tokens: int
-    prefill_s: float
-    decode_s: float
-    tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """One completed text: what was added to the prompt. `prompt_tokens` counts what the decoder read before its own tokens."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: FinishReason
-    stats: Stats
 
 
 @dataclass(frozen=True)
@@ -189,11 +154,11 @@ class Model:
             early_stopping=stated.early_stopping if early_stopping is None else early_stopping,
             renormalize=stated.renormalize_logits,
             max_new_tokens=max_new_tokens,
-            sampling=_sampling_options(rules, stated),
+            sampling=sampling_options(rules, stated),
             end_tokens=frozenset(stated.eos_token_ids),
             rules=TokenRules.of(stated),
         )
-        _check_given([prompt])
+        check_given([prompt])
         source, token_ids = self.inputs(prompt, decoder_prompt)
         found = beam_search(self.engine, token_ids, options, source)
         return [Beam(self.tokenizer.decode(h.token_ids), h.token_ids, h.score) for h in found]
@@ -284,109 +249,6 @@ class Model:
         return self.tuning.budget(drafter.name, standing)
 
 
-class Generation:
-    """One call of generate or stream: the loop, one text stream per prompt, and the results."""
-
-    def __init__(
-        self,
-        model: Model,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int = 128,
-        drafter: str = "auto",
-        draft_nodes: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_end: bool = False,
-        decoder_prompt: str | Sequence[int] = (),
-        hypotheses: Sequence[Sequence[int]] = (),
-        timestamps: bool = False,
-        **sampling: Any,
-    ) -> None:
-        _check_given(prompts)
-        if hypotheses and len(hypotheses) != len(prompts):
-            raise OptionError(f"There must be one hypothesis for each of the {len(prompts)} prompts, got {len(hypotheses)}.")
-        stated = model.bundle.manifest.generation
-        ends = frozenset() if ignore_end else frozenset(stated.eos_token_ids)
-        self._drafter = previous_hypothesis() if hypotheses and drafter == "auto" else model.drafter(drafter)
-        chosen = _sampling_options(sampling, stated)
-        options = LoopOptions(
-            max_new_tokens,
-            chosen,
-            ends,
-            draft_nodes,
-            lambda: model.budget(self._drafter, chosen.greedy),
-            TokenRules.of(stated, timestamps, not ignore_end),
-            hypotheses,
-        )
-        self._tokenizer = model.tokenizer
-        self._stop = [stop] if isinstance(stop, str) else list(stop)
-        inputs = [model.inputs(prompt, decoder_prompt) for prompt in prompts]
-        sources = [source for source, _ in inputs if source is not None]
-        self._loop = DecodingLoop(model.engine, self._drafter, [ids for _, ids in inputs], options, sources)
-        self._streams = [TextStream(self._tokenizer, self._stop) for _ in prompts]
-        self._texts = ["" for _ in prompts]
-
-    def pieces(self) -> Iterator[list[str]]:
-        """After each round, the text that became final for each prompt."""
-        for emitted in self._loop.rounds():
-            yield [self._show(text, tokens) for text, tokens in zip(self._loop.sequences, emitted, strict=True)]
-
-    def _show(self, text: Text, tokens: list[int]) -> str:
-        if not tokens:
-            return ""
-        stream = self._streams[text.row]
-        piece = stream.push(tokens)
-        if stream.stopped:
-            text.finish_reason = "stop_string"
-            del text.token_ids[text.prompt_tokens + stream.token_count :]
-        if text.finish_reason is not None:
-            piece += stream.finish()
-        self._texts[text.row] += piece
-        return piece
-
-    def results(self) -> list[Result]:
-        """What was generated, once `pieces` is exhausted."""
-        return [self._result(text) for text in self._loop.sequences]
-
-    def _result(self, text: Text) -> Result:
-        assert text.finish_reason is not None
-        return Result(
-            self._texts[text.row],
-            text.token_ids[text.prompt_tokens :],
-            text.prompt_tokens,
-            text.finish_reason,
-            self._stats(text),
-        )
-
-    def _stats(self, text: Text) -> Stats:
-        clock = self._loop.clock
-        decoded = text.new_tokens - 1  # the first comes from the prompt's own forward
-        return Stats(
-            drafter=self._drafter.name if self._drafter else "none",
-            verify_calls=text.verify_calls,
-            acceptance_length=decoded / text.verify_calls if text.verify_calls else 1.0,
-            drafted_tokens=text.drafted_tokens,
-            prefill_s=clock.prefill_s,
-            decode_s=clock.decode_s,
-            tokens_per_s=decoded / clock.decode_s if clock.decode_s else 0.0,
-        )
-
-
-def _check_given(prompts: Sequence[Prompt]) -> None:
-    if not prompts or any(prompt.size == 0 if isinstance(prompt, np.ndarray) else prompt == "" for prompt in prompts):
-        raise PromptError("The prompt is empty: decoding needs some text to start from.")
-
-
-def _sampling_options(values: dict[str, Any], stated: GenerationRules) -> SamplingOptions:
-    """The user's options, and the model's own where the user says nothing."""
-    try:
-        if values.get("no_repeat_ngram") is None:
-            values = values | {"no_repeat_ngram": stated.no_repeat_ngram_size}
-        return SamplingOptions(suppress_tokens=stated.suppress_tokens, **values)
-    except TypeError as error:
-        known = ", ".join(name for name in SamplingOptions.__dataclass_fields__ if name != "suppress_tokens")
-        raise OptionError(f"unknown option ({error}). Sampling options are: {known}.") from error
-
-
 def load(
     path: str | Path,
     device: str = "cpu",
@@ -433,13 +295,17 @@ def _drafters(
     if draft_engine is not None:
         tuned["draft_model"] = DraftModelDrafter("draft_model", draft_engine)
     for name, found in (tuning.drafters if tuning else {}).items():
-        parts = name.split("+")
-        if any(part not in tuned for part in parts):
-            continue  # tuned with a draft model that is not given this time
-        if len(parts) > 1:
-            tuned[name] = FirstThatPays(tuned[parts[0]], tuned[parts[1]], found.enough)
-        tuned[name].use_rates(found.rates)
+        if all(part in tuned for part in name.split("+")):  # else tuned with a draft model that is not given this time
+            tuned[name] = with_rates(tuned, name, found)
     return dict(tuned)
+
+
+def with_rates(drafters: Mapping[str, TunedDrafter], name: str, found: DrafterTuning) -> TunedDrafter:
+    """The drafter of that name, or the pair that it names, believing the rates that were found."""
+    parts = [drafters[part] for part in name.split("+")]
+    drafter = parts[0] if len(parts) == 1 else FirstThatPays(parts[0], parts[1], found.enough)
+    drafter.use_rates(found.rates)
+    return drafter
 
 
 def _draft_engine(path: str | Path, target: Bundle) -> OnnxRuntimeEngine:

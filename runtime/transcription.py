@@ -20,7 +20,8 @@ from .prefill import prefill
 from .segments import STEP_S, Segment, Span, split_window
 
 if TYPE_CHECKING:
-    from .model import Model, Result
+    from .generation import Result
+    from .model import Model
 
 Recording = str | Path | NDArray[Any]  # a sound file, or samples as `load_audio` takes them
 

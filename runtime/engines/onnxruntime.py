@@ -38,7 +38,7 @@ class OnnxRuntimeEngine:
         self.threads = threads or os.cpu_count() or 1
         self.built = built
         self._shared: dict[str, Any] = {}
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[Path, Any] = {}
         if built is not None:
             _check_probe(*built)
         self._session(1)
@@ -68,19 +68,21 @@ class OnnxRuntimeEngine:
         if self.built is not None:
             info, folder = self.built
             file = folder / info.graphs[name]
-        if str(file) not in self._sessions:
-            self._sessions[str(file)] = open_session(file, self.threads)
-        return self._sessions[str(file)]
+        return self._session_of(file)
+
+    def _session_of(self, file: Path) -> Any:
+        """Opened the first time it is asked for."""
+        if file not in self._sessions:
+            self._sessions[file] = open_session(file, self.threads)
+        return self._sessions[file]
 
     def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the encoder reads of a recording's [samples]: the samples themselves where there is no front-end."""
         frontend = self.bundle.manifest.graphs.get("frontend")
         if frontend is None:
             return samples
-        file = self.bundle.path / frontend.file
-        if str(file) not in self._sessions:
-            self._sessions[str(file)] = open_session(file, self.threads)
-        features: NDArray[np.float32] = self._sessions[str(file)].run(None, {contract.AUDIO: samples[None]})[0][0]
+        session = self._session_of(self.bundle.path / frontend.file)
+        features: NDArray[np.float32] = session.run(None, {contract.AUDIO: samples[None]})[0][0]
         return features
 
     def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:

@@ -11,7 +11,8 @@ from pathlib import Path
 import messy_text
 
 import headstart
-from headstart.runtime.model import Model, Result
+from headstart.runtime.generation import Result
+from headstart.runtime.model import Model
 
 HERE = Path(__file__).parent / "normalise"
 SHOWN = 10
