@@ -71,7 +71,7 @@ def quantize(
     bundle: BundleArg,
     output: Annotated[Path, typer.Option("--output", "-o", help="The quantized bundle's folder.", show_default=False)],
     weights: Annotated[Literal["int8", "int4"], typer.Option(help="Of the linear layers.")] = "int8",
-    group: Annotated[int, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128.")] = 32,
+    group: Annotated[int, typer.Option(help="Inputs that share an int4 scale: 16, 32, 64 or 128.")] = 32,
     method: Annotated[Literal["rtn", "awq", "gptq", "smoothquant"], typer.Option(help="rtn needs no data.")] = "rtn",
     activations: Annotated[
         Literal["dynamic", "static"], typer.Option(help="static: int8 with fixed scales, as TensorRT needs.")
