@@ -82,6 +82,14 @@ def lower(
     return Lowered(model, _counts(model, grouped), weight_bytes(model), float32_layers)
 
 
+def lower_frontend(model: Any, sizes: Mapping[str, int], native: bool = True) -> Lowered:
+    """Of recordings: it stays in float32, for its powers span more than half precision does."""
+    if not native:
+        model.graph.opset_imports[""] = WRITTEN_OUT_OPSET
+    model, _ = fix_sizes(model, sizes)
+    return Lowered(model, {}, weight_bytes(model))
+
+
 def _check_carried(model: Any, beyond: Collection[str]) -> None:
     stuck = [node.outputs[0].name for node in layers_beyond(model, beyond) if node.op_type in HALF_ONLY]
     stuck += [value.name for value in model.graph.outputs if value.name in beyond]

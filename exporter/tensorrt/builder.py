@@ -168,6 +168,7 @@ def allow_decomposition(trt: Any, network: Any) -> None:
 
 def _configure(trt: Any, config: Any, options: BuilderOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # where a graph says float32, ten bits of mantissa will not do
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MEBIBYTE)
     if options.optimization_level is not None:

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime import contract
-from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, TensorInfo
+from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo
 from headstart.runtime.cache import CrossState, KVCache
 from headstart.runtime.engine import MAX_ROWS, HostOutput, StepOutput
 from headstart.runtime.engines.buckets import Packed, Pass, moves, passes
 from headstart.runtime.engines.half import STORED, narrowed, widened
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
-from headstart.runtime.errors import EngineError, PromptError, missing_extra
+from headstart.runtime.engines.sources import axis_size, check_length, filled, read_source
+from headstart.runtime.errors import EngineError, missing_extra
 
 TENSORRT_DEVICES = ("trt-rtx", "tensorrt")  # of which the former names GPU generations behind a colon
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
@@ -102,7 +103,7 @@ class TensorRtEngine:
         self._precision = info.settings["precision"]
         self._profiles = info.plans["decoder"].profiles
         self._plan = open_plan("decoder")
-        self._encoder: Plan | None = None
+        self._plans: dict[str, Plan] = {}  # of what runs once a source
         self._packed: dict[tuple[int, int], tuple[Packed, int]] = {}
         self._outputs = self._allocate_outputs()
 
@@ -138,46 +139,60 @@ class TensorRtEngine:
         return {name: (self._memory.allocate(2 * count * width), width) for name, (count, width) in widths.items()}
 
     def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Raises EngineError: the front-end of recordings is not built for TensorRT yet."""
-        if "frontend" in self.bundle.manifest.graphs:
-            raise EngineError("Recordings are not read with TensorRT yet. Fix: give features, or decode with --device cpu.")
-        return samples
+        """What the encoder reads of a recording's [samples]: the samples themselves where there is no front-end.
+
+        Raises PromptError for a length that the engine was not built for, EngineError for one built without a front-end.
+        """
+        frontend = self.bundle.manifest.graphs.get("frontend")
+        if frontend is None:
+            return samples
+        if (plan := self.info.plans.get("frontend")) is None:
+            raise EngineError(f"The engine for {self.device} has no front-end. Fix: headstart build --force, again.")
+        if plan.profiles:
+            check_length(plan, "samples", len(samples), "samples")
+        sizes = {"batch": 1, "samples": len(samples)}
+        shape = tuple(axis_size(axis, sizes) for axis in frontend.outputs[0].shape)
+        inputs = {contract.AUDIO: np.ascontiguousarray(samples[None], np.float32)}
+        features: NDArray[np.float32] = np.zeros(shape, np.float32)
+        self._run_once("frontend", inputs, {contract.INPUT_FEATURES: features})
+        first: NDArray[np.float32] = features[0]
+        return first
 
     def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
-        """Run the encoder over one source, padded to the size it was built for. Cross states stay in half precision.
+        """Run the encoder over one source; its states are padded to the size built for. They stay in half precision.
 
         Raises PromptError for a source it has no room for, EngineError for several.
         """
         if len(sources) != 1:
             raise EngineError("The TensorRT engine decodes one sequence at a time. Fix: one source a call.")
-        graph, rows = self.bundle.manifest.graphs["encoder"], self.info.source_rows
-        inputs, mask = _padded_source(graph.inputs[0], sources[0], rows, self._precision)
-        hidden_size = int(graph.outputs[0].shape[2])
-        shapes: dict[str, tuple[int, ...]] = {contract.ENCODER_HIDDEN: (1, rows, hidden_size)}
+        graph, most = self.bundle.manifest.graphs["encoder"], self.info.source_rows
+        source = read_source(graph, self.info.plans.get("encoder"), sources[0], most, self._precision)
+        inputs, rows = source.inputs, source.rows
+        if contract.ENCODER_MASK in {tensor.name for tensor in graph.inputs}:
+            inputs[contract.ENCODER_MASK] = source.mask
+        shapes: dict[str, tuple[int, ...]] = {contract.ENCODER_HIDDEN: (1, rows, int(graph.outputs[0].shape[2]))}
         for info in self.bundle.manifest.cross_caches:
             shapes[info.key_name] = (1, info.kv_heads, rows, info.key_size)
             shapes[info.value_name] = (1, info.kv_heads, rows, info.value_size)
-        if contract.ENCODER_MASK in {tensor.name for tensor in graph.inputs}:
-            inputs[contract.ENCODER_MASK] = mask
-        found = self._run_encoder(inputs, shapes)
+        outputs = {name: np.zeros(shape, STORED[self._precision]) for name, shape in shapes.items()}
+        found = {name: filled(array, -2, most) for name, array in self._run_once("encoder", inputs, outputs).items()}
         hidden = widened(found.pop(contract.ENCODER_HIDDEN), self._precision)
-        return CrossState(tuple(found), tuple(found.values()), mask, hidden)
+        return CrossState(tuple(found), tuple(found.values()), source.mask, hidden)
 
-    def _run_encoder(
-        self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, tuple[int, ...]]
+    def _run_once(
+        self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]
     ) -> dict[str, NDArray[Any]]:
-        """The encoder's outputs, as stored. Its buffers live for this one pass."""
-        if self._encoder is None:
-            self._encoder = self._open_plan("encoder")
-        found = {name: np.zeros(shape, STORED[self._precision]) for name, shape in outputs.items()}
-        addresses = {name: self._memory.allocate(array.nbytes) for name, array in {**inputs, **found}.items()}
-        for name, array in inputs.items():
-            self._memory.upload(addresses[name], array)
-        self._encoder.run(0, {name: array.shape for name, array in inputs.items()}, addresses)
-        for name, array in found.items():
-            self._memory.download(array, addresses[name])
+        """One pass of a plan that runs once a source; `outputs` are filled. Its buffers live for this pass."""
+        if name not in self._plans:
+            self._plans[name] = self._open_plan(name)
+        addresses = {key: self._memory.allocate(array.nbytes) for key, array in {**inputs, **outputs}.items()}
+        for key, array in inputs.items():
+            self._memory.upload(addresses[key], array)
+        self._plans[name].run(0, {key: array.shape for key, array in inputs.items()}, addresses)
+        for key, array in outputs.items():
+            self._memory.download(array, addresses[key])
         _free(self._memory, list(addresses.values()))
-        return found
+        return outputs
 
     def new_cache(self, batch: int, slots: int, cross: CrossState | None = None) -> KVCache:
         """Raises EngineError for more sequences than one, or more slots than the engine was built with."""
@@ -240,23 +255,6 @@ class TensorRtEngine:
 
     def head(self, info: HeadInfo) -> "TensorRtHead":
         return TensorRtHead(info, self._open_plan(f"heads/{info.name}"), self._memory, self._precision)
-
-
-def _padded_source(
-    info: TensorInfo, source: NDArray[Any], rows: int, precision: str
-) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
-    """({input: array}, [1, E] mask) of one source; text is padded to `rows`, features have the one shape the graph takes."""
-    if info.dtype == "int64":
-        if len(source) > rows:
-            raise PromptError(
-                f"The source has {len(source)} tokens, and the engine takes {rows}. Fix: headstart build --source N."
-            )
-        return {info.name: np.pad(source, (0, rows - len(source)))[None].astype(np.int64)}, (np.arange(rows) < len(source))[
-            None
-        ]
-    if tuple(source.shape) != info.shape[1:]:
-        raise PromptError(f"The source has the shape {list(source.shape)}; the engine takes {list(info.shape[1:])}.")
-    return {info.name: narrowed(source[None], precision)}, np.ones((1, rows), np.bool_)
 
 
 class TensorRtHead:

@@ -25,7 +25,7 @@ from headstart.exporter.tensorrt.profiles import VERIFY_ROWS
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, from_json
 from headstart.runtime.engine import MAX_ROWS
-from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, built_engine, engine_folder
+from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, Profile, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, HeadstartError, MissingExtraError, OptionError, OutputError
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
@@ -168,6 +168,17 @@ def test_encoders_are_built_beside_their_decoders(built: Built, name: str, rows:
     assert len(decoder.in_place) == 4 and decoder.kernels["fused_attention"] == 4 * len(decoder.profiles)
     text = read_plan((engine_folder(bundle, info.device) / info.graphs["encoder"]).read_bytes())
     assert text.tensors["encoder_hidden.1"] == ("half", ("1", str(rows), "64"))
+
+
+def test_recordings_of_any_length(built: Built) -> None:
+    """The encoder's time stays open, up to half a minute; its attention is fused all the same."""
+    bundle, info = built("moonshine")
+    encoder = info.plans["encoder"]
+    axis = bundle.manifest.graphs["encoder"].inputs[0].shape[1]
+    assert encoder.profiles == (Profile("any length", {str(axis): (1_600, 240_000, 480_000)}),)
+    assert info.source_rows == (480_000 - 127) // 384 - 1 and encoder.kernels["fused_attention"] == 1
+    with pytest.raises(OptionError, match=r"--audio-seconds 0\.1: .* hears recordings of more than 0\.1 s\."):
+        TensorRtOptions(audio_seconds=0.1).source_rows(bundle)
 
 
 def test_the_written_out_form_builds_too(bundle_of: BundleOf, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from headstart.exporter.graph import save_graph
 from headstart.exporter.heads.builder import load_head
 from headstart.exporter.heads.install import import_head
-from headstart.exporter.lowering.tensorrt import lower
+from headstart.exporter.lowering.tensorrt import lower, lower_frontend
 from headstart.exporter.tensorrt.profiles import decoder_profiles
+from headstart.exporter.tensorrt.recordings import encoder_profiles, frontend_profiles, source_rows
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.medusa import MedusaDrafter
 from headstart.runtime.drafters.ngram import NGramDrafter
@@ -103,13 +104,20 @@ def bundle(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> Bun
     return Bundle.load(folder / "bundle")
 
 
-def stand_in(bundle: Bundle, folder: Path, source_rows: int = 0) -> TensorRtEngine:
+def stand_in(bundle: Bundle, folder: Path, source_rows: int = 0, seconds: float | None = None) -> TensorRtEngine:
     """An engine of every graph of the bundle, lowered as for TensorRT, over stand-ins."""
     memory, sizes = Memory(), {"batch": 1, "slots": SLOTS, "source": source_rows}
     graphs = {name: ir.load(bundle.path / graph.file) for name, graph in bundle.manifest.graphs.items() if name != "frontend"}
     graphs |= {f"heads/{name}": load_head(bundle, name) for name in bundle.manifest.heads}
     for name, graph in graphs.items():
         save_graph(lower(graph, "float16", sizes).model, folder / f"{name}.onnx")
+    plans = {"decoder": PlanInfo(0, 0.0, decoder_profiles(32), {})}
+    if source_rows:
+        plans["encoder"] = PlanInfo(0, 0.0, encoder_profiles(bundle, seconds), {})
+    if "frontend" in bundle.manifest.graphs:
+        frontend = ir.load(bundle.path / bundle.manifest.graphs["frontend"].file)
+        save_graph(lower_frontend(frontend, sizes).model, folder / "frontend.onnx")
+        plans["frontend"] = PlanInfo(0, 0.0, frontend_profiles(bundle, seconds), {})
     info = EngineInfo(
         schema_version=1,
         device="trt-rtx:sm89",
@@ -118,7 +126,7 @@ def stand_in(bundle: Bundle, folder: Path, source_rows: int = 0) -> TensorRtEngi
         source={},
         graphs={},
         settings={"precision": "float16"},
-        plans={"decoder": PlanInfo(0, 0.0, decoder_profiles(32), {})},
+        plans=plans,
         cache_slots=SLOTS,
         batch=1,
         source_rows=source_rows,
@@ -162,15 +170,45 @@ def test_encoders_equal_the_cpu_engine(bundle_of: BundleOf, tmp_path: Path, name
     shape = bundle.manifest.graphs["encoder"].inputs[0].shape[1:]
     is_text = bundle.manifest.model.source == "text"
     source = generator.integers(3, 300, 17) if is_text else generator.standard_normal(tuple(map(int, shape))).astype(np.float32)
+    _check_source(engine, cpu, source, 17 if is_text else rows)
+
+
+def _check_source(engine: TensorRtEngine, cpu: OnnxRuntimeEngine, source: NDArray[Any], rows: int) -> None:
+    """The same states, in the rows that exist, and the same logits behind them."""
     found = []
     for one in (engine, cpu):
         cross = one.encode([source])
+        assert cross.mask.sum() == rows
         cache = one.new_cache(1, 64, cross)
         ids = np.array([[1, 7, 9]])
         output = one.forward(cache, ids, np.arange(3)[None], np.tri(3, dtype=np.bool_)[None], np.arange(3)[None])
-        found.append((cross.hidden[:, : 17 if is_text else None].astype(np.float32), output.logits.copy()))
+        found.append((cross.hidden[:, :rows].astype(np.float32), output.logits.copy()))
     for here, there in zip(*found, strict=True):
         assert here.shape == there.shape and np.abs(here - there).max() < 0.03 * np.ptp(there)
+
+
+@pytest.mark.parametrize(("name", "shape", "rows"), [("moonshine", (9_000,), 22), ("speech2text", (70, 20), 18)])
+def test_recordings_of_any_length_equal_the_cpu_engine(
+    bundle_of: BundleOf, tmp_path: Path, name: str, shape: tuple[int, ...], rows: int
+) -> None:
+    """Moonshine normalises over all of its time: what an engine for a second hears of half of one is not padded."""
+    bundle = bundle_of(name)
+    engine = stand_in(bundle, tmp_path, source_rows(bundle, 0, 1.0), 1.0)
+    source = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    _check_source(engine, OnnxRuntimeEngine(bundle), source, rows)
+    with pytest.raises(PromptError, match=r"the engine takes (1600 to 16000|8 to 100)\. Fix: headstart build --audio-seconds"):
+        engine.encode([np.zeros((16_001, *shape[1:]), np.float32)])
+
+
+def test_recordings_are_heard_as_the_cpu_engine_hears_them(speech_bundle: Bundle, tmp_path: Path) -> None:
+    """Front-end and encoder, each a plan of its own."""
+    engine, cpu = stand_in(speech_bundle, tmp_path, 300), OnnxRuntimeEngine(speech_bundle)
+    samples = np.random.default_rng(0).standard_normal(96_000).astype(np.float32)
+    features = engine.features(samples)
+    np.testing.assert_allclose(features, cpu.features(samples), atol=1e-5)
+    _check_source(engine, cpu, features, 300)
+    with pytest.raises(PromptError, match="has 5 samples, and the engine takes 96000 to 96000"):
+        engine.features(samples[:5])
 
 
 def test_sources_without_room(bundle_of: BundleOf, tmp_path: Path) -> None:
