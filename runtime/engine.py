@@ -14,6 +14,7 @@ from .bundle import ModelInfo
 from .cache import CrossState, KVCache
 
 MAX_ROWS = 64  # the most rows of one verify pass, root included
+SLOT_STEP = 64  # cache sizes are multiples of this, so that equal requests get equal shapes
 
 
 class Scores(Protocol):

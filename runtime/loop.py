@@ -18,7 +18,7 @@ from .acceptance import Accepted, RandomChance, accept
 from .budget import Budget
 from .cache import KVCache
 from .drafters.base import NO_HIDDEN, Drafter, DraftRequest, SourceReader
-from .engine import MAX_ROWS, Engine, StepOutput
+from .engine import MAX_ROWS, SLOT_STEP, Engine, StepOutput
 from .errors import OptionError
 from .prefill import check_prompts, prefill
 from .rules import TokenRules
@@ -26,7 +26,6 @@ from .sampling import LogitRules, SamplingOptions
 from .tree import DraftTree, empty_tree
 
 FinishReason = Literal["end_token", "stop_string", "length", "cache_full"]
-SLOT_STEP = 64  # cache sizes are multiples of this, so that equal requests get equal shapes
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ NOT YET RUN: written against NVIDIA's documentation on machines without a GPU. W
 stand-in for this class.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -34,13 +35,15 @@ class Cuda:
     def allocate(self, nbytes: int) -> int:
         """The address of that many bytes, set to zero: a cache that holds no numbers at all would spoil what is masked."""
         address = int(self._call("cudaMalloc", nbytes))
-        self._call("cudaMemset", address, 0, nbytes)
+        self._call("cudaMemsetAsync", address, 0, nbytes, self.stream)
         return address
 
     def free(self, address: int) -> None:
         self._call("cudaFree", address)
 
     def upload(self, address: int, data: NDArray[Any]) -> None:
+        """`data` may change at once: from memory that is not pinned CUDA has taken it over when the call returns."""
+        assert data.flags.c_contiguous
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, data.ctypes.data, data.nbytes, kind, self.stream)
 
@@ -50,8 +53,31 @@ class Cuda:
         self._call("cudaMemcpyAsync", data.ctypes.data, address, data.nbytes, kind, self.stream)
         self._call("cudaStreamSynchronize", self.stream)
 
-    def move_slot(self, address: int, plane: int, width: int, planes: int, source: int, target: int) -> None:
-        """Copy `width` bytes from slot `source` to slot `target` of each of `planes` planes of `plane` bytes."""
+    def copy(self, target: int, source: int, pitch: int, width: int, height: int) -> None:
+        """`height` pieces of `width` bytes, each `pitch` bytes behind the last."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        begin, end = address + source * width, address + target * width
-        self._call("cudaMemcpy2DAsync", end, plane, begin, plane, width, planes, kind, self.stream)
+        self._call("cudaMemcpy2DAsync", target, pitch, source, pitch, width, height, kind, self.stream)
+
+    def capture(self, start: Callable[[], bool]) -> int | None:
+        """A CUDA graph of what `start` starts on the stream; None where it could not be recorded. Nothing has run then."""
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self.stream, mode)
+        started = start()
+        code, graph = self._runtime.cudaStreamEndCapture(self.stream)  # always: it is what ends a failed capture, too
+        if not started or int(code):
+            self._runtime.cudaGetLastError()  # forget it: no later call is to report it as its own
+            return None
+        code, executable = self._runtime.cudaGraphInstantiate(graph, 0)
+        self._runtime.cudaGraphDestroy(graph)
+        return None if int(code) else int(executable)
+
+    def launch(self, graph: int) -> None:
+        """Start what `capture` recorded."""
+        self._call("cudaGraphLaunch", graph, self.stream)
+
+    def memory_used(self) -> int:
+        """Bytes of the device that are taken, by whomever."""
+        code, free, total = self._runtime.cudaMemGetInfo()
+        if int(code):
+            raise EngineError(f"cudaMemGetInfo failed: {code.name}.")
+        return int(total) - int(free)
