@@ -75,6 +75,13 @@ class Cuda:
         """Start what `capture` recorded."""
         self._call("cudaGraphLaunch", graph, self.stream)
 
+    def compute_capability(self) -> tuple[int, int]:
+        """Of the GPU: (8, 9) for sm89."""
+        kinds = self._runtime.cudaDeviceAttr
+        wanted = kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor
+        major, minor = (int(self._call("cudaDeviceGetAttribute", kind, 0)) for kind in wanted)
+        return major, minor
+
     def memory_used(self) -> int:
         """Bytes of the device that are taken, by whomever."""
         code, free, total = self._runtime.cudaMemGetInfo()

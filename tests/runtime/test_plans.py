@@ -264,6 +264,7 @@ class FakeRuntime:
             "cudaStreamEndCapture": (5,),
             "cudaGraphInstantiate": (99,),
             "cudaMemGetInfo": (30, 100),
+            "cudaDeviceGetAttribute": (8,),
         }
 
     def __getattr__(self, name: str) -> Any:
@@ -295,11 +296,11 @@ def test_cuda_s_calls_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None
     assert cuda.capture(lambda: True) == 99
     cuda.launch(99)
     cuda.free(address)
-    assert cuda.memory_used() == 70
+    assert cuda.memory_used() == 70 and cuda.compute_capability() == (8, 8)
     assert fake.calls[2:] == [
         *("cudaMalloc", "cudaMemsetAsync", "cudaMemcpyAsync", "cudaMemcpyAsync", "cudaStreamSynchronize", "cudaMemcpy2DAsync"),
         *("cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy", "cudaGraphLaunch"),
-        *("cudaFree", "cudaMemGetInfo"),
+        *("cudaFree", "cudaMemGetInfo", "cudaDeviceGetAttribute", "cudaDeviceGetAttribute"),
     ]
 
 
