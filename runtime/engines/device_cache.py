@@ -13,7 +13,7 @@ from headstart.runtime.bundle import CacheInfo
 from headstart.runtime.cache import CrossState, KVCache
 
 from .buckets import moves, runs
-from .device import Device
+from .tensorrt_device import Device
 
 ALIGNMENT = 256  # bytes, of every tensor
 HALF = 2  # bytes

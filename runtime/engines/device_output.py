@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.engine import HostOutput
 
-from .device import Device
 from .half import STORED, widened
+from .tensorrt_device import Device
 
 
 @dataclass(frozen=True)

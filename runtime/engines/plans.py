@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 from headstart.runtime.errors import EngineError, missing_extra
 
-from .device import Device
 from .info import EngineInfo
+from .tensorrt_device import Device
 
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
 RUNTIME_CACHE = "runtime.cache"  # beside the plans; not hashed, for it changes

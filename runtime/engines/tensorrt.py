@@ -18,12 +18,12 @@ from headstart.runtime.bundle import Bundle, HeadInfo
 from headstart.runtime.cache import CrossState, KVCache
 from headstart.runtime.engine import MAX_ROWS, SLOT_STEP, HostOutput, StepOutput
 from headstart.runtime.engines.buckets import Packed, Pass, passes
-from headstart.runtime.engines.device import Device, Plan
 from headstart.runtime.engines.device_cache import CacheLayout, CachePool, DeviceCache, decoder_addresses
 from headstart.runtime.engines.device_output import DeviceOutput, OutputBuffers
 from headstart.runtime.engines.half import STORED, narrowed, widened
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
 from headstart.runtime.engines.sources import axis_size, check_length, filled, read_source
+from headstart.runtime.engines.tensorrt_device import Device, Plan
 from headstart.runtime.errors import EngineError
 
 TENSORRT_DEVICES = ("trt-rtx", "tensorrt")  # of which the former names GPU generations behind a colon
