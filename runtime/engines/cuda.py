@@ -4,6 +4,7 @@ NOT YET RUN: written against NVIDIA's documentation on machines without a GPU. W
 stand-in for this class.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,17 @@ from numpy.typing import NDArray
 from headstart.runtime.errors import EngineError, missing_extra
 
 
+def _release(runtime: Any, held: set[int]) -> None:
+    """An engine's memory goes with it. What CUDA says is of no use then: it may be shutting down."""
+    for address in held:
+        runtime.cudaFree(address)
+
+
 class Cuda:
-    """The GPU at hand. Raises MissingExtraError without cuda-python, EngineError without a GPU."""
+    """The GPU at hand; its memory is given back when it is gone.
+
+    Raises MissingExtraError without cuda-python, EngineError without a GPU.
+    """
 
     def __init__(self) -> None:
         try:
@@ -25,6 +35,8 @@ class Cuda:
         if int(code) or not count:
             raise EngineError(f"No GPU was found ({code.name}). Fix: run this on the device, or decode with --device cpu.")
         self.stream = int(self._call("cudaStreamCreate"))
+        self._held: set[int] = set()
+        weakref.finalize(self, _release, runtime, self._held)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         code, *values = getattr(self._runtime, name)(*arguments)
@@ -35,10 +47,12 @@ class Cuda:
     def allocate(self, nbytes: int) -> int:
         """The address of that many bytes, set to zero: a cache that holds no numbers at all would spoil what is masked."""
         address = int(self._call("cudaMalloc", nbytes))
+        self._held.add(address)
         self._call("cudaMemsetAsync", address, 0, nbytes, self.stream)
         return address
 
     def free(self, address: int) -> None:
+        self._held.discard(address)
         self._call("cudaFree", address)
 
     def upload(self, address: int, data: NDArray[Any]) -> None:

@@ -314,6 +314,20 @@ def test_a_capture_that_fails_leaves_the_stream_usable(monkeypatch: pytest.Monke
     assert fake.calls == ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGetLastError"]
 
 
+def test_memory_goes_with_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRuntime(pytest.importorskip("cuda.bindings.runtime", reason="needs the extra trt-rtx"))
+    monkeypatch.setattr("cuda.bindings.runtime", fake)
+    cuda = Cuda()
+    fake.answers["cudaMalloc"] = (8192,)
+    address = cuda.allocate(64)
+    fake.answers["cudaMalloc"] = (4096,)
+    cuda.allocate(64)
+    cuda.free(address)
+    fake.calls.clear()
+    del cuda
+    assert fake.calls == ["cudaFree"]
+
+
 def test_the_version_is_the_one_it_was_built_with(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
