@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, hash_files, new_folder, to_json
 from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.provider import open_session
 from headstart.runtime.errors import EngineError, OptionError, missing_extra
 from headstart.runtime.tree import ROOT, DraftTree
 

@@ -18,7 +18,6 @@ from headstart.exporter.passes.matmul_nbits import pack_weights
 from headstart.exporter.passes.packed_linears import pack_linears
 from headstart.exporter.passes.rms_norm import fuse_rms_norms
 
-
 PRECISIONS = ("float16", "bfloat16")
 
 

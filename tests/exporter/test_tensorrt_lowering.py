@@ -15,7 +15,7 @@ from headstart.exporter.lowering.tensorrt import lower
 from headstart.exporter.passes.half import in_range
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import open_session
+from headstart.runtime.engines.provider import open_session
 
 BundleOf = Callable[[str], Bundle]
 SLOTS, PROMPT, TREE = 64, 20, 5

@@ -26,7 +26,8 @@ from headstart.runtime.drafters.ngram import NGramDrafter
 from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.half import narrowed, widened
 from headstart.runtime.engines.info import EngineInfo, PlanInfo
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.provider import open_session
 from headstart.runtime.engines.tensorrt import TensorRtEngine, open_library
 from headstart.runtime.errors import EngineError, PromptError
 from headstart.runtime.model import Model

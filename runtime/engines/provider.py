@@ -1,0 +1,98 @@
+"""ONNX Runtime's sessions: which of its providers run a graph, and what to say when they cannot."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headstart.runtime.errors import EngineError, MissingExtraError, missing_extra
+
+OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+# MatMulNBits has a kernel for few rows that reads 4 or 8 bits a weight; without this, more rows than one widen it first.
+SESSION_ENTRIES = {CUDA: {"ep.cuda.fpa_intb_gemm": "1"}}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who computes, and where the tensors lie.
+
+    Attributes:
+        device: as the command line says it.
+        options: provider -> its options; what the first cannot take goes to the next.
+        location: ONNX Runtime's name of the device the tensors lie on; "" for numpy's arrays, in the host's memory.
+    """
+
+    device: str = "cpu"
+    options: dict[str, dict[str, str]] = field(default_factory=lambda: {"CPUExecutionProvider": {}})
+    location: str = ""
+
+    @property
+    def captures(self) -> bool:
+        """Passes are captured as CUDA graphs, and replayed."""
+        return self.options.get(CUDA, {}).get("enable_cuda_graph") == "1"
+
+    def uncaptured(self) -> "Provider":
+        """The same without CUDA graphs."""
+        kept = {k: {o: v for o, v in options.items() if o != "enable_cuda_graph"} for k, options in self.options.items()}
+        return dataclasses.replace(self, options=kept)
+
+
+CPU = Provider()
+
+
+def cuda_provider(device: str, folder: Path) -> Provider:
+    """For "cuda", or "cuda:tensorrt", which asks TensorRT first and keeps what that compiles in `folder`."""
+    options: dict[str, dict[str, str]] = {CUDA: {"device_id": "0", "enable_cuda_graph": "1"}}
+    if device != "cuda":
+        # No trt_fp16_enable: the graphs say their types.
+        cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
+        places = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
+        options = {TENSORRT: {"device_id": "0"} | cached | places, CUDA: {"device_id": "0"}}
+    return Provider(device, options, "cuda")
+
+
+def open_session(file: Path, threads: int, shared: dict[str, Any] | None = None, provider: Provider = CPU) -> Any:
+    """`shared`: initializers that the file lacks.
+
+    Raises MissingExtraError without ONNX Runtime, EngineError for one that is too old or has not the provider, or without GPU.
+    """
+    ort = _library(provider)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    for name in provider.options:
+        for entry, value in SESSION_ENTRIES.get(name, {}).items():
+            options.add_session_config_entry(entry, value)
+    if shared:
+        options.add_external_initializers(list(shared), list(shared.values()))
+    session = ort.InferenceSession(str(file), options, providers=list(provider.options.items()))
+    missing = [name for name in provider.options if name not in session.get_providers()]
+    if missing:
+        raise EngineError(
+            f"ONNX Runtime could not start its {missing[0]}: there is no GPU here, or its driver or CUDA libraries are missing "
+            "(what it said stands above). Fix: run this on a machine with a GPU, or decode with --device cpu."
+        )
+    return session
+
+
+def _library(provider: Provider) -> Any:
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError as error:
+        if provider.location == "cuda":
+            raise MissingExtraError(f"Decoding with {provider.device}", "gpu") from error
+        raise missing_extra(error, "Decoding on the CPU") from error
+    if tuple(map(int, ort.__version__.split(".")[:2])) < OLDEST:
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} is too old for the bundle's operators (opset 24): 1.25 or newer is needed. "
+            "Fix: pip install -U 'headstart[cpu]', on Python 3.11 or newer."
+        )
+    missing = [name for name in provider.options if name not in ort.get_available_providers()]
+    if missing:
+        raise EngineError(
+            f"The ONNX Runtime {ort.__version__} installed here has no {missing[0]}; it has "
+            f"{', '.join(ort.get_available_providers())}. The packages onnxruntime (extra cpu) and onnxruntime-gpu (extra gpu) "
+            "overwrite each other's files. Fix: pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'headstart[gpu]'."
+        )
+    return ort
