@@ -80,6 +80,11 @@ class OnnxRuntimeEngine:
         """Only the order of summation differs from the checkpoint: neither whole numbers nor half precision on the way."""
         return self.built is None or not (self.built[0].passes.get("integer_products") or "precision" in self.built[0].settings)
 
+    @property
+    def _has_fixed_scales(self) -> bool:
+        """A canonical graph whose activations are rounded by fixed scales."""
+        return self.built is None and self.bundle.manifest.quantization.get("activations") == "static"
+
     def _session(self, batch: int) -> Any:
         """The session for that many sequences; where batches have a form of their own, it is opened when the first comes."""
         return self._open("decoder", "decoder" if batch == 1 or self._provider.location else "decoder_batch")
@@ -96,7 +101,7 @@ class OnnxRuntimeEngine:
         if file not in self._sessions:
             is_decoder = self.built is not None and file.name == self.built[0].graphs["decoder"]
             provider = self._provider if is_decoder else self._provider.uncaptured()
-            self._sessions[file] = open_session(file, self.threads, provider=provider)
+            self._sessions[file] = open_session(file, self.threads, provider=provider, as_written=self._has_fixed_scales)
         return self._sessions[file]
 
     def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:

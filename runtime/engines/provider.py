@@ -52,8 +52,14 @@ def cuda_provider(device: str, folder: Path) -> Provider:
     return Provider(device, options, "cuda")
 
 
-def open_session(file: Path, threads: int, shared: dict[str, Any] | None = None, provider: Provider = CPU) -> Any:
-    """`shared`: initializers that the file lacks.
+def open_session(
+    file: Path, threads: int, shared: dict[str, Any] | None = None, provider: Provider = CPU, as_written: bool = False
+) -> Any:
+    """A session on one provider.
+
+    `shared`: initializers that the file lacks. `as_written` keeps ONNX Runtime from making integer products of Q/DQ pairs:
+    those it makes overflow on CPUs without VNNI (logits 6 % of their range off, where the graph itself says 3 %). What
+    `headstart build` makes is probed for that instead.
 
     Raises MissingExtraError without ONNX Runtime, EngineError for one that is too old or has not the provider, or without GPU.
     """
@@ -64,6 +70,8 @@ def open_session(file: Path, threads: int, shared: dict[str, Any] | None = None,
     for name in provider.options:
         for entry, value in SESSION_ENTRIES.get(name, {}).items():
             options.add_session_config_entry(entry, value)
+    if as_written:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if shared:
         options.add_external_initializers(list(shared), list(shared.values()))
     session = ort.InferenceSession(str(file), options, providers=list(provider.options.items()))
