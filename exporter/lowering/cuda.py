@@ -4,12 +4,14 @@ Half precision; caches that TensorScatter writes in place; masks that are added 
 its memory-efficient attention takes without copying keys and values; quantized weights in MatMulNBits. One form for any batch.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from headstart.exporter.lowering.tensorrt import check_carried
 from headstart.exporter.passes.additive_mask import add_masks
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.grouped_heads import fold_grouped_heads
@@ -29,15 +31,25 @@ class Lowered:
     passes: dict[str, int]
 
 
-def lower(model: Any, precision: str) -> Lowered:
-    """Lower a decoder, an encoder or a head. `precision`: float16 or bfloat16; float32 leaves the types as they are."""
+def lower(model: Any, precision: str, overflowing: Collection[str] = ()) -> Lowered:
+    """Lower a decoder, an encoder or a head.
+
+    Args:
+        precision: float16 or bfloat16; float32 leaves the types as they are.
+        overflowing: names of values that float16 cannot hold, see `exporter.overflow`.
+
+    Raises EngineError where such a value is one that only half precision can carry: attention's, or one that leaves the graph.
+    """
     common.ShapeInferencePass(strict_mode=False)(model)  # quantizing leaves values whose type nobody stated
-    for lowering in (split_gemms, fuse_rms_norms, pack_linears):
+    beyond = set(overflowing) if precision == "float16" else set()
+    passes = (split_gemms, fuse_rms_norms) if beyond else (split_gemms, fuse_rms_norms, pack_linears)
+    for lowering in passes:  # packing renames what layers make
         model, _ = lowering(model)
     common.ShapeInferencePass(strict_mode=False)(model)
     model, _ = pack_weights(model)
     if precision != "float32" and _computes_in_float32(model):
-        model, _ = to_half(model, precision)
+        check_carried(model, beyond)
+        model, _ = to_half(model, precision, beyond)
     model, _ = add_masks(model)
     model, grouped = fold_grouped_heads(model)
     common.ShapeInferencePass(strict_mode=False)(model)

@@ -52,7 +52,9 @@ def _rewrite(model: Any, linear: Linear) -> None:
         "MatMulNBits", [linear.node.inputs[0], weight, scale], MICROSOFT, K=inputs, N=outputs, bits=bits, block_size=block
     )
     product.dtype, product.shape = result.dtype, result.shape
+    name = result.name
     put_in_place(result, product)
+    result.name, product.name = f"{name}.replaced", name  # values beyond float16 are known by name
 
 
 def packed(values: NDArray[np.int8], block: int, bits: int) -> NDArray[np.uint8]:

@@ -311,4 +311,5 @@ def _stored(value: Any) -> NDArray[Any]:
         return found
     shape = tuple(value.shape())
     flat = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
-    return np.ctypeslib.as_array(flat).reshape(shape).copy()
+    copied: NDArray[Any] = np.ctypeslib.as_array(flat).reshape(shape).copy()
+    return copied
