@@ -1,9 +1,10 @@
 """Quantized linear layers become MatMulNBits: 4- or 8-bit weights that a GPU's kernel widens on the way to its cores.
 
-ONNX Runtime's CUDA provider has one fast kernel for it that serves one row as well as many (`ep.cuda.fpa_intb_gemm`). Read
-from its source and its wheel (1.31): blocks of 32 inputs, half-precision scales, no zero points, N a multiple of 32 (8 bits)
-or 64 (4 bits). So coarser scales are repeated for every block of 32, which changes no value; what has finer blocks keeps
-them, and takes the slower kernel that widens the whole weight first.
+ONNX Runtime's CUDA provider has one fast kernel for it that serves one row as well as many (`ep.cuda.fpa_intb_gemm`). Its
+rules, read from the source of 1.31 and found by asking the provider: blocks of 32 inputs, half-precision scales, no zero
+points, outputs a multiple of 32 (8 bits) or 64 (4 bits), and inputs a multiple of 64: with 96 or 160 it takes the layer, and
+fails in the first pass of 15 rows or more. So coarser scales are repeated for every block of 32, which changes no value; where
+the inputs do not fit, blocks of 16 keep the layer from that kernel, and the one that widens the whole weight first has it.
 """
 
 from typing import Any
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from .linear import Linear, linears
 from .surgery import MICROSOFT, Writer, clean, put_in_place
 
-BLOCK = 32
-SMALLEST_BLOCK = 16  # of MatMulNBits
+FAST_BLOCK, FAST_INPUTS = 32, 64
+SLOW_BLOCK = 16
 BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}
 
 
@@ -32,15 +33,10 @@ def pack_weights(model: Any) -> tuple[Any, bool]:
 
 def _block(linear: Linear) -> int:
     """Inputs that share a scale in the rewritten layer; 0 when the layer stays as it is."""
-    if linear.weight.dtype not in BITS:
-        return 0
     inputs, scales = linear.shape[0], linear.scales.shape
-    if len(scales) == 1:  # one for each output
-        return BLOCK
-    group = inputs // (scales[1] if linear.transposed else scales[0])
-    if group % BLOCK == 0:
-        return BLOCK
-    return group if group >= SMALLEST_BLOCK and group & (group - 1) == 0 else 0
+    block = FAST_BLOCK if inputs % FAST_INPUTS == 0 else SLOW_BLOCK
+    group = block if len(scales) == 1 else inputs // (scales[1] if linear.transposed else scales[0])
+    return block if linear.weight.dtype in BITS and group % block == 0 else 0
 
 
 def _rewrite(model: Any, linear: Linear) -> None:

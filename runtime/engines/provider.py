@@ -9,8 +9,9 @@ from headstart.runtime.errors import EngineError, MissingExtraError, missing_ext
 
 OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 # MatMulNBits has a kernel for few rows that reads 4 or 8 bits a weight; without this, more rows than one widen it first.
-SESSION_ENTRIES = {CUDA: {"ep.cuda.fpa_intb_gemm": "1"}}
+FEW_ROWS = {"ep.cuda.fpa_intb_gemm": "1"}
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Provider:
     Attributes:
         device: as the command line says it.
         options: provider -> its options; what the first cannot take goes to the next.
+        entries: of the session's configuration.
         location: ONNX Runtime's name of the device the tensors lie on; "" for numpy's arrays, in the host's memory.
     """
 
     device: str = "cpu"
     options: dict[str, dict[str, str]] = field(default_factory=lambda: {"CPUExecutionProvider": {}})
+    entries: dict[str, str] = field(default_factory=dict)
     location: str = ""
 
     @property
@@ -49,7 +52,7 @@ def cuda_provider(device: str, folder: Path) -> Provider:
         cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
         places = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
         options = {TENSORRT: {"device_id": "0"} | cached | places, CUDA: {"device_id": "0"}}
-    return Provider(device, options, "cuda")
+    return Provider(device, options, FEW_ROWS, "cuda")
 
 
 def open_session(
@@ -67,11 +70,8 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    for name in provider.options:
-        for entry, value in SESSION_ENTRIES.get(name, {}).items():
-            options.add_session_config_entry(entry, value)
-    if as_written:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    for entry, value in (provider.entries | (AS_WRITTEN if as_written else {})).items():
+        options.add_session_config_entry(entry, value)
     if shared:
         options.add_external_initializers(list(shared), list(shared.values()))
     session = ort.InferenceSession(str(file), options, providers=list(provider.options.items()))
