@@ -1,6 +1,7 @@
 """ONNX Runtime's sessions: which of its providers run a graph, and what to say when they cannot."""
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from headstart.runtime.errors import EngineError, MissingExtraError, missing_ext
 
 OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+# What computes sizes of tensors: ONNX Runtime keeps that on the CPU on purpose.
+SIZE_OPERATORS = {"Shape", "Concat", "Squeeze", "Unsqueeze", "Gather", "Slice", "Range", "Cast", "Add", "Sub", "Mul", "Div"}
 AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 # MatMulNBits has a kernel for few rows that reads 4 or 8 bits a weight; without this, more rows than one widen it first.
 FEW_ROWS = {"ep.cuda.fpa_intb_gemm": "1"}
+RECORDED = {"session.record_ep_graph_assignment_info": "1"}  # so that the session tells which provider has which node
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def cuda_provider(device: str, folder: Path) -> Provider:
         cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
         places = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
         options = {TENSORRT: {"device_id": "0"} | cached | places, CUDA: {"device_id": "0"}}
-    return Provider(device, options, FEW_ROWS, "cuda")
+    return Provider(device, options, FEW_ROWS | RECORDED, "cuda")
 
 
 def open_session(
@@ -78,10 +82,25 @@ def open_session(
     missing = [name for name in provider.options if name not in session.get_providers()]
     if missing:
         raise EngineError(
-            f"ONNX Runtime could not start its {missing[0]}: there is no GPU here, or its driver or CUDA libraries are missing "
+            f"ONNX Runtime could not start its {missing[0]}: there is no GPU here, or its driver, CUDA or TensorRT are missing "
             "(what it said stands above). Fix: run this on a machine with a GPU, or decode with --device cpu."
         )
+    if RECORDED.keys() <= provider.entries.keys():
+        _warn_of_copies(session, file)
     return session
+
+
+def left_on_cpu(session: Any) -> list[str]:
+    """Operators of a session on a GPU that run on the CPU all the same, but for those that compute sizes."""
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == "CPUExecutionProvider"]
+    return sorted({node.op_type for part in parts for node in part.get_nodes()} - SIZE_OPERATORS)
+
+
+def _warn_of_copies(session: Any, file: Path) -> None:
+    left = left_on_cpu(session)
+    if left:
+        text = f"ONNX Runtime runs {', '.join(left)} of {file} on the CPU, with copies in every pass: decoding will be slow."
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _library(provider: Provider) -> Any:
@@ -103,4 +122,6 @@ def _library(provider: Provider) -> Any:
             f"{', '.join(ort.get_available_providers())}. The packages onnxruntime (extra cpu) and onnxruntime-gpu (extra gpu) "
             "overwrite each other's files. Fix: pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'headstart[gpu]'."
         )
+    if provider.location == "cuda":
+        ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's packages, where those are installed
     return ort
