@@ -103,7 +103,7 @@ def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
         schema_version=ENGINE_SCHEMA,
         device="cpu",
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        builder={name: importlib.metadata.version(name) for name in ("headstart", "onnx-ir", "onnxscript", "onnxruntime")},
+        builder=builder_versions("headstart", "onnx-ir", "onnxscript"),
         source=engine_source(bundle),
         graphs=graphs,
         settings={"activations": activations},
@@ -123,6 +123,13 @@ def _build_cuda(bundle: Bundle, folder: Path, precision: str, progress: Progress
     progress("comparing with the canonical graph, on the CPU")
     on_cpu = Provider(device="cuda", location="cpu")
     return dataclasses.replace(info, relative_difference=_compare(bundle, folder, info, LIMITS["half"], on_cpu))
+
+
+def builder_versions(*packages: str) -> dict[str, str]:
+    """Of those packages, and of ONNX Runtime, which onnxruntime and onnxruntime-gpu both bring."""
+    import onnxruntime
+
+    return {name: importlib.metadata.version(name) for name in packages} | {"onnxruntime": onnxruntime.__version__}
 
 
 def fastest_exact(folder: Path) -> str:

@@ -63,12 +63,11 @@ class _Building:
         """Of what was built; nothing was compared yet."""
         from .lowering.placement import registry
 
-        packages = ("headstart", "onnx", "onnx-ir", "onnxscript")
         return EngineInfo(
             schema_version=ENGINE_SCHEMA,
             device="cuda",
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            builder={name: importlib.metadata.version(name) for name in packages},
+            builder={name: importlib.metadata.version(name) for name in ("headstart", "onnx", "onnx-ir", "onnxscript")},
             source=engine_source(self.bundle),
             graphs=self.graphs,
             settings={"precision": self.precision, "kernels checked": f"onnxruntime-gpu {registry()[0]}"},
@@ -91,7 +90,7 @@ class _Building:
         if left:
             raise EngineError(
                 f"The CUDA provider of ONNX Runtime {registry()[0]} has no kernel for {len(left)} nodes of {name}, which "
-                f"would be computed on the CPU in every step: {'; '.join(left[:5])}. Fix: --device cpu or tensorrt; and report this."
+                f"would run on the CPU in every step: {'; '.join(left[:5])}. Fix: --device cpu or tensorrt; and report this."
             )
         self.passes = self.passes or lowered.passes
         return lowered.model

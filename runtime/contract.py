@@ -12,6 +12,7 @@ ATTENTION_MASK = "attention_mask"  # [B, 1, T, S] bool
 WRITE_INDEX = "write_index"  # [B] int64
 OUTPUT_ROWS = "output_rows"  # [B, R] int64
 LOGITS = "logits"  # [B, R, V]
+BEST = "best"  # [B, R] int64, the token of the highest logit; where a device adds it
 HIDDEN = "hidden"  # [B, T, H]
 AUX_HIDDEN = "aux_hidden"  # [B, T, n * H]
 

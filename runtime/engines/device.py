@@ -252,6 +252,7 @@ class DeviceBinding:
         if model.aux_layers:
             sizes[contract.AUX_HIDDEN] = (rows, model.hidden_size * len(model.aux_layers))
         self._outputs = {name: Tensor((batch, *size), memory.precision, location) for name, size in sizes.items()}
+        self._outputs[contract.BEST] = Tensor((batch, chosen), "int64", location)
         self._memory, self._session, self._sources, self._captured = memory, session, sources, graph_id is not None
         self._binding = self._bound(session, cache)
         self._options = _run_options(graph_id)
