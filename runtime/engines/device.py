@@ -101,7 +101,7 @@ class DeviceCache(KVCache):
         self.buffers, self.engine_state = [], {}
         self.row_index: int | None = None
         self._memory = memory
-        self._whole: DeviceCache = self  # keeps the buffers from being given to another cache
+        self._whole: DeviceCache | None = None  # of a row: keeps the buffers from being given to another cache
 
     @property
     def slots(self) -> int:

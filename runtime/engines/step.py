@@ -54,8 +54,7 @@ class StepInputs:
             array = self.arrays[name]
             array[:, :rows], array[:, rows:] = values, values[:, -1:]
         self.arrays[contract.WRITE_INDEX][:] = lengths
-        self.arrays[contract.OUTPUT_ROWS][:, :chosen] = output_rows
-        self.arrays[contract.OUTPUT_ROWS][:, chosen:] = 0
+        self.arrays[contract.OUTPUT_ROWS][:, :chosen] = output_rows  # those behind stay 0: any row will do
         self._fill_mask(lengths.tolist(), row_mask)
 
     def _fill_mask(self, lengths: list[int], row_mask: NDArray[np.bool_]) -> None:
