@@ -31,6 +31,7 @@ class DraftModelDrafter:
     """
 
     default_nodes = 4
+    reads_hidden = False
     class_count = 32
 
     def __init__(self, name: str, engine: Engine) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.cache import CrossState, KVCache
-from headstart.runtime.engine import StepOutput
+from headstart.runtime.engine import HostOutput
 from headstart.runtime.engines.step import StepInputs
 
 MIN_ROWS = 2
@@ -64,10 +64,10 @@ class HostBinding:
     def run(self) -> None:
         self._session.run_with_iobinding(self._binding)
 
-    def output(self, rows: int, chosen: int) -> StepOutput:
+    def output(self, rows: int, chosen: int) -> HostOutput:
         """Of the first `rows` rows; views of the buffers where these are float32."""
         aux = self.outputs.get(contract.AUX_HIDDEN)
-        return StepOutput(
+        return HostOutput(
             self.outputs[contract.LOGITS].astype(np.float32, copy=False),
             self.outputs[contract.HIDDEN][:, :rows].astype(np.float32, copy=False),
             None if aux is None else aux[:, :rows].astype(np.float32, copy=False),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, TensorInfo
 from headstart.runtime.cache import CrossState, KVCache
-from headstart.runtime.engine import MAX_ROWS, StepOutput
+from headstart.runtime.engine import MAX_ROWS, HostOutput, StepOutput
 from headstart.runtime.engines.buckets import Packed, Pass, moves, passes
 from headstart.runtime.engines.half import STORED, narrowed, widened
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
@@ -212,7 +212,7 @@ class TensorRtEngine:
                     pieces.append(self._downloaded(name, part))
         whole = {name: np.concatenate(pieces)[None] for name, pieces in found.items()}
         logits = whole[contract.LOGITS] if prompt else whole[contract.LOGITS][:, output_rows[0]]
-        return StepOutput(logits, whole[contract.HIDDEN], whole.get(contract.AUX_HIDDEN))
+        return HostOutput(logits, whole[contract.HIDDEN], whole.get(contract.AUX_HIDDEN))
 
     def _addresses(self, packed: Packed, address: int, cache: DeviceCache) -> dict[str, int]:
         """Where every tensor of a pass lies; a cache comes in and goes out at one place."""
