@@ -12,7 +12,6 @@ ATTENTION_MASK = "attention_mask"  # [B, 1, T, S] bool
 WRITE_INDEX = "write_index"  # [B] int64
 OUTPUT_ROWS = "output_rows"  # [B, R] int64
 LOGITS = "logits"  # [B, R, V]
-BEST = "best"  # [B, R] int64, the token of the highest logit; where a device adds it
 HIDDEN = "hidden"  # [B, T, H]
 AUX_HIDDEN = "aux_hidden"  # [B, T, n * H]
 
@@ -21,6 +20,10 @@ INPUT_FEATURES = "input_features"  # out of it; [B, bands, frames], or as the en
 ENCODER_MASK = "encoder_mask"  # [B, E] bool, which source rows exist; the encoder's graph takes it for text
 ENCODER_STATES = "encoder_states"  # [B, E, H of the encoder], what an assistant's graph takes in the place of a source
 ENCODER_HIDDEN = "encoder_hidden"  # [B, E, H of the encoder]
+
+# Of decoders as TensorRT gets them: the mask is computed in the graph, and so is the best token of each chosen row.
+ROW_MASK = "row_mask"  # [B, T, T] bool, in the place of attention_mask: which of the new rows each new row sees
+BEST_IDS = "best_ids"  # [B, R] int32
 
 STEP_INPUTS = (INPUT_IDS, POSITION_IDS, ATTENTION_MASK, WRITE_INDEX, OUTPUT_ROWS)
 

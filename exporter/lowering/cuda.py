@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 
 from headstart.exporter.lowering.tensorrt import check_carried
 from headstart.exporter.passes.additive_mask import add_masks
-from headstart.exporter.passes.best_token import add_best
+from headstart.exporter.passes.argmax import add_argmax
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.grouped_heads import fold_grouped_heads
 from headstart.exporter.passes.half import to_half
@@ -53,7 +53,7 @@ def lower(model: Any, precision: str, overflowing: Collection[str] = ()) -> Lowe
         model, _ = to_half(model, precision, beyond)
     model, _ = add_masks(model)
     model, grouped = fold_grouped_heads(model)
-    model, _ = add_best(model)
+    model, _ = add_argmax(model)
     common.ShapeInferencePass(strict_mode=False)(model)
     return Lowered(model, _counts(model, grouped))
 

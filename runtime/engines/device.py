@@ -11,6 +11,8 @@ import ctypes
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, CacheInfo
 from headstart.runtime.cache import CrossState, KVCache
-from headstart.runtime.engine import MAX_ROWS, StepOutput
+from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.buckets import moves
 from headstart.runtime.engines.half import STORED, narrowed, widened
 from headstart.runtime.engines.step import StepInputs
@@ -27,7 +29,7 @@ from headstart.runtime.engines.step import StepInputs
 ROWS = (2, 4, 8, 16, 32, MAX_ROWS)  # of a pass that verifies; prompts are not padded
 SLOT_STEP = 256  # caches of a few sizes, so that buffers and what was captured on them serve again
 # ONNX's numbers for element types.
-ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 
 
 class CaptureError(Exception):
@@ -252,7 +254,7 @@ class DeviceBinding:
         if model.aux_layers:
             sizes[contract.AUX_HIDDEN] = (rows, model.hidden_size * len(model.aux_layers))
         self._outputs = {name: Tensor((batch, *size), memory.precision, location) for name, size in sizes.items()}
-        self._outputs[contract.BEST] = Tensor((batch, chosen), "int64", location)
+        self._outputs[contract.BEST_IDS] = Tensor((batch, chosen), "int32", location)
         self._memory, self._session, self._sources, self._captured = memory, session, sources, graph_id is not None
         self._binding = self._bound(session, cache)
         self._options = _run_options(graph_id)
@@ -280,14 +282,60 @@ class DeviceBinding:
                 raise
             raise CaptureError(str(error)) from error
 
-    def output(self, rows: int, chosen: int) -> StepOutput:
-        """Of the first `rows` rows and `chosen` rows of logits, copied to the host."""
-        aux = self._outputs.get(contract.AUX_HIDDEN)
-        return StepOutput(
-            self._memory.widened(self._outputs[contract.LOGITS].read())[:, :chosen],
-            self._memory.widened(self._outputs[contract.HIDDEN].read())[:, :rows],
-            None if aux is None else self._memory.widened(aux.read())[:, :rows],
-        )
+    def output(self, rows: int, chosen: int) -> "DeviceOutput":
+        return DeviceOutput(self._memory, self._outputs, rows, chosen)
+
+
+class DeviceOutput:
+    """A `StepOutput` on the device: each of its tensors comes down when something of it is asked for."""
+
+    def __init__(self, memory: DeviceMemory, tensors: Mapping[str, Tensor], rows: int, chosen: int) -> None:
+        """`rows`, `chosen`: those that were asked for, of the padded ones that were computed."""
+        self._memory, self._tensors, self._rows, self._chosen = memory, tensors, rows, chosen
+
+    @cached_property
+    def logits(self) -> NDArray[np.float32]:
+        return self._memory.widened(self._tensors[contract.LOGITS].read())[:, : self._chosen]
+
+    @cached_property
+    def hidden(self) -> NDArray[np.float32]:
+        return self._memory.widened(self._tensors[contract.HIDDEN].read())[:, : self._rows]
+
+    @cached_property
+    def aux_hidden(self) -> NDArray[np.float32] | None:
+        tensor = self._tensors.get(contract.AUX_HIDDEN)
+        return None if tensor is None else self._memory.widened(tensor.read())[:, : self._rows]
+
+    @cached_property
+    def best_ids(self) -> NDArray[np.int32]:
+        """[B, R]: the lowest token of each row's highest logit."""
+        found: NDArray[np.int32] = self._tensors[contract.BEST_IDS].read()
+        return found
+
+    def scores(self, sequence: int) -> "DeviceScores":
+        return DeviceScores(self, sequence)
+
+    def hidden_row(self, sequence: int, row: int) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = self.hidden[sequence, row].copy()
+        return found
+
+    def wait(self) -> None:
+        """A run returns when the device is done."""
+
+
+@dataclass(frozen=True)
+class DeviceScores:
+    """Scores of one sequence, see `engine.Scores`."""
+
+    output: DeviceOutput
+    sequence: int
+
+    def best(self, row: int) -> int:
+        return int(self.output.best_ids[self.sequence, row])
+
+    def __getitem__(self, row: int) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = self.output.logits[self.sequence, row]
+        return found
 
 
 def bind_caches(binding: Any, cache: DeviceCache, row: int | None) -> None:
