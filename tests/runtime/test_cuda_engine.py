@@ -265,3 +265,16 @@ def test_the_tensorrt_provider_is_asked_first_and_keeps_its_engines(tmp_path: Pa
     assert "trt_fp16_enable" not in provider.options["TensorrtExecutionProvider"], "graphs say their types"
     plain = cuda_provider("cuda", tmp_path)
     assert plain.captures and not plain.uncaptured().captures and plain.uncaptured().options == {CUDA: {"device_id": "0"}}
+
+
+def test_nothing_comes_down_unless_it_is_asked_for(engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, ids = engine.new_cache(1, 64), np.array([[5, 6, 7]])
+    output = engine.forward(cache, ids, ids - 5, np.tri(3, dtype=np.bool_)[None], np.arange(3)[None])
+    read: list[tuple[int, ...]] = []
+    fetch = Tensor.read
+    monkeypatch.setattr(Tensor, "read", lambda tensor: read.append(tensor.shape) or fetch(tensor))
+    scores = output.scores(0)
+    best = [scores.best(row) for row in range(3)]
+    assert read == [(1, 4)], "one small copy for all rows, the padded one among them"
+    assert best == [int(scores[row].argmax()) for row in range(3)] and len(read) == 2
+    assert (output.hidden_row(0, -1) == output.hidden[0, 2]).all() and len(read) == 3

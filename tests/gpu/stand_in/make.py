@@ -10,6 +10,7 @@ kernels leave their outputs as they were. Numbers mean nothing; what is refused,
     LD_LIBRARY_PATH=libraries gpu/bin/python tests/gpu/kernels.py
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,16 +34,14 @@ def stub(symbols: list[str]) -> str:
     return "".join(f"int {name}(void** handle) {{ {body} return 0; }}\n" for name, body in bodies.items())
 
 
-def compiled(source: str | Path, library: str, folder: Path, *flags: str, versioned: bool = True) -> None:
-    script = folder / f"{library}.map"
+def compiled(folder: Path, library: str, made_up: str, *more: str | Path, versioned: bool = True) -> None:
+    """A shared library of C that was made up, and of `more` arguments of the compiler."""
+    source, script = folder / f"{library}.c", folder / f"{library}.map"
+    source.write_text(made_up)
     script.write_text(f"{library} {{ global: *; }};\n")
-    file = source
-    if isinstance(source, str):
-        file = folder / f"{library}.c"
-        Path(file).write_text(source)
     options = [f"-Wl,--version-script,{script}"] if versioned else []
-    command = ["gcc", "-w", "-O1", "-shared", "-fPIC", *flags, f"-Wl,-soname,{library}", *options, str(file)]
-    subprocess.run([*command, "-o", str(folder / library)], check=True)
+    command = ["gcc", "-w", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library}", *options, source, *more]
+    subprocess.run([*command, "-o", folder / library], check=True)
 
 
 def main() -> None:
@@ -51,18 +50,22 @@ def main() -> None:
     capi = next(venv.glob("lib/python3*/site-packages/onnxruntime/capi"))
     include = next(headers.glob("nvidia/*/include/cuda_runtime_api.h")).parent
     cuda, tensorrt = (undefined(capi / f"libonnxruntime_providers_{name}.so") for name in ("cuda", "tensorrt"))
+    answers = Path(__file__).with_name("cudart.c")
+    answered = set(re.findall(r"(\w+)\(", answers.read_text()))
     for library, symbols in cuda.items():
+        wanted = sorted({*symbols, *tensorrt.get(library, [])})
         if library.startswith("libcublas"):
-            compiled(stub([*symbols, *tensorrt.get(library, [])]), library, folder)
-        if library.startswith("libcudart"):
-            compiled(Path(__file__).with_name("cudart.c"), library, folder, f"-I{include}")
-    unversioned = tensorrt[""]  # TensorRT's few, and the driver's one, carry no version
-    compiled(stub(["cuTensorMapEncodeTiled"]), "libcuda.so.1", folder, versioned=False)
-    compiled(stub([]), "libcurand.so.10", folder, versioned=False)
-    empty = "".join(f"void* {name}(void) {{ return 0; }}\n" for name in unversioned if name.startswith(("create", "get")))
+            compiled(folder, library, stub(wanted))
+        elif library.startswith("libcudart"):
+            silent = [name for name in wanted if name not in answered]
+            compiled(folder, library, stub(silent), answers, f"-I{include}")
+    compiled(folder, "libcuda.so.1", stub(["cuTensorMapEncodeTiled"]), versioned=False)
+    compiled(folder, "libcurand.so.10", "", versioned=False)
+    compiled(folder, "libcudnn.so.9", stub(["cudnnCreate", "cudnnDestroy", "cudnnSetStream"]))
+    # TensorRT's few symbols carry no version, and it is only asked whether it is there.
+    absent = "".join(f"void* {name}(void) {{ return 0; }}\n" for name in tensorrt[""] if name.startswith(("create", "get")))
     for library in ("libnvinfer.so.10", "libnvonnxparser.so.10"):
-        compiled(empty, library, folder, versioned=False)
-    compiled(stub(["cudnnCreate", "cudnnDestroy", "cudnnSetStream"]), "libcudnn.so.9", folder)
+        compiled(folder, library, absent, versioned=False)
 
 
 if __name__ == "__main__":
