@@ -25,6 +25,7 @@ from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.buckets import moves
 from headstart.runtime.engines.half import STORED, narrowed, widened
 from headstart.runtime.engines.step import StepInputs
+from headstart.runtime.errors import EngineError
 
 ROWS = (2, 4, 8, 16, 32, MAX_ROWS)  # of a pass that verifies; prompts are not padded
 SLOT_STEP = 256  # caches of a few sizes, so that buffers and what was captured on them serve again
@@ -143,11 +144,26 @@ class DeviceMemory:
     def new_cache(self, batch: int, slots: int, cross: CrossState | None) -> KVCache:
         slots = -(-(slots + MAX_ROWS) // SLOT_STEP) * SLOT_STEP
         free = self._free.setdefault((batch, slots), [])
-        storage = free.pop() if free else Storage(self._tensors(batch, slots))
+        storage = free.pop() if free else self._new_storage(batch, slots)
         names = [name for info in self._manifest.caches for name in (info.key_name, info.value_name)]
         cache = DeviceCache(self, names, storage, batch, cross)
         weakref.finalize(cache, free.append, storage)
         return cache
+
+    def _new_storage(self, batch: int, slots: int) -> Storage:
+        """Idle buffers of other sizes are given up where there is no room. Raises EngineError when that is not enough."""
+        try:
+            return Storage(self._tensors(batch, slots))
+        except RuntimeError:
+            for idle in self._free.values():
+                idle.clear()
+        try:
+            return Storage(self._tensors(batch, slots))
+        except RuntimeError as error:
+            raise EngineError(
+                f"The device has no room for caches of {batch} x {slots} tokens: {error}. "
+                "Fix: a shorter text, or fewer at once."
+            ) from error
 
     def _tensors(self, batch: int, slots: int) -> list[Tensor]:
         def pair(info: CacheInfo) -> list[Tensor]:

@@ -63,7 +63,7 @@ class OnnxRuntimeEngine:
         if info is None and device != "cpu":
             raise EngineError(f"{bundle.path} is not built for cuda. Fix: headstart build {bundle.path} --device cuda.")
         bundle.check_hashes(unread=info.replaced() if info else ())
-        provider = CPU if device == "cpu" else cuda_provider(device, engine_folder(bundle, device) / "cache")
+        provider = CPU if device == "cpu" else cuda_provider(device, engine_folder(bundle, device))
         return cls(bundle, threads, None if info is None else (info, folder), provider)
 
     def _new_memory(self) -> HostMemory | DeviceMemory:

@@ -49,9 +49,18 @@ CPU = Provider()
 
 
 def cuda_provider(device: str, folder: Path) -> Provider:
-    """For "cuda", or "cuda:tensorrt", which asks TensorRT first and keeps what that compiles in `folder`."""
+    """For "cuda", or "cuda:tensorrt", which asks TensorRT first and keeps what that compiles in `folder`.
+
+    Raises EngineError where nothing can be kept.
+    """
     options: dict[str, dict[str, str]] = {CUDA: {"device_id": "0", "enable_cuda_graph": "1"}}
     if device != "cuda":
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # the provider makes no parents
+        except OSError as error:
+            raise EngineError(
+                f"TensorRT's engines cannot be kept in {folder}: {error.strerror}. Fix: --device cuda."
+            ) from error
         # No trt_fp16_enable: the graphs say their types.
         cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
         places = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}

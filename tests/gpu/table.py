@@ -1,6 +1,8 @@
 """On a machine with a GPU: build the sample for it, tune, measure, and print one table beside the CPU engine.
 
-python tests/gpu/table.py [BUNDLE]    NOT YET RUN: no GPU was at hand when this was written.
+python tests/gpu/table.py [BUNDLE [DEVICE]]    DEVICE: TensorRT by default; or cuda.
+
+NOT YET RUN: no GPU was at hand when this was written.
 """
 
 import sys
@@ -15,7 +17,6 @@ from headstart.calibration.tune import tune
 from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.tensorrt import TensorRtEngine
 from headstart.runtime.model import load
 from headstart.runtime.prefill import prefill
 from headstart.runtime.prompts import read_prompts
@@ -34,7 +35,7 @@ def logits_difference(bundle: Path, device: str) -> float:
     opened = load(bundle, "cpu", tuned=False).bundle
     prompt = np.random.default_rng(0).integers(3, opened.manifest.model.vocab_size, 200).tolist()
     found = []
-    for engine in (OnnxRuntimeEngine(opened), TensorRtEngine.open(opened, device)):
+    for engine in (OnnxRuntimeEngine(opened), load(bundle, device, tuned=False).engine):
         found.append(prefill(engine, engine.new_cache(1, 256), prompt).logits.copy())
     return float(np.abs(found[0] - found[1]).max() / np.ptp(found[0]))
 
@@ -52,7 +53,8 @@ def tokens_equal(bundle: Path, device: str, prompts: list[str]) -> int:
 
 
 def main() -> None:
-    device, prompts = device_here(), read_prompts(SAMPLE / "held_out_prompts.jsonl")[:8]
+    device = sys.argv[2] if len(sys.argv) > 2 else device_here()
+    prompts = read_prompts(SAMPLE / "held_out_prompts.jsonl")[:8]
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(sys.argv[1]) if len(sys.argv) > 1 else export(SAMPLE, Path(folder) / "bundle", [SAMPLE / "medusa"]).path
         for one in (device, "cpu"):

@@ -263,6 +263,9 @@ def test_the_tensorrt_provider_is_asked_first_and_keeps_its_engines(tmp_path: Pa
     assert list(provider.options) == ["TensorrtExecutionProvider", CUDA] and not provider.captures
     assert provider.options["TensorrtExecutionProvider"]["trt_engine_cache_path"] == str(tmp_path)
     assert "trt_fp16_enable" not in provider.options["TensorrtExecutionProvider"], "graphs say their types"
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match="engines cannot be kept in"):
+        cuda_provider("cuda:tensorrt", tmp_path / "file" / "folder")
     plain = cuda_provider("cuda", tmp_path)
     assert plain.captures and not plain.uncaptured().captures and plain.uncaptured().options == {CUDA: {"device_id": "0"}}
 
@@ -278,3 +281,23 @@ def test_nothing_comes_down_unless_it_is_asked_for(engine: OnnxRuntimeEngine, mo
     assert read == [(1, 4)], "one small copy for all rows, the padded one among them"
     assert best == [int(scores[row].argmax()) for row in range(3)] and len(read) == 2
     assert (output.hidden_row(0, -1) == output.hidden[0, 2]).all() and len(read) == 3
+
+
+def test_no_room_on_the_device(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle buffers go first; then it is said."""
+    engine = opened(bundle)
+    memory = engine._memory
+    assert isinstance(memory, DeviceMemory)
+    engine.new_cache(1, 64)  # idle at once: nobody keeps it
+    tensors, tried = memory._tensors, []
+
+    def full(batch: int, slots: int) -> list[Tensor]:
+        tried.append(sum(map(len, memory._free.values())))
+        raise RuntimeError("Failed to allocate memory")
+
+    monkeypatch.setattr(memory, "_tensors", full)
+    with pytest.raises(EngineError, match=r"no room for caches of 2 x 256 tokens: Failed to allocate.* a shorter text"):
+        engine.new_cache(2, 64)
+    assert tried == [1, 0]
+    monkeypatch.setattr(memory, "_tensors", tensors)
+    assert engine.new_cache(2, 64).slots == 256
