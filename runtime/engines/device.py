@@ -24,6 +24,7 @@ from headstart.runtime.cache import CrossState, KVCache
 from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.buckets import moves
 from headstart.runtime.engines.half import STORED, narrowed, widened
+from headstart.runtime.engines.provider import CaptureError
 from headstart.runtime.engines.step import StepInputs
 from headstart.runtime.errors import EngineError
 
@@ -31,10 +32,6 @@ ROWS = (2, 4, 8, 16, 32, MAX_ROWS)  # of a pass that verifies; prompts are not p
 SLOT_STEP = 256  # caches of a few sizes, so that buffers and what was captured on them serve again
 # ONNX's numbers for element types.
 ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
-
-
-class CaptureError(Exception):
-    """A pass that should have been captured, or replayed, as a CUDA graph failed."""
 
 
 def padded(rows: int) -> int:

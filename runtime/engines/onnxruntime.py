@@ -13,10 +13,10 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, HeadInfo, WeightInfo
 from headstart.runtime.cache import CrossState, KVCache
 from headstart.runtime.engine import StepOutput
-from headstart.runtime.engines.device import CaptureError, DeviceMemory
+from headstart.runtime.engines.device import DeviceMemory
 from headstart.runtime.engines.host import HostMemory
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
-from headstart.runtime.engines.provider import CPU, Provider, cuda_provider, open_session
+from headstart.runtime.engines.provider import CPU, CaptureError, Provider, cuda_provider, open_session
 from headstart.runtime.errors import EngineError, PromptError
 
 # Threads of anything that drafts. A second pool of spinning threads would fight the target's for the same cores, which
@@ -101,7 +101,12 @@ class OnnxRuntimeEngine:
         if file not in self._sessions:
             is_decoder = self.built is not None and file.name == self.built[0].graphs["decoder"]
             provider = self._provider if is_decoder else self._provider.uncaptured()
-            self._sessions[file] = open_session(file, self.threads, provider=provider, as_written=self._has_fixed_scales)
+            try:
+                opened = open_session(file, self.threads, provider=provider, as_written=self._has_fixed_scales)
+            except CaptureError as error:
+                self._stop_capturing(error)
+                opened = open_session(file, self.threads, provider=self._provider, as_written=self._has_fixed_scales)
+            self._sessions[file] = opened
         return self._sessions[file]
 
     def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -159,9 +164,10 @@ class OnnxRuntimeEngine:
                 return binding.output(rows, chosen)
 
     def _stop_capturing(self, error: CaptureError) -> None:
-        """Go on with a session that launches its kernels one by one; the pass that failed is run again."""
+        """Go on with a session that launches its kernels one by one; a pass that failed is run again."""
         assert isinstance(self._memory, DeviceMemory)
-        warnings.warn(f"CUDA graphs could not be used, decoding goes on without: {error}", RuntimeWarning, stacklevel=3)
+        text = f"CUDA graphs cannot be used with {self.bundle.path}, decoding goes on without: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
         self._provider = self._provider.uncaptured()
         self._memory.capturing = False
         self._sessions.clear()

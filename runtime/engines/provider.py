@@ -11,11 +11,29 @@ from headstart.runtime.errors import EngineError, MissingExtraError, missing_ext
 OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 # What computes sizes of tensors: ONNX Runtime keeps that on the CPU on purpose.
-SIZE_OPERATORS = {"Shape", "Concat", "Squeeze", "Unsqueeze", "Gather", "Slice", "Range", "Cast", "Add", "Sub", "Mul", "Div"}
+SIZE_OPERATORS = {
+    "Shape",
+    "Concat",
+    "Squeeze",
+    "Unsqueeze",
+    "Gather",
+    "Slice",
+    "Range",
+    "Cast",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Reshape",
+}
 AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 # MatMulNBits has a kernel for few rows that reads 4 or 8 bits a weight; without this, more rows than one widen it first.
 FEW_ROWS = {"ep.cuda.fpa_intb_gemm": "1"}
 RECORDED = {"session.record_ep_graph_assignment_info": "1"}  # so that the session tells which provider has which node
+
+
+class CaptureError(Exception):
+    """CUDA graphs: a graph cannot be captured, or a pass failed that was to be captured or replayed."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,8 @@ def open_session(
     those it makes overflow on CPUs without VNNI (logits 6 % of their range off, where the graph itself says 3 %). What
     `headstart build` makes is probed for that instead.
 
-    Raises MissingExtraError without ONNX Runtime, EngineError for one that is too old or has not the provider, or without GPU.
+    Raises MissingExtraError without ONNX Runtime, EngineError for one that is too old or has not the provider, or without GPU;
+    CaptureError for a graph that cannot be captured, where the provider is to.
     """
     ort = _library(provider)
     options = ort.SessionOptions()
@@ -87,7 +106,12 @@ def open_session(
         options.add_session_config_entry(entry, value)
     if shared:
         options.add_external_initializers(list(shared), list(shared.values()))
-    session = ort.InferenceSession(str(file), options, providers=list(provider.options.items()))
+    try:
+        session = ort.InferenceSession(str(file), options, providers=list(provider.options.items()))
+    except Exception as error:  # ONNX Runtime's errors have no common class below it
+        if not provider.captures:
+            raise
+        raise CaptureError(str(error)) from error
     missing = [name for name in provider.options if name not in session.get_providers()]
     if missing:
         raise EngineError(

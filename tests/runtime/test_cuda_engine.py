@@ -19,10 +19,10 @@ from headstart.runtime.beam import BeamOptions, beam_search
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.medusa import MedusaDrafter
 from headstart.runtime.drafters.ngram import NGramDrafter
-from headstart.runtime.engines.device import CaptureError, DeviceCache, DeviceMemory, Tensor, _stored
+from headstart.runtime.engines.device import DeviceCache, DeviceMemory, Tensor, _stored
 from headstart.runtime.engines.info import ENGINE_FILE, built_engine, engine_folder
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.provider import CUDA, Provider, cuda_provider, open_session
+from headstart.runtime.engines.provider import CUDA, CaptureError, Provider, cuda_provider, open_session
 from headstart.runtime.errors import EngineError, MissingExtraError
 from headstart.runtime.model import Model, load
 from headstart.runtime.prefill import prefill
@@ -205,10 +205,33 @@ def test_a_failed_capture_warns_and_goes_on(bundle: Bundle, engine: OnnxRuntimeE
     )
     other = opened(bundle, capturing)
     cache = other.new_cache(1, 64)
-    with pytest.warns(RuntimeWarning, match="CUDA graphs could not be used, decoding goes on without: operation not permitted"):
+    with pytest.warns(
+        RuntimeWarning, match="CUDA graphs cannot be used with .*, decoding goes on without: operation not permitted"
+    ):
         found = prefill(other, cache, [5, 6, 7]).logits
     assert (found == wanted).all() and not other._provider.captures
     prefill(other, cache, [8])
+
+
+def test_a_graph_that_cannot_be_captured_warns_and_goes_on(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As T5Gemma 2's: the session refuses to open, because a node it needs for sizes is on the CPU."""
+    session = onnxruntime.InferenceSession
+
+    def refusing(*arguments: Any, providers: list[tuple[str, dict[str, str]]], **named: Any) -> Any:
+        if any(options.get("enable_cuda_graph") for _, options in providers):
+            raise RuntimeError("This session cannot use the graph capture feature")
+        return session(*arguments, providers=["CPUExecutionProvider"], **named)
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", refusing)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    capturing = Provider(device="cuda", options={"CPUExecutionProvider": {"enable_cuda_graph": "1"}}, location="cpu")
+    monkeypatch.setattr(
+        Provider, "captures", property(lambda self: "enable_cuda_graph" in self.options["CPUExecutionProvider"])
+    )
+    with pytest.warns(RuntimeWarning, match="decoding goes on without: This session cannot use the graph capture feature"):
+        engine = opened(bundle, capturing)
+    assert not engine._provider.captures
+    prefill(engine, engine.new_cache(1, 64), [5, 6, 7])
 
 
 def test_only_captured_passes_are_forgiven(engine: OnnxRuntimeEngine) -> None:
