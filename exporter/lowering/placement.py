@@ -15,6 +15,8 @@ import onnx_ir as ir
 
 TABLE = Path(__file__).with_name("cuda_kernels.json")
 NAMES = {"FLOAT": "float", "DOUBLE": "double"}  # where ONNX Runtime's name is not the type's own in lower case
+# Functions of ONNX that no provider has a kernel for: ONNX Runtime writes them out in operators that have (seen with 1.31.1).
+WRITTEN_OUT = {"GroupNormalization"}
 Kernel = tuple[int, int | None, dict[str, list[str]]]  # first and last version of the operator, and the types it takes
 
 
@@ -46,6 +48,8 @@ def _is_whole(node: Any) -> bool:
 
 
 def _has_kernel(node: Any, model: Any) -> bool:
+    if node.op_type in WRITTEN_OUT:
+        return True
     kernels = registry()[1].get(f"{node.domain}::{node.op_type}" if node.domain else node.op_type, [])
     if node.domain:  # its schema is ONNX Runtime's own: the activations' type is the first constraint
         return any(_named(node.inputs[0]) in (types.get("T") or types["T1"]) for _, _, types in kernels)

@@ -117,6 +117,18 @@ def test_arithmetic_on_sizes_may_stay(bundle_of: BundleOf, monkeypatch: pytest.M
     assert "Shape" not in left and {"MatMul", "Attention", "TensorScatter", "GatherElements"} <= left
 
 
+@pytest.mark.parametrize(("operator", "left"), [("GroupNormalization", 0), ("MeanVarianceNormalization", 1)])
+def test_functions_that_are_written_out_need_no_kernel(operator: str, left: int) -> None:
+    """Moonshine's encoder begins with the first; the second has a kernel on the CPU alone."""
+    half = ir.TensorType(ir.DataType.FLOAT16)
+    x, scale, bias = (ir.Value(name=name, type=half) for name in ("x", "scale", "bias"))
+    )
+    node = ir.node(operator, [x, scale, bias][: 3 if left == 0 else 1])
+    node.outputs[0].dtype = ir.DataType.FLOAT16
+    graph = ir.Graph([x, scale, bias], node.outputs, nodes=[node], opset_imports={"": 24}, name="g")
+    assert len(left_on_cpu(ir.Model(graph, ir_version=10))) == left
+
+
 def test_bfloat16_is_built_and_not_compared(bundle_of: BundleOf, tmp_path: Path) -> None:
     import shutil
 
