@@ -122,7 +122,6 @@ def test_functions_that_are_written_out_need_no_kernel(operator: str, left: int)
     """Moonshine's encoder begins with the first; the second has a kernel on the CPU alone."""
     half = ir.TensorType(ir.DataType.FLOAT16)
     x, scale, bias = (ir.Value(name=name, type=half) for name in ("x", "scale", "bias"))
-    )
     node = ir.node(operator, [x, scale, bias][: 3 if left == 0 else 1])
     node.outputs[0].dtype = ir.DataType.FLOAT16
     graph = ir.Graph([x, scale, bias], node.outputs, nodes=[node], opset_imports={"": 24}, name="g")
