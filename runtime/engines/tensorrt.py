@@ -44,6 +44,8 @@ class TensorRtEngine:
         self._plans: dict[str, Plan] = {}  # of what runs once a source
         self._packed: dict[tuple[int, int, int], tuple[Packed, int]] = {}
         self._outputs = self._allocate_outputs()
+        longest = max(profile.sizes["rows"][2] for profile in self._profiles)
+        self._prompt_inputs = device.allocate(Packed(1, longest, 1).data.nbytes)
         manifest = bundle.manifest
         layout = CacheLayout.of(manifest.caches, manifest.cross_caches, info.cache_slots, info.source_rows)
         self._caches = CachePool(layout, device)
@@ -183,8 +185,10 @@ class TensorRtEngine:
         return _joined(parts, outputs, output_rows)
 
     def _packed_for(self, batch: int, part: Pass) -> tuple[Packed, int]:
-        """The inputs' buffer of that shape, on the host and on the device; made once."""
+        """The inputs' buffer on the host and on the device; one of each shape that comes again, one for all prompts."""
         key = (batch, part.padded, part.chosen)
+        if part.prompt:
+            return Packed(*key), self._prompt_inputs
         if key not in self._packed:
             packed = Packed(*key)
             self._packed[key] = packed, self._memory.allocate(packed.data.nbytes)
