@@ -16,7 +16,7 @@ from rich.table import Table
 
 from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest, atomic_write
-from headstart.runtime.engines.info import EngineInfo, PlanInfo
+from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo
 from headstart.runtime.generation import Generation, Result
 from headstart.runtime.model import Model
 from headstart.runtime.tuning import Tuning
@@ -77,6 +77,7 @@ def show_bundle(bundle: Bundle) -> None:
         "graphs": ", ".join(graph.file for graph in manifest.graphs.values()),
         "heads": ", ".join(manifest.heads) or "none",
         "quantization": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items()) or "none",
+        "engines": "; ".join(_engines(bundle)) or "none",
         "end tokens": ", ".join(map(str, manifest.generation.eos_token_ids)) or "none",
         "source": f"{manifest.provenance.source}, exported {manifest.provenance.created}",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.provenance.versions.items()),
@@ -85,6 +86,19 @@ def show_bundle(bundle: Bundle) -> None:
     for name, value in rows.items():
         grid.add_row(name, escape(value))
     out.print(grid)
+
+
+def _engines(bundle: Bundle) -> Iterator[str]:
+    """Each device that the bundle is built for, and the layers that its engine computes otherwise than the rest."""
+    for file in sorted(bundle.path.glob(f"engines/*/{ENGINE_FILE}")):
+        info = json.loads(file.read_text("utf-8"))
+        parts = [
+            f"{graph} {what}: {', '.join(plan[key])}"
+            for graph, plan in info.get("plans", {}).items()
+            for key, what in (("written_out_attention", "written out"), ("float32_layers", "in float32"))
+            if plan.get(key)
+        ]
+        yield info["device"] + (f" ({'; '.join(parts)})" if parts else "")
 
 
 def _source(manifest: Manifest) -> str:
@@ -122,7 +136,11 @@ def describe_plan(plan: PlanInfo) -> str:
     stored = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in plan.weight_bytes.items())
     parts = [f"{plan.bytes / 1e6:.1f} MB in {plan.build_s:.1f} s, {len(plan.profiles)} profile(s)", layers]
     parts += [f"{fused} fused attention kernels a profile"] if fused else []
+    layers_of_its_own = sum(count for name, count in plan.layers.items() if name.startswith("attention_output"))
+    if plan.kernels and fused < layers_of_its_own:
+        parts += [f"{layers_of_its_own - fused} attention layers that no kernel fuses, computed in parts by TensorRT"]
     parts += [stored]
+    parts += [f"attention written out: {', '.join(plan.written_out_attention)}"] if plan.written_out_attention else []
     parts += [f"float32, for what leaves float16's range: {', '.join(plan.float32_layers)}"] if plan.float32_layers else []
     return "; ".join(part for part in parts if part)
 

@@ -191,7 +191,9 @@ class _Building:
         )
         file.unlink()
         file.with_name(f"{file.name}.data").unlink(missing_ok=True)
-        self.plans[name] = dataclasses.replace(info, float32_layers=lowered.float32_layers)
+        self.plans[name] = dataclasses.replace(
+            info, float32_layers=lowered.float32_layers, written_out_attention=lowered.written_out_attention
+        )
         return lowered.passes
 
     def _lower(self, name: str, model: Any, file: Path) -> "_Written":
@@ -206,16 +208,17 @@ class _Building:
         save_graph(lowered.model, file)
         inputs = lowered.model.graph.inputs
         axes = {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in inputs}
-        return _Written(axes, lowered.passes, lowered.float32_layers)
+        return _Written(axes, lowered.passes, lowered.float32_layers, lowered.written_out_attention)
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What is known of a lowered graph once it is on disk: each input's axes, what the passes did, what stays float32."""
+    """What is known of a lowered graph once it is on disk: each input's axes, what the passes did, special layers."""
 
     axes: dict[str, list[str | int]]
     passes: dict[str, int]
     float32_layers: tuple[str, ...]
+    written_out_attention: tuple[str, ...]
 
 
 def _overflows(bundle: Bundle, options: TensorRtOptions, progress: Progress) -> dict[str, tuple[str, ...]]:
