@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import gc
 import importlib.metadata
 import re
 from collections.abc import Callable
@@ -151,35 +152,31 @@ class _Building:
         self.overflows = _overflows(bundle, options, progress)
 
     def decoder(self) -> None:
-        import onnx_ir as ir
-
         rows = min(self.options.prefill_rows, self.options.tokens(self.bundle))
-        graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["decoder"].file)
-        self.passes = self._graph("decoder", graph, decoder_profiles(rows))
+        self.passes = self._graph("decoder", self._canonical, decoder_profiles(rows))
 
     def encoder(self) -> None:
-        import onnx_ir as ir
-
-        graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["encoder"].file)
-        self._graph("encoder", graph, encoder_profiles(self.bundle, self.options.audio_seconds))
+        self._graph("encoder", self._canonical, encoder_profiles(self.bundle, self.options.audio_seconds))
 
     def frontend(self) -> None:
-        import onnx_ir as ir
-
-        graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["frontend"].file)
-        self._graph("frontend", graph, frontend_profiles(self.bundle, self.options.audio_seconds))
+        self._graph("frontend", self._canonical, frontend_profiles(self.bundle, self.options.audio_seconds))
 
     def head(self, name: str) -> None:
         from headstart.exporter.heads.builder import load_head
 
-        self._graph(f"heads/{name}", load_head(self.bundle, name), FIXED)
+        self._graph(f"heads/{name}", lambda _: load_head(self.bundle, name), FIXED)
 
-    def _graph(self, name: str, model: Any, profiles: tuple[Profile, ...]) -> dict[str, int]:
+    def _canonical(self, name: str) -> Any:
+        import onnx_ir as ir
+
+        return ir.load(self.bundle.path / self.bundle.manifest.graphs[name].file)
+
+    def _graph(self, name: str, load: Callable[[str], Any], profiles: tuple[Profile, ...]) -> dict[str, int]:
         """Lower, write for the parser, build, and leave only the plan."""
         file = self.folder / f"{name}.onnx"
         self.progress(f"lowering {name}")
-        lowered = self._lower(name, model, file)
-        del model
+        lowered = self._lower(name, load(name), file)
+        gc.collect()  # a graph's nodes and values know each other: without this its weights stay through the build
         info = build_plan(
             file,
             lowered.axes,

@@ -10,9 +10,12 @@ from architectures import ARCHITECTURES
 from tensorrt_steps import FLOAT16_NOISE, SLOTS, decoder, run
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
+from headstart.exporter.graph import save_graph
 from headstart.exporter.lowering.tensorrt import lower
 from headstart.exporter.passes.half import in_range
+from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.engines.onnxruntime import open_session
 
 BundleOf = Callable[[str], Bundle]
 
