@@ -61,8 +61,7 @@ def fused(info: EngineInfo, graph: str) -> str:
     plan = info.plans[graph]
     found = plan.kernels.get("fused_attention", 0) // max(len(plan.profiles), 1)
     layers = sum(count for kind, count in plan.layers.items() if kind.startswith("attention_output"))
-    layers += info.passes["written_out_attention_layers"] if graph == "decoder" else 0
-    return f"{found} of {layers}"
+    return f"{found} of {layers + len(plan.written_out_attention)}"
 
 
 def sample_rows(bundle: Path) -> list[str]:
