@@ -115,7 +115,9 @@ def build(
     workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="Classic TensorRT: keeps timings between builds.")] = None,
-    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights.")] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights, and beside it the graph they come from.")
+    ] = False,
     refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights can be exchanged later.")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="TensorRT: newer versions load it.")] = False,
     hardware_compatible: Annotated[

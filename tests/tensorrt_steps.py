@@ -55,6 +55,7 @@ def step(
         contract.INPUT_IDS: ids,
         contract.POSITION_IDS: np.asarray(positions, np.int64)[None],
         contract.ATTENTION_MASK: mask,
+        contract.ROW_MASK: np.asarray(rows, np.bool_)[None],
         contract.WRITE_INDEX: np.array([start]),
         contract.OUTPUT_ROWS: np.arange(count)[None],
     }

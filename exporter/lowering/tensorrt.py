@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from headstart.exporter.passes.additive_mask import add_masks
 from headstart.exporter.passes.attention_scale import avoid_unit_scale
+from headstart.exporter.passes.best_tokens import add_best_tokens
 from headstart.exporter.passes.dequantized_embedding import dequantize_tables
 from headstart.exporter.passes.fixed_sizes import fix_sizes
 from headstart.exporter.passes.gemm import split_gemms
@@ -20,6 +21,7 @@ from headstart.exporter.passes.grouped_heads import fold_grouped_heads
 from headstart.exporter.passes.half import layers_beyond, to_half
 from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.rms_norm import fuse_rms_norms
+from headstart.exporter.passes.row_mask import mask_from_rows
 from headstart.exporter.passes.scatter_elements import scatter_elements
 from headstart.exporter.passes.written_out_attention import write_out_attention
 from headstart.runtime.errors import EngineError
@@ -70,8 +72,10 @@ def lower(
         _check_carried(model, beyond)
         float32_layers = _linear_names(model, beyond)
         model, _ = to_half(model, precision, beyond)
+    model, _ = mask_from_rows(model, sizes.get("slots", 0))
     model, _ = add_masks(model)
     model, _ = avoid_unit_scale(model)
+    model, _ = add_best_tokens(model)
     grouped = fold_grouped_heads(model)[1]
     if not native:
         model, _ = write_out_attention(model)

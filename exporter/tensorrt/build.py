@@ -18,7 +18,7 @@ from headstart.runtime.memory import peak_memory_mb
 
 from .builder import BuilderOptions, build_plan
 from .library import Library, open_library, parse_target
-from .profiles import FIXED, decoder_profiles
+from .profiles import decoder_profiles, head_profiles
 from .recordings import encoder_profiles, frontend_profiles, source_rows
 
 Progress = Callable[[str], None]
@@ -144,7 +144,7 @@ class _Building:
     def __init__(self, bundle: Bundle, library: Library, folder: Path, options: TensorRtOptions, progress: Progress) -> None:
         self.bundle, self.library, self.folder = bundle, library, folder
         self.options, self.progress = options, progress
-        self.sizes = {"batch": options.batch, "slots": options.slots(bundle)}
+        self.sizes = {"batch": 1, "slots": options.slots(bundle)}
         if "encoder" in bundle.manifest.graphs:
             self.sizes["source"] = options.source_rows(bundle)
         self.plans: dict[str, PlanInfo] = {}
@@ -153,7 +153,7 @@ class _Building:
 
     def decoder(self) -> None:
         rows = min(self.options.prefill_rows, self.options.tokens(self.bundle))
-        self.passes = self._graph("decoder", self._canonical, decoder_profiles(rows))
+        self.passes = self._graph("decoder", self._canonical, decoder_profiles(rows, self.options.batch))
 
     def encoder(self) -> None:
         self._graph("encoder", self._canonical, encoder_profiles(self.bundle, self.options.audio_seconds))
@@ -164,7 +164,11 @@ class _Building:
     def head(self, name: str) -> None:
         from headstart.exporter.heads.builder import load_head
 
-        self._graph(f"heads/{name}", lambda _: load_head(self.bundle, name), FIXED)
+        self._graph(f"heads/{name}", lambda _: load_head(self.bundle, name), head_profiles(self.options.batch))
+
+    def _open_batch(self) -> dict[str, int]:
+        """Where several sequences are decoded together: any number of them up to that, as the profiles say."""
+        return {axis: size for axis, size in self.sizes.items() if axis != "batch"}
 
     def _canonical(self, name: str) -> Any:
         import onnx_ir as ir
@@ -172,7 +176,7 @@ class _Building:
         return ir.load(self.bundle.path / self.bundle.manifest.graphs[name].file)
 
     def _graph(self, name: str, load: Callable[[str], Any], profiles: tuple[Profile, ...]) -> dict[str, int]:
-        """Lower, write for the parser, build, and leave only the plan."""
+        """Lower, write for the parser, build, and leave only the plan; beside a stripped one the graph that has its weights."""
         file = self.folder / f"{name}.onnx"
         self.progress(f"lowering {name}")
         lowered = self._lower(name, load(name), file)
@@ -186,8 +190,9 @@ class _Building:
             lambda stage: self.progress(f"building {name}: {stage}"),
             lambda node: source_module(file, node),
         )
-        file.unlink()
-        file.with_name(f"{file.name}.data").unlink(missing_ok=True)
+        if not self.options.builder.strip_weights:
+            file.unlink()
+            file.with_name(f"{file.name}.data").unlink(missing_ok=True)
         self.plans[name] = dataclasses.replace(
             info, float32_layers=lowered.float32_layers, written_out_attention=lowered.written_out_attention
         )
@@ -201,7 +206,8 @@ class _Building:
         if name == "frontend":
             lowered = lower_frontend(model, self.sizes, self.library.native)
         else:
-            lowered = lower(model, self.options.precision, self.sizes, self.library.native, self.overflows.get(name, ()))
+            sizes = self.sizes if self.options.batch == 1 or name == "encoder" else self._open_batch()
+            lowered = lower(model, self.options.precision, sizes, self.library.native, self.overflows.get(name, ()))
         save_graph(lowered.model, file)
         inputs = lowered.model.graph.inputs
         axes = {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in inputs}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, HeadInfo, WeightInfo
 from headstart.runtime.cache import CrossState, KVCache
-from headstart.runtime.engine import StepOutput
+from headstart.runtime.engine import HostOutput, StepOutput
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, PromptError, missing_extra
 
@@ -215,9 +215,9 @@ class _Binding:
             if rows < padded:
                 plane[rows:, length + rows] = True  # a row that sees nothing would be 0/0
 
-    def output(self, rows: int) -> StepOutput:
+    def output(self, rows: int) -> HostOutput:
         aux = self.outputs.get(contract.AUX_HIDDEN)
-        return StepOutput(
+        return HostOutput(
             self.outputs[contract.LOGITS].astype(np.float32, copy=False),
             self.outputs[contract.HIDDEN][:, :rows].astype(np.float32, copy=False),
             None if aux is None else aux[:, :rows].astype(np.float32, copy=False),
