@@ -77,8 +77,8 @@ def show_bundle(bundle: Bundle) -> None:
         **({"encoder reads": _source(manifest)} if model.source else {}),
         "graphs": ", ".join(graph.file for graph in manifest.graphs.values()),
         "heads": ", ".join(manifest.heads) or "none",
-        "engines": ", ".join(_engines(bundle)) or "none",
         "quantization": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items()) or "none",
+        "engines": "; ".join(_engines(bundle)) or "none",
         "end tokens": ", ".join(map(str, manifest.generation.eos_token_ids)) or "none",
         "source": f"{manifest.provenance.source}, exported {manifest.provenance.created}",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.provenance.versions.items()),
@@ -90,15 +90,23 @@ def show_bundle(bundle: Bundle) -> None:
 
 
 def _engines(bundle: Bundle) -> Iterator[str]:
-    """Each built engine: its device, what was chosen for it, or that it must be built again."""
+    """Each built engine: its device, what was chosen for it and what differs from that; or that it must be built again."""
     for file in sorted((bundle.path / "engines").glob(f"*/{ENGINE_FILE}")):
         try:
             device = json.loads(file.read_text("utf-8"))["device"]
             info = built_engine(bundle, device)
             assert info is not None
-            yield f"{device} ({next(iter(info.settings.values()), 'as it is')})"
+            yield f"{device} ({'; '.join((next(iter(info.settings.values()), 'as it is'), *_exceptions(info)))})"
         except (ValueError, KeyError, HeadstartError):
             yield f"{file.parent.name} (no longer fits: build it again)"
+
+
+def _exceptions(info: EngineInfo) -> Iterator[str]:
+    """The layers that an engine computes otherwise than the rest."""
+    for name, plan in info.plans.items():
+        for layers, what in ((plan.written_out_attention, "written out"), (plan.float32_layers, "in float32")):
+            if layers:
+                yield f"{name} {what}: {', '.join(layers)}"
 
 
 def _source(manifest: Manifest) -> str:
@@ -136,7 +144,11 @@ def describe_plan(plan: PlanInfo) -> str:
     stored = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in plan.weight_bytes.items())
     parts = [f"{plan.bytes / 1e6:.1f} MB in {plan.build_s:.1f} s, {len(plan.profiles)} profile(s)", layers]
     parts += [f"{fused} fused attention kernels a profile"] if fused else []
+    layers_of_its_own = sum(count for name, count in plan.layers.items() if name.startswith("attention_output"))
+    if plan.kernels and fused < layers_of_its_own:
+        parts += [f"{layers_of_its_own - fused} attention layers that no kernel fuses, computed in parts by TensorRT"]
     parts += [stored]
+    parts += [f"attention written out: {', '.join(plan.written_out_attention)}"] if plan.written_out_attention else []
     parts += [f"float32, for what leaves float16's range: {', '.join(plan.float32_layers)}"] if plan.float32_layers else []
     return "; ".join(part for part in parts if part)
 

@@ -24,10 +24,10 @@ from headstart.exporter.passes.rms_norm import fuse_rms_norms
 from headstart.exporter.passes.row_mask import mask_from_rows
 from headstart.exporter.passes.scatter_elements import scatter_elements
 from headstart.exporter.passes.written_out_attention import write_out_attention
-from headstart.runtime import contract
 from headstart.runtime.errors import EngineError
 
-KEY_CACHE = contract.key_name(0).removesuffix("0")
+from .attention import written_out
+
 WRITTEN_OUT_OPSET = 21  # the last with block-wise DequantizeLinear that TensorRT 10.3 knows
 HALF_ONLY = ("Attention", "TensorScatter")
 WEIGHT_TYPES = {"INT4": "int4", "INT8": "int8", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT": "float32"}
@@ -35,12 +35,14 @@ WEIGHT_TYPES = {"INT4": "int4", "INT8": "int8", "FLOAT16": "float16", "BFLOAT16"
 
 @dataclass(frozen=True)
 class Lowered:
-    """A lowered graph, what each pass left in it, its weights' bytes by type, and the linear layers that stay float32."""
+    """A lowered graph, what each pass left in it, its weights' bytes by type, and the layers that are not as the others: linear
+    ones that stay float32, attention that is written out."""
 
     model: Any
     passes: dict[str, int]
     weight_bytes: dict[str, int]
     float32_layers: tuple[str, ...] = ()
+    written_out_attention: tuple[str, ...] = ()
 
 
 def lower(
@@ -79,7 +81,8 @@ def lower(
         model, _ = write_out_attention(model)
         model.graph.opset_imports[""] = WRITTEN_OUT_OPSET
     model, _ = fix_sizes(model, sizes)
-    return Lowered(model, _counts(model, grouped), weight_bytes(model), float32_layers)
+    parts = written_out(model)
+    return Lowered(model, _counts(model, grouped, len(parts)), weight_bytes(model), float32_layers, parts)
 
 
 def lower_frontend(model: Any, sizes: Mapping[str, int], native: bool = True) -> Lowered:
@@ -112,15 +115,14 @@ def _computes_in_float32(model: Any) -> bool:
     return any(value.dtype == ir.DataType.FLOAT for value in (*model.graph.inputs, *model.graph.outputs))
 
 
-def _counts(model: Any, grouped: bool) -> dict[str, int]:
+def _counts(model: Any, grouped: bool, written_out_layers: int) -> dict[str, int]:
     kinds = [node.op_type for node in model.graph]
-    keys = sum(value.name.startswith(KEY_CACHE) for value in model.graph.inputs)
     return {
         "fused_norms": kinds.count("RMSNormalization") + kinds.count("LayerNormalization"),
         "quantized_weights": kinds.count("DequantizeLinear"),
         "cache_updates": kinds.count("TensorScatter"),
         "attention_layers": kinds.count("Attention"),
-        "written_out_attention_layers": max(keys - kinds.count("Attention"), 0),
+        "written_out_attention_layers": written_out_layers,
         "folded_heads": int(grouped),
     }
 

@@ -16,11 +16,13 @@ def write_out_attention(model: Any) -> tuple[Any, bool]:
     """Rewrite every Attention. Returns (model, whether anything changed)."""
     found = [node for node in in_order(model) if node.op_type == "Attention"]
     for node in found:
-        query, keys, values, mask = node.inputs
+        query, keys, values, *masks = node.inputs  # an encoder of whole windows has no mask
         write, dtype, scale = Writer(model, node), query.dtype, node.attributes["scale"].value
         factor = write.constant(f"scale_{scale:.9g}.{dtype.name.lower()}", np.full((), scale, NUMPY_TYPES[dtype]))
         turned = write.node("Transpose", [keys], perm=[0, 1, 3, 2])
-        scores = write.node("Add", [write.node("MatMul", [write.node("Mul", [query, factor]), turned]), mask])
+        scores = write.node("MatMul", [write.node("Mul", [query, factor]), turned])
+        for mask in masks:
+            scores = write.node("Add", [scores, mask])
         wide = write.node("Softmax", [write.node("Cast", [scores], to=int(ir.DataType.FLOAT))], axis=-1)
         attended = write.node("MatMul", [write.node("Cast", [wide], to=int(dtype)), values])
         attended.dtype = dtype

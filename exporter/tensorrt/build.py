@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import gc
 import importlib.metadata
 import re
 from collections.abc import Callable
@@ -151,39 +152,35 @@ class _Building:
         self.overflows = _overflows(bundle, options, progress)
 
     def decoder(self) -> None:
-        import onnx_ir as ir
-
         rows = min(self.options.prefill_rows, self.options.tokens(self.bundle))
-        graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["decoder"].file)
-        self.passes = self._graph("decoder", graph, decoder_profiles(rows, self.options.batch))
+        self.passes = self._graph("decoder", self._canonical, decoder_profiles(rows, self.options.batch))
 
     def encoder(self) -> None:
-        import onnx_ir as ir
-
-        graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["encoder"].file)
-        self._graph("encoder", graph, encoder_profiles(self.bundle, self.options.audio_seconds))
+        self._graph("encoder", self._canonical, encoder_profiles(self.bundle, self.options.audio_seconds))
 
     def frontend(self) -> None:
-        import onnx_ir as ir
-
-        graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["frontend"].file)
-        self._graph("frontend", graph, frontend_profiles(self.bundle, self.options.audio_seconds))
+        self._graph("frontend", self._canonical, frontend_profiles(self.bundle, self.options.audio_seconds))
 
     def head(self, name: str) -> None:
         from headstart.exporter.heads.builder import load_head
 
-        self._graph(f"heads/{name}", load_head(self.bundle, name), head_profiles(self.options.batch))
+        self._graph(f"heads/{name}", lambda _: load_head(self.bundle, name), head_profiles(self.options.batch))
 
     def _open_batch(self) -> dict[str, int]:
         """Where several sequences are decoded together: any number of them up to that, as the profiles say."""
         return {axis: size for axis, size in self.sizes.items() if axis != "batch"}
 
-    def _graph(self, name: str, model: Any, profiles: tuple[Profile, ...]) -> dict[str, int]:
+    def _canonical(self, name: str) -> Any:
+        import onnx_ir as ir
+
+        return ir.load(self.bundle.path / self.bundle.manifest.graphs[name].file)
+
+    def _graph(self, name: str, load: Callable[[str], Any], profiles: tuple[Profile, ...]) -> dict[str, int]:
         """Lower, write for the parser, build, and leave only the plan; beside a stripped one the graph that has its weights."""
         file = self.folder / f"{name}.onnx"
         self.progress(f"lowering {name}")
-        lowered = self._lower(name, model, file)
-        del model
+        lowered = self._lower(name, load(name), file)
+        gc.collect()  # a graph's nodes and values know each other: without this its weights stay through the build
         info = build_plan(
             file,
             lowered.axes,
@@ -196,7 +193,9 @@ class _Building:
         if not self.options.builder.strip_weights:
             file.unlink()
             file.with_name(f"{file.name}.data").unlink(missing_ok=True)
-        self.plans[name] = dataclasses.replace(info, float32_layers=lowered.float32_layers)
+        self.plans[name] = dataclasses.replace(
+            info, float32_layers=lowered.float32_layers, written_out_attention=lowered.written_out_attention
+        )
         return lowered.passes
 
     def _lower(self, name: str, model: Any, file: Path) -> "_Written":
@@ -212,16 +211,17 @@ class _Building:
         save_graph(lowered.model, file)
         inputs = lowered.model.graph.inputs
         axes = {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in inputs}
-        return _Written(axes, lowered.passes, lowered.float32_layers)
+        return _Written(axes, lowered.passes, lowered.float32_layers, lowered.written_out_attention)
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What is known of a lowered graph once it is on disk: each input's axes, what the passes did, what stays float32."""
+    """What is known of a lowered graph once it is on disk: each input's axes, what the passes did, special layers."""
 
     axes: dict[str, list[str | int]]
     passes: dict[str, int]
     float32_layers: tuple[str, ...]
+    written_out_attention: tuple[str, ...]
 
 
 def _overflows(bundle: Bundle, options: TensorRtOptions, progress: Progress) -> dict[str, tuple[str, ...]]:

@@ -37,6 +37,8 @@ class PlanInfo:
         in_place: caches that the compiled plan reads and writes in one buffer.
         float32_layers: the checkpoint's names of the linear layers that compute in float32, their numbers being too large for
             float16.
+        written_out_attention: the attention layers that TensorRT is given in parts, for it has no such layer, or none that does
+            what theirs does: "self-attention 0".
     """
 
     bytes: int
@@ -47,6 +49,7 @@ class PlanInfo:
     weight_bytes: dict[str, int] = field(default_factory=dict)
     in_place: tuple[str, ...] = ()
     float32_layers: tuple[str, ...] = ()
+    written_out_attention: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

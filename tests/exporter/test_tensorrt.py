@@ -27,6 +27,7 @@ from headstart.runtime.bundle import Bundle, from_json
 from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, Profile, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, HeadstartError, MissingExtraError, OptionError, OutputError
+from headstart.screen import describe_plan
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
 BundleOf = Callable[[str], Bundle]
@@ -162,6 +163,9 @@ def test_attention_of_other_forms(built: Built, name: str, fused: int) -> None:
     _, info = built(name)
     assert info.passes["attention_layers"] == fused
     assert info.passes["written_out_attention_layers"] == 2 - fused
+    named = () if fused else ("self-attention 0", "self-attention 1")
+    assert info.plans["decoder"].written_out_attention == named
+    assert (f"attention written out: {', '.join(named)}" in describe_plan(info.plans["decoder"])) == (not fused)
     assert len(info.plans["decoder"].in_place) == 4
 
 

@@ -138,3 +138,20 @@ def test_written_out_where_the_builder_has_no_such_layers(bundle_of: BundleOf, n
     found = run(lowered.model, bundle, tmp_path / "lowered.onnx")
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.abs(ours - theirs).max() < FLOAT16_NOISE * np.ptp(theirs)
+
+
+def test_what_is_written_out_is_named(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """Of an encoder-decoder each attention on its own; Whisper's encoder has no mask, and gives the same states."""
+    bundle, sizes = bundle_of("whisper"), {"batch": 1, "slots": SLOTS, "source": 60}
+    graphs = {name: bundle.path / graph.file for name, graph in bundle.manifest.graphs.items()}
+    assert lower(ir.load(graphs["decoder"]), "float16", sizes).written_out_attention == ()
+    named = lower(ir.load(graphs["decoder"]), "float16", sizes, native=False).written_out_attention
+    assert named == tuple(f"{kind} {layer}" for kind in ("self-attention", "cross-attention") for layer in range(2))
+    source = np.random.default_rng(0).standard_normal(bundle.manifest.graphs["encoder"].inputs[0].shape[1:]).astype(np.float16)
+    states = []
+    for native in (True, False):
+        lowered = lower(ir.load(graphs["encoder"]), "float16", sizes, native)
+        assert lowered.written_out_attention == (() if native else ("attention 0",))
+        save_graph(lowered.model, tmp_path / "encoder.onnx")
+        states.append(open_session(tmp_path / "encoder.onnx", 1).run(None, {contract.INPUT_FEATURES: source[None]})[0])
+    assert np.abs(states[0] - states[1]).max() < FLOAT16_NOISE * np.ptp(states[0])
