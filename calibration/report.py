@@ -20,7 +20,7 @@ from headstart.runtime.engines.info import engine_folder
 from headstart.runtime.errors import OptionError
 from headstart.runtime.model import load
 
-from .observers import read_texts
+from .passages import read_texts
 from .picture import load_pyplot
 from .verify import all_logits
 
