@@ -100,7 +100,8 @@ def new_tuning(bundle: str | Path, device: str, prompts: Sequence[Prompt], force
     """(the bundle, the file to write). Raises OptionError without prompts, OutputError when it is there (unless `force`)."""
     if not prompts:
         raise OptionError(
-            "Tuning needs prompts of the kind that will be decoded. Fix: --data FILE, one prompt a line, or JSONL."
+            "Tuning, measured or simulated, needs prompts of the kind that will be decoded. "
+            "Fix: --data FILE, one prompt a line, or JSONL."
         )
     opened = Bundle.load(bundle)
     file = tuning_file(opened, device)

@@ -2,7 +2,12 @@
 
 Figures are the makers' own: capacity and bandwidth of the memory, and dense tensor-core rates. Where a data sheet gives the
 sparse 8-bit rate alone, the dense float16 rate is a quarter of it, as in every generation from Ampere on (half for dense, half
-again for the wider type); for Jetson it is the GPU's share, without the DLA. Nothing here was measured by us.
+again for the wider type); for Jetson it is the GPU's share, without the DLA, at the highest clocks (JetPack 6.2's "Super"
+modes on Orin Nano and NX). Nothing here was measured by us.
+
+Held against a second publication each: Orin Nano 8 GB (67 sparse int8 TOPS, 1.02 GHz, 102 GB/s), AGX Orin 64 GB (170 sparse,
+5.3 float32), Thor (2,560 cores, 2,070 sparse 4-bit), Spark (273 GB/s, 29.7 float32), and the bandwidths of T4, RTX 3090, 4090
+and 5090; the others were not.
 """
 
 from dataclasses import dataclass
@@ -64,7 +69,7 @@ _TABLE = (
     Device("jetson-agx-orin-32gb", "sm87", 32, 204.8, 27, 3.33, HALF, True, JETSON_ORIN),
     Device("jetson-agx-orin-64gb", "sm87", 64, 204.8, 42.5, 5.33, HALF, True, JETSON_ORIN),
     Device("jetson-thor", "sm110", 128, 273, 258, 8.06, FP4, True, JETSON_THOR),
-    Device("dgx-spark", "sm121", 128, 273, 125, 31, FP4, True, SPARK),
+    Device("dgx-spark", "sm121", 128, 273, 125, 29.7, FP4, True, SPARK),
     Device("tesla-t4", "sm75", 16, 320, 65, 8.1, ("float16", "int8"), False, TURING),
     Device("rtx-3060-12gb", "sm86", 12, 360, 51, 12.7, HALF, False, AMPERE),
     Device("rtx-3090", "sm86", 24, 936, 142, 35.6, HALF, False, AMPERE),

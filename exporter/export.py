@@ -21,7 +21,7 @@ from headstart.runtime.bundle import (
     new_folder,
     write_manifest,
 )
-from headstart.runtime.errors import CheckpointError, OptionError, missing_extra
+from headstart.runtime.errors import CheckpointError, EngineError, MissingExtraError, OptionError, missing_extra
 
 Progress = Callable[[str], None]  # called with the name of each stage as it begins
 DTYPES = ("float32", "float16", "bfloat16")
@@ -71,10 +71,25 @@ def export(
             _check_assistant(source, Bundle.load(assistant_of, check_hashes=False))
             write = _write_assistant
         manifest = write(source, folder, max_cache, tuple(aux_layers), str(checkpoint), progress)
+        manifest = _add_overflows(manifest, folder, progress)
         manifest = _add_heads(manifest, folder, heads, progress)
         progress("hashing files")
         write_manifest(folder, manifest)
     return Bundle.load(output, check_hashes=False)
+
+
+def _add_overflows(manifest: Manifest, folder: Path, progress: Progress) -> Manifest:
+    """What float16 cannot hold, for builds of other devices: they may have no ONNX Runtime to find out."""
+    from .overflow import overflowing
+
+    if manifest.model.dtype != "float32":
+        return manifest
+    progress("looking for values beyond float16's range")
+    try:
+        return dataclasses.replace(manifest, overflows=overflowing(folder, manifest))
+    except (MissingExtraError, EngineError) as error:  # exporting itself needs no ONNX Runtime: building looks again
+        progress(f"values beyond float16's range were not looked for: {error}")
+        return manifest
 
 
 def _check_options(dtype: str, max_cache: int | None) -> None:

@@ -123,6 +123,7 @@ def describe_plan(plan: PlanInfo) -> str:
     parts = [f"{plan.bytes / 1e6:.1f} MB in {plan.build_s:.1f} s, {len(plan.profiles)} profile(s)", layers]
     parts += [f"{fused} fused attention kernels a profile"] if fused else []
     parts += [stored]
+    parts += [f"float32, for what leaves float16's range: {', '.join(plan.float32_layers)}"] if plan.float32_layers else []
     return "; ".join(part for part in parts if part)
 
 

@@ -184,6 +184,8 @@ class Manifest:
     heads: tuple[str, ...] = ()
     weights: dict[str, WeightInfo] = field(default_factory=dict)
     quantization: dict[str, str] = field(default_factory=dict)
+    # graph -> values that left float16's range on the golden inputs; a graph that is not named was not looked at
+    overflows: dict[str, tuple[str, ...]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # path relative to the bundle -> sha256
 
 

@@ -4,7 +4,7 @@ What builders need beyond the canonical graph: one stated type for every value, 
 the form their fused attention takes. DequantizeLinear in front of a MatMul stays: it is how 8 and 4 bits are said there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,27 +17,33 @@ from headstart.exporter.passes.dequantized_embedding import dequantize_tables
 from headstart.exporter.passes.fixed_sizes import fix_sizes
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.grouped_heads import fold_grouped_heads
-from headstart.exporter.passes.half import to_half
+from headstart.exporter.passes.half import layers_beyond, to_half
+from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.rms_norm import fuse_rms_norms
 from headstart.exporter.passes.scatter_elements import scatter_elements
 from headstart.exporter.passes.written_out_attention import write_out_attention
 from headstart.runtime import contract
+from headstart.runtime.errors import EngineError
 
 KEY_CACHE = contract.key_name(0).removesuffix("0")
 WRITTEN_OUT_OPSET = 21  # the last with block-wise DequantizeLinear that TensorRT 10.3 knows
+HALF_ONLY = ("Attention", "TensorScatter")
 WEIGHT_TYPES = {"INT4": "int4", "INT8": "int8", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT": "float32"}
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A lowered graph, what each pass left in it, and its weights' bytes by type."""
+    """A lowered graph, what each pass left in it, its weights' bytes by type, and the linear layers that stay float32."""
 
     model: Any
     passes: dict[str, int]
     weight_bytes: dict[str, int]
+    float32_layers: tuple[str, ...] = ()
 
 
-def lower(model: Any, precision: str, sizes: Mapping[str, int], native: bool = True) -> Lowered:
+def lower(
+    model: Any, precision: str, sizes: Mapping[str, int], native: bool = True, overflowing: Collection[str] = ()
+) -> Lowered:
     """Lower a decoder, an encoder or a head.
 
     Args:
@@ -45,6 +51,9 @@ def lower(model: Any, precision: str, sizes: Mapping[str, int], native: bool = T
         sizes: axes with one size (batch, slots, …); the others stay open for the profiles.
         native: the builder has layers for attention, cache updates and norms; else they are written out, in the operators of
             ONNX opset 21.
+        overflowing: names of values that float16 cannot hold, see `exporter.overflow`.
+
+    Raises EngineError where such a value is one that only half precision can carry: attention's, or one that leaves the graph.
     """
     common.ShapeInferencePass(strict_mode=False)(model)  # quantizing leaves values whose type nobody stated
     model, _ = split_gemms(model)
@@ -53,8 +62,12 @@ def lower(model: Any, precision: str, sizes: Mapping[str, int], native: bool = T
     model, _ = dequantize_tables(model)
     model, _ = scatter_elements(model, floats=not native)
     common.ShapeInferencePass(strict_mode=False)(model)
+    float32_layers: tuple[str, ...] = ()
     if _computes_in_float32(model):
-        model, _ = to_half(model, precision)
+        beyond = set(overflowing) if precision == "float16" else set()
+        _check_carried(model, beyond)
+        float32_layers = _linear_names(model, beyond)
+        model, _ = to_half(model, precision, beyond)
     model, _ = add_masks(model)
     model, _ = avoid_unit_scale(model)
     grouped = fold_grouped_heads(model)[1]
@@ -62,7 +75,23 @@ def lower(model: Any, precision: str, sizes: Mapping[str, int], native: bool = T
         model, _ = write_out_attention(model)
         model.graph.opset_imports[""] = WRITTEN_OUT_OPSET
     model, _ = fix_sizes(model, sizes)
-    return Lowered(model, _counts(model, grouped), weight_bytes(model))
+    return Lowered(model, _counts(model, grouped), weight_bytes(model), float32_layers)
+
+
+def _check_carried(model: Any, beyond: Collection[str]) -> None:
+    stuck = [node.outputs[0].name for node in layers_beyond(model, beyond) if node.op_type in HALF_ONLY]
+    stuck += [value.name for value in model.graph.outputs if value.name in beyond]
+    if stuck:
+        raise EngineError(
+            f"{stuck[0]} takes part in numbers beyond float16's 65504, and TensorRT attends and passes states on in half "
+            "precision only. Fix: --precision bfloat16."
+        )
+
+
+def _linear_names(model: Any, beyond: Collection[str]) -> tuple[str, ...]:
+    """The checkpoint's names of the linear layers that make or read such values."""
+    nodes = {id(node) for node in layers_beyond(model, beyond)}
+    return tuple(linear.name for linear in linears(model) if id(linear.node) in nodes)
 
 
 def _computes_in_float32(model: Any) -> bool:

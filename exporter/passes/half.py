@@ -5,11 +5,13 @@ in float32 are
 
 1. what whole numbers of more than 8 bits become: positions above 2048 have no float16 of their own;
 2. squares and their means, roots, exponentials, sines and cosines: they overflow, or lose what little differs;
-3. whatever is computed from such values alone, until it meets an activation.
+3. whatever is computed from such values alone, until it meets an activation;
+4. layers that make or read values beyond float16's range, as far as they were found (`exporter.overflow`).
 
 Norms are one node each before this runs (`rms_norm`): their own attribute says that they sum in float32.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import ml_dtypes
@@ -26,10 +28,15 @@ WIDE = {"Cos", "Sin", "Pow", "Exp", "Log", "ReduceMean", "ReduceSum", "Sqrt", "R
 SMALL_WHOLE = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.BOOL}
 
 
-def to_half(model: Any, dtype: str) -> tuple[Any, bool]:
-    """Returns (model, whether anything changed). `dtype`: float16 or bfloat16. Every value's type must be known."""
+def to_half(model: Any, dtype: str, overflowing: Collection[str] = ()) -> tuple[Any, bool]:
+    """Returns (model, whether anything changed). Every value's type must be known.
+
+    Args:
+        dtype: float16 or bfloat16.
+        overflowing: names of values that stay float32, with the layers around them.
+    """
     half = HALVES[dtype]
-    wide = _wide_nodes(model)
+    wide = _wide_nodes(model, overflowing)
     inputs = [value for value in model.graph.inputs if value.dtype == FLOAT]
     for value in inputs:
         value.dtype = half
@@ -45,7 +52,7 @@ def to_half(model: Any, dtype: str) -> tuple[Any, bool]:
     return model, bool(inputs or converted)
 
 
-def _wide_nodes(model: Any) -> set[int]:
+def _wide_nodes(model: Any, overflowing: Collection[str]) -> set[int]:
     """Ids of the nodes that compute in float32."""
     nodes: set[int] = set()
     values: set[int] = set()
@@ -53,7 +60,20 @@ def _wide_nodes(model: Any) -> set[int]:
         if _is_wide(node, values):
             nodes.add(id(node))
             values.update(id(value) for value in node.outputs)
-    return nodes
+    beyond = layers_beyond(model, overflowing)
+    return nodes | {id(node) for node in beyond} | {id(node) for layer in beyond for node in _dequantizers(layer)}
+
+
+def layers_beyond(model: Any, overflowing: Collection[str]) -> list[Any]:
+    """The nodes that make or read a value of those names. What they make beside it goes on in half precision."""
+    named = set(overflowing)
+    return [node for node in model.graph if any(v is not None and v.name in named for v in (*node.inputs, *node.outputs))]
+
+
+def _dequantizers(layer: Any) -> list[Any]:
+    """What widens the weights of `layer`: the multiplication and it have to speak of one type to be fused."""
+    makers = [value.producer() for value in layer.inputs if value is not None and not value.is_graph_input()]
+    return [node for node in makers if node is not None and node.op_type == "DequantizeLinear"]
 
 
 def _is_wide(node: Any, wide: set[int]) -> bool:

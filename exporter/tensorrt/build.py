@@ -145,6 +145,7 @@ class _Building:
             self.sizes["source"] = options.source_rows(bundle)
         self.plans: dict[str, PlanInfo] = {}
         self.passes: dict[str, int] = {}
+        self.overflows = _overflows(bundle, options, progress)
 
     def decoder(self) -> None:
         import onnx_ir as ir
@@ -168,11 +169,11 @@ class _Building:
         """Lower, write for the parser, build, and leave only the plan."""
         file = self.folder / f"{name}.onnx"
         self.progress(f"lowering {name}")
-        passes, axes = self._lower(model, file)
+        lowered = self._lower(name, model, file)
         del model
         info = build_plan(
             file,
-            axes,
+            lowered.axes,
             profiles,
             self.library,
             self.options.builder,
@@ -181,18 +182,39 @@ class _Building:
         )
         file.unlink()
         file.with_name(f"{file.name}.data").unlink(missing_ok=True)
-        self.plans[name] = info
-        return passes
+        self.plans[name] = dataclasses.replace(info, float32_layers=lowered.float32_layers)
+        return lowered.passes
 
-    def _lower(self, model: Any, file: Path) -> tuple[dict[str, int], dict[str, list[str | int]]]:
-        """Write the lowered graph; returns what the passes did, and each input's axes. Nothing of it stays in memory."""
+    def _lower(self, name: str, model: Any, file: Path) -> "_Written":
+        """Write the lowered graph. Nothing of it stays in memory."""
         from headstart.exporter.graph import save_graph
         from headstart.exporter.lowering.tensorrt import lower
 
-        lowered = lower(model, self.options.precision, self.sizes, self.library.native)
+        lowered = lower(model, self.options.precision, self.sizes, self.library.native, self.overflows.get(name, ()))
         save_graph(lowered.model, file)
         inputs = lowered.model.graph.inputs
-        return lowered.passes, {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in inputs}
+        axes = {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in inputs}
+        return _Written(axes, lowered.passes, lowered.float32_layers)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is known of a lowered graph once it is on disk: each input's axes, what the passes did, what stays float32."""
+
+    axes: dict[str, list[str | int]]
+    passes: dict[str, int]
+    float32_layers: tuple[str, ...]
+
+
+def _overflows(bundle: Bundle, options: TensorRtOptions, progress: Progress) -> dict[str, tuple[str, ...]]:
+    """What float16 cannot hold: as the bundle says, or else found now. Raises MissingExtraError where it cannot be found."""
+    manifest = bundle.manifest
+    if manifest.overflows or manifest.model.dtype != "float32" or options.precision != "float16":
+        return manifest.overflows
+    from headstart.exporter.overflow import overflowing
+
+    progress("looking for values beyond float16's range")
+    return overflowing(bundle.path, manifest)
 
 
 def source_module(file: Path, node_name: str) -> str:

@@ -35,6 +35,8 @@ class PlanInfo:
         kernels: steps of the compiled plan by kind, over all profiles; empty where the plan does not tell.
         weight_bytes: constants of the compiled plan by type; empty where the plan does not tell.
         in_place: caches that the compiled plan reads and writes in one buffer.
+        float32_layers: the checkpoint's names of the linear layers that compute in float32, their numbers being too large for
+            float16.
     """
 
     bytes: int
@@ -44,6 +46,7 @@ class PlanInfo:
     kernels: dict[str, int] = field(default_factory=dict)
     weight_bytes: dict[str, int] = field(default_factory=dict)
     in_place: tuple[str, ...] = ()
+    float32_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -73,5 +73,5 @@ def test_a_simulated_tuning_says_so(bundle_of: BundleOf, tmp_path: Path) -> None
 def test_bad_input(bundle_of: BundleOf) -> None:
     with pytest.raises(OptionError, match=r"the board 'jetson' is unknown\. Known: jetson-orin-nano-4gb"):
         simulate(bundle_of("llama").path, ["abc"], "jetson")
-    with pytest.raises(OptionError, match="Simulating needs prompts"):
+    with pytest.raises(OptionError, match="Tuning, measured or simulated, needs prompts"):
         simulate(bundle_of("llama").path, [], "dgx-spark")

@@ -154,7 +154,7 @@ def test_a_draft_model_is_tuned_to_the_depth_that_pays(tuned: Path, tmp_path: Pa
 def test_bad_input(tuned: Path, bundle_of: BundleOf) -> None:
     with pytest.raises(OutputError, match="is not overwritten"):
         tune(tuned, PROMPTS, threads=2)
-    with pytest.raises(OptionError, match="Tuning needs prompts"):
+    with pytest.raises(OptionError, match="Tuning, measured or simulated, needs prompts"):
         tune(bundle_of("llama").path, [])
     with pytest.raises(OptionError, match="--max-nodes must lie between"):
         TuneOptions(max_nodes=64)
