@@ -101,4 +101,4 @@ def opened(model: Any, outputs: Sequence[str]) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="headstart-calibration-") as folder:
         file = Path(folder) / "part.onnx"
         ir.save(ir.Model(part, ir_version=model.ir_version), file, external_data=f"{file.name}.data")
-        yield open_session(file, 0)
+        yield open_session(file, 0, as_written=True)  # it may hold fixed scales already: the encoder's

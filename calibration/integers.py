@@ -24,7 +24,9 @@ SMALLEST = 1e-8  # range of what is always zero
 
 def quantize_inputs(model: Any, layers: Sequence[Linear], feeds: Feeds) -> None:
     """Let each of `layers` read its input rounded to int8, in steps of 1/127 of the largest magnitude found on the data."""
-    sources = {linear.node.inputs[0].name: linear for linear in layers}
+    sources: dict[str, Linear] = {}
+    for linear in layers:
+        sources.setdefault(linear.node.inputs[0].name, linear)  # the first reader: nodes stand in the order of computation
     largest = dict.fromkeys(sources, 0.0)
     for arrays in activations(model, list(sources), feeds):
         for name, values in zip(sources, arrays, strict=True):

@@ -30,14 +30,14 @@ class Passage:
         token_ids: [T] int64, the decoder's.
         given: how many of them it starts from; the others are to be predicted.
         source: what the encoder reads, as Engine.encode takes it; None without an encoder.
-        prompt: the same as Model.generate takes it.
+        prompt: the same as Model.generate takes it; empty without an encoder.
         target: the text that should come of the source, where that is known.
     """
 
     token_ids: NDArray[np.int64]
     given: int = 1
     source: NDArray[Any] | None = None
-    prompt: Prompt | None = None
+    prompt: Prompt = ""
     target: str | None = None
 
     @property

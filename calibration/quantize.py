@@ -168,8 +168,7 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     passages = calibration_passages(bundle, Path(str(data)), options.calibration_tokens) if wanted else ()
     decoder, encoder = models["decoder"], models.get("encoder")
     if encoder is not None:  # first: the decoder is measured behind it as it will be
-        feeds = EncoderFeeds(bundle, passages) if passages else None
-        _quantize_layers(encoder, vocab_size, options, feeds, progress)
+        _quantize_layers(encoder, vocab_size, options, EncoderFeeds(bundle, passages) if passages else None, progress)
     caches = bundle.manifest.caches
     with decoder_feeds(bundle, passages, encoder) if passages else nullcontext() as feeds:
         ranges = cache_ranges(decoder, caches, feeds) if feeds is not None and options.kv_cache == "int8" else {}
