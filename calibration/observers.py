@@ -16,6 +16,7 @@ from headstart.exporter.passes.linear import Linear
 
 from .feeds import Feeds, opened
 
+ROWS = 2048  # whose products are summed at once
 LAYER = re.compile(r".*?\.(?:layers?|h|blocks?)\.\d+(?=\.)")  # up to the first number: T5 counts blocks, and parts in them
 
 
@@ -63,10 +64,24 @@ def observe(model: Any, linears: Sequence[Linear], feeds: Feeds) -> dict[str, St
     """Statistics by the name of the value that each of `linears` reads; layers that read one value share them."""
     widths = {linear.node.inputs[0].name: linear.shape[0] for linear in linears}
     sums = {name: Statistics.empty(width) for name, width in widths.items()}
-    for arrays in activations(model, list(sums), feeds):
+    for arrays in _gathered(activations(model, list(sums), feeds)):
         for statistics, values in zip(sums.values(), arrays, strict=True):
-            statistics.add(values.reshape(-1, values.shape[-1]))
+            statistics.add(values)
     return sums
+
+
+def _gathered(runs: Iterator[list[NDArray[Any]]]) -> Iterator[list[NDArray[Any]]]:
+    """[…, K] values of several runs as [rows, K] behind one another: many short passages would make many small products."""
+    waiting: list[list[NDArray[Any]]] = []
+    rows = 0
+    for arrays in runs:
+        waiting.append([values.reshape(-1, values.shape[-1]) for values in arrays])
+        rows += len(waiting[-1][0])
+        if rows >= ROWS:
+            yield [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
+            waiting, rows = [], 0
+    if waiting:
+        yield [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
 
 
 def activations(model: Any, names: Sequence[str], feeds: Feeds) -> Iterator[list[NDArray[Any]]]:
