@@ -48,8 +48,7 @@ class DecoderFeeds:
     """
 
     def __init__(self, bundle: Bundle, passages: Sequence[Passage], encoder: Any = None) -> None:
-        self._caches, self._passages, self._encoder = bundle.manifest.caches, passages, encoder
-        self._sources = EncoderFeeds(bundle, passages) if encoder is not None else None
+        self._bundle, self._passages, self._encoder = bundle, passages, encoder
 
     def __call__(self, wanted: Collection[str]) -> Iterator[Inputs]:
         for passage, source in zip(self._passages, self._read_sources(wanted), strict=True):
@@ -65,20 +64,21 @@ class DecoderFeeds:
             contract.WRITE_INDEX: np.zeros(1, np.int64),
             contract.OUTPUT_ROWS: np.zeros((1, 1), np.int64),
         }
-        for cache in self._caches:
+        for cache in self._bundle.manifest.caches:
             inputs[cache.key_name] = np.zeros((1, cache.kv_heads, length, cache.key_size), np.float32)
             inputs[cache.value_name] = np.zeros((1, cache.kv_heads, length, cache.value_size), np.float32)
         return inputs
 
     def _read_sources(self, wanted: Collection[str]) -> Iterator[Inputs]:
         """Keys, values and mask of each passage's source; nothing where nothing is wanted of it."""
-        names = [] if self._encoder is None else [v.name for v in self._encoder.get_outputs() if v.name in wanted]
-        if self._encoder is None or self._sources is None or not ({contract.ENCODER_MASK, *names} & set(wanted)):
+        crossing = [info for info in self._bundle.manifest.cross_caches if {info.key_name, info.value_name} & set(wanted)]
+        if self._encoder is None or not crossing:
             yield from ({} for _ in self._passages)
             return
-        for inputs in self._sources({value.name for value in self._encoder.get_inputs()}):
-            states = self._encoder.run([contract.ENCODER_HIDDEN, *names], inputs)
-            yield dict(zip(names, states[1:], strict=True)) | {contract.ENCODER_MASK: np.ones(states[0].shape[:2], np.bool_)}
+        names = [name for info in crossing for name in (info.key_name, info.value_name)]
+        for inputs in EncoderFeeds(self._bundle, self._passages)({value.name for value in self._encoder.get_inputs()}):
+            hidden, *states = self._encoder.run([contract.ENCODER_HIDDEN, *names], inputs)
+            yield dict(zip(names, states, strict=True)) | {contract.ENCODER_MASK: np.ones(hidden.shape[:2], np.bool_)}
 
 
 @contextmanager
@@ -93,11 +93,13 @@ def decoder_feeds(bundle: Bundle, passages: Sequence[Passage], encoder: Any = No
 
 @contextmanager
 def opened(model: Any, outputs: Sequence[str]) -> Iterator[Any]:
-    """A session of the part of an onnx_ir Model that computes `outputs`."""
+    """A session of the part of an onnx_ir Model that computes `outputs`, with the inputs that this part reads."""
     import onnx_ir as ir
     from onnx_ir.convenience import extract
 
     part = extract(model.graph, inputs=[value.name for value in model.graph.inputs], outputs=list(outputs))
+    for value in [value for value in part.inputs if not value.uses()]:
+        part.inputs.remove(value)
     with tempfile.TemporaryDirectory(prefix="headstart-calibration-") as folder:
         file = Path(folder) / "part.onnx"
         ir.save(ir.Model(part, ir_version=model.ir_version), file, external_data=f"{file.name}.data")

@@ -59,9 +59,8 @@ class CalibratedRounder:
         self._layer = layer
         own = [linear for linear in self._own() if layer_of(linear) == layer and not linear.quantized]
         read = {linear.node.inputs[0].name for linear in own}
-        known = {
-            name: seen for name, seen in self._statistics.items() if name in read
-        }  # the encoder's states, by cross-attention
+        # What the layer before read, too, has not changed since: the encoder's states, which all cross-attention reads.
+        known = {name: seen for name, seen in self._statistics.items() if name in read}
         new = [linear for linear in own if linear.node.inputs[0].name not in known]
         self._statistics = known | observe(self._model, new, self._feeds)
         for name, statistics in self._statistics.items():

@@ -7,7 +7,7 @@ per group of inputs. What a device makes of that is its lowering's business, so 
 import dataclasses
 import datetime
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ from headstart.exporter.heads.builder import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, put_in_place
-from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
+from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 
 from .feeds import EncoderFeeds, Feeds, decoder_feeds
 from .integers import cache_ranges, quantize_caches, quantize_inputs
-from .passages import calibration_passages
+from .passages import Passage, calibration_passages
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
 from .verify import Texts, all_logits, greedy_tokens, read_golden
 
@@ -160,22 +160,14 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     import onnx_ir as ir
 
     shutil.copytree(bundle.path / "tokenizer", folder / "tokenizer")
-    graphs, vocab_size = dict(bundle.manifest.graphs), bundle.manifest.model.vocab_size
+    graphs = dict(bundle.manifest.graphs)
     models = {name: split_gemms(ir.load(bundle.path / graphs[name].file))[0] for name in QUANTIZED if name in graphs}
     for model in models.values():
-        _check_groups(model, vocab_size, options)
+        _check_groups(model, bundle.manifest.model.vocab_size, options)
     wanted = options.calibrated and data is not None
     passages = calibration_passages(bundle, Path(str(data)), options.calibration_tokens) if wanted else ()
     decoder, encoder = models["decoder"], models.get("encoder")
-    if encoder is not None:  # first: the decoder is measured behind it as it will be
-        _quantize_layers(encoder, vocab_size, options, EncoderFeeds(bundle, passages) if passages else None, progress)
-    caches = bundle.manifest.caches
-    with decoder_feeds(bundle, passages, encoder) if passages else nullcontext() as feeds:
-        ranges = cache_ranges(decoder, caches, feeds) if feeds is not None and options.kv_cache == "int8" else {}
-        _quantize_layers(decoder, vocab_size, options, feeds, progress)
-    if ranges:
-        quantize_caches(decoder, caches, ranges)
-        caches = tuple(dataclasses.replace(cache, dtype="int8") for cache in caches)
+    caches = _quantize_graphs(bundle, decoder, encoder, options, passages, progress)
     save_graph(decoder, folder / DECODER)
     graphs["decoder"] = graph_info(decoder, DECODER)
     if encoder is not None:  # beside the decoder: tables they share lie there
@@ -195,6 +187,22 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
         progress("heads", done + 1, len(manifest.heads))
     _write_golden(Bundle(folder, manifest), read_golden(bundle))
     return manifest
+
+
+def _quantize_graphs(
+    bundle: Bundle, decoder: Any, encoder: Any, options: QuantizeOptions, passages: Sequence[Passage], progress: Progress
+) -> tuple[CacheInfo, ...]:
+    """Both graphs in place, the decoder measured behind the encoder as that will be; returns the caches as they are then."""
+    caches, vocab_size = bundle.manifest.caches, bundle.manifest.model.vocab_size
+    if encoder is not None:
+        _quantize_layers(encoder, vocab_size, options, EncoderFeeds(bundle, passages) if passages else None, progress)
+    with decoder_feeds(bundle, passages, encoder) if passages else nullcontext() as feeds:
+        ranges = cache_ranges(decoder, caches, feeds) if feeds is not None and options.kv_cache == "int8" else {}
+        _quantize_layers(decoder, vocab_size, options, feeds, progress)
+    if not ranges:
+        return caches
+    quantize_caches(decoder, caches, ranges)
+    return tuple(dataclasses.replace(cache, dtype="int8") for cache in caches)
 
 
 def _quantize_layers(model: Any, vocab_size: int, options: QuantizeOptions, feeds: Feeds | None, progress: Progress) -> None:

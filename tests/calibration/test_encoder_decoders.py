@@ -21,7 +21,7 @@ from headstart.exporter.passes.linear import Linear, is_lm_head, linears
 from headstart.exporter.passes.surgery import constant_of, producer
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.errors import OptionError
+from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.prefill import open_cache, prefill
 
 BundleOf = Callable[[str], Bundle]
@@ -179,5 +179,7 @@ def test_what_is_refused(bundle_of: BundleOf, tmp_path: Path) -> None:
         quantize(bundle_of("t5").path, tmp_path / "out", STATIC)
     (tmp_path / "few.txt").write_text("a source\n", "utf-8")
     with pytest.raises(OptionError, match=r"few\.txt gives the decoder \d+ tokens to read"):
+        quantize(bundle_of("t5").path, tmp_path / "out", GPTQ, tmp_path / "few.txt")
+    with pytest.raises(PromptError, match="reads audio features, and the prompt is not"):
         quantize(bundle_of("whisper").path, tmp_path / "out", GPTQ, tmp_path / "few.txt")
     assert not (tmp_path / "out").exists()
