@@ -177,9 +177,9 @@ def test_each_layer_is_entered_once(bundle_of: BundleOf, texts: Path, tmp_path: 
 def test_what_is_refused(bundle_of: BundleOf, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"are measured on text\. Fix: --data FILE"):
         quantize(bundle_of("t5").path, tmp_path / "out", STATIC)
-    (tmp_path / "few.txt").write_text("a source\n", "utf-8")
-    with pytest.raises(OptionError, match=r"few\.txt gives the decoder \d+ tokens to read"):
-        quantize(bundle_of("t5").path, tmp_path / "out", GPTQ, tmp_path / "few.txt")
+    (tmp_path / "few.jsonl").write_text(json.dumps({"prompt": "a source", "target": "short"}), "utf-8")
+    with pytest.raises(OptionError, match=r"few\.jsonl gives the decoder \d+ tokens to read"):
+        quantize(bundle_of("t5").path, tmp_path / "out", GPTQ, tmp_path / "few.jsonl")
     with pytest.raises(PromptError, match="reads audio features, and the prompt is not"):
-        quantize(bundle_of("whisper").path, tmp_path / "out", GPTQ, tmp_path / "few.txt")
+        quantize(bundle_of("whisper").path, tmp_path / "out", GPTQ, tmp_path / "few.jsonl")
     assert not (tmp_path / "out").exists()
