@@ -10,7 +10,7 @@ import numpy as np
 
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import open_session
+from headstart.runtime.engines.provider import open_session
 
 from .passages import Passage
 

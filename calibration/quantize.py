@@ -7,6 +7,7 @@ per group of inputs. What a device makes of that is its lowering's business, so 
 import dataclasses
 import datetime
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class QuantizeOptions:
 
     Attributes:
         weights: of the linear layers inside the decoder: int8 or int4.
-        group: inputs that share an int4 scale: 32, 64 or 128.
+        group: inputs that share an int4 scale: 16, 32, 64 or 128. A layer whose inputs it does not divide takes the next
+            smaller group that does, or 8 bits where none does; the manifest counts them (other_groups).
         method: rtn (each weight to its nearest value), awq, gptq or smoothquant (all three want calibration text).
         activations: what quantized layers inside the decoder read: dynamic (as the device likes, a scale per row on CPUs), or
             static (int8 with a fixed scale, as TensorRT needs; wants calibration text, and int8 weights).
@@ -118,8 +120,7 @@ def quantize(
 
     Raises:
         BundleError: no bundle, or one that is quantized already.
-        OptionError: a group size that does not divide a layer's inputs, a method without data, data too small, an assistant
-            with anything that is measured.
+        OptionError: a method without data, data too small, an assistant with anything that is measured.
         PromptError, AudioError: an encoder's sources that cannot be read.
         OutputError: `output` exists. Nothing is left there after any error.
     """
@@ -162,8 +163,6 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     shutil.copytree(bundle.path / "tokenizer", folder / "tokenizer")
     graphs = dict(bundle.manifest.graphs)
     models = {name: split_gemms(ir.load(bundle.path / graphs[name].file))[0] for name in QUANTIZED if name in graphs}
-    for model in models.values():
-        _check_groups(model, bundle.manifest.model.vocab_size, options)
     wanted = options.calibrated and data is not None
     passages = calibration_passages(bundle, Path(str(data)), options.calibration_tokens) if wanted else ()
     decoder, encoder = models["decoder"], models.get("encoder")
@@ -180,7 +179,9 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
         caches=caches,
         graphs=graphs,
         weights=weight_infos(folder / DECODER, "graphs"),
-        quantization=options.described() | {"date": datetime.date.today().isoformat()},
+        quantization=options.described()
+        | _other_groups(folder, bundle.manifest.model.vocab_size, options)
+        | {"date": datetime.date.today().isoformat()},
     )
     for done, name in enumerate(manifest.heads):
         _write_head(bundle, folder, manifest, name, options)
@@ -212,13 +213,16 @@ def _quantize_layers(model: Any, vocab_size: int, options: QuantizeOptions, feed
         quantize_inputs(model, [linear for linear in linears(model) if not is_lm_head(linear, vocab_size)], feeds)
 
 
-def _check_groups(model: Any, vocab_size: int, options: QuantizeOptions) -> None:
-    for linear in linears(model):
-        if not is_lm_head(linear, vocab_size) and not options.scheme.fits(linear.shape[0]):
-            raise OptionError(
-                f"--group {options.group} does not divide the {linear.shape[0]} inputs of {linear.name}. "
-                "Fix: a group that does, or --weights int8."
-            )
+def _other_groups(folder: Path, vocab_size: int, options: QuantizeOptions) -> dict[str, str]:
+    """For the manifest: how many int4 layers took smaller groups, or 8 bits, because --group does not divide their inputs."""
+    import onnx_ir as ir
+
+    files = [folder / name for name in (DECODER, ENCODER) if (folder / name).is_file()]
+    found = [linear for file in files for linear in linears(ir.load(file)) if not is_lm_head(linear, vocab_size)]
+    schemes = Counter(options.scheme.fitting(linear.shape[0]) for linear in found)
+    del schemes[options.scheme]
+    names = [f"{count} of {scheme.group or 'int8'}" for scheme, count in sorted(schemes.items(), key=lambda one: -one[0].group)]
+    return {"other_groups": ", ".join(names)} if names else {}
 
 
 def _rounder(model: Any, vocab_size: int, options: QuantizeOptions, feeds: Feeds | None, progress: Progress) -> Rounder:
@@ -234,7 +238,7 @@ def quantize_graph(model: Any, vocab_size: int, options: QuantizeOptions, rounde
     found = list(linears(model))
     for done, linear in enumerate(found):
         if not is_lm_head(linear, vocab_size):
-            _replace(model, linear, rounder(linear, options.scheme))
+            _replace(model, linear, rounder(linear, options.scheme.fitting(linear.shape[0])))
         elif options.lm_head == "int8":
             _replace(model, linear, round_to_nearest(linear.dequantized(), INT8))
         progress("weights", done + 1, len(found))

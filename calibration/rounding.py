@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from headstart.runtime.errors import OptionError
 
-GROUPS = (32, 64, 128)
+GROUPS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,12 @@ class WeightScheme:
     def largest(self) -> int:
         return 127 if self.bits == 8 else 7
 
-    def fits(self, inputs: int) -> bool:
-        """Whether a weight of that many input rows divides into groups."""
-        return not self.group or inputs % self.group == 0
+    def fitting(self, inputs: int) -> "WeightScheme":
+        """For a weight of that many input rows: the same, or the next smaller group that divides them, or 8 bits."""
+        if not self.group or inputs % self.group == 0:
+            return self
+        smaller = [group for group in GROUPS if group < self.group and inputs % group == 0]
+        return WeightScheme(4, max(smaller)) if smaller else WeightScheme(8)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _time_forward(engine: Engine, cache: KVCache, rows: int) -> float:
     times = []
     for _ in range(COST_WARM_UP + COST_REPEATS):
         started = time.perf_counter()
-        engine.forward(cache, ids, positions, mask, np.arange(rows)[None])
+        engine.forward(cache, ids, positions, mask, np.arange(rows)[None]).wait()
         times.append(time.perf_counter() - started)
     return statistics.median(times[COST_WARM_UP:])
 
@@ -147,7 +147,7 @@ class Recorder:
     """
 
     def __init__(self, inner: TunedDrafter) -> None:
-        self.name, self.default_nodes = inner.name, inner.default_nodes
+        self.name, self.default_nodes, self.reads_hidden = inner.name, inner.default_nodes, inner.reads_hidden
         self._inner = inner
         self.seen = np.zeros(inner.class_count)
         self.accepted = np.zeros(inner.class_count)

@@ -86,6 +86,9 @@ def _replacements(model: Any) -> Iterator[tuple[Any, str, Callable[..., Tensor]]
     counted = getattr(encoder, "embed_positions", None)
     if hasattr(counted, "create_position_ids_from_input_ids"):
         yield counted, "forward", _positions_behind_padding(counted)
+    for module in model.modules():
+        if hasattr(module, "eoi_embedding"):
+            yield module, "forward", _with_end_of_image(module)
     if _takes(decoder, "position_ids") or any(module.is_decoder for module in biased):
         return
     positions = getattr(decoder, "embed_positions", None)
@@ -122,6 +125,16 @@ def _positions_behind_padding(module: Any) -> Callable[..., Tensor]:
 
     def forward(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         return embedding(module.create_position_ids_from_input_ids(input_ids, module.padding_idx, 0), module.weights)
+
+    return forward
+
+
+def _with_end_of_image(module: Any) -> Callable[..., Tensor]:
+    """T5Gemma 2 keeps one token's embedding apart and writes it over the looked-up rows, which no TensorRT parser takes."""
+
+    def forward(input_ids: Tensor) -> Tensor:
+        rows = embedding(input_ids, module.weight) * module.embed_scale.to(module.weight.dtype)
+        return torch.where((input_ids == module.eoi_token_index)[..., None], module.eoi_embedding.to(rows.dtype), rows)
 
     return forward
 

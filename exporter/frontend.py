@@ -108,7 +108,8 @@ def whisper_graph(extractor: Any) -> Any:
     loudest = build.node("ReduceMax", [logs, build.ints("all", [1, 2])], keepdims=1)
     least = build.node("Sub", [loudest, build.constant("range", np.float32(8))])
     raised = build.node("Add", [build.node("Max", [logs, least]), build.constant("offset", np.float32(4))])
-    return _finish(build, samples, _scaled(build, raised, "quarter", 0.25), ["batch", extractor.feature_size, "frames"])
+    shape = ["batch", extractor.feature_size, f"samples//{extractor.hop_length}"]
+    return _finish(build, samples, _scaled(build, raised, "quarter", 0.25), shape)
 
 
 def kaldi_graph(extractor: Any) -> Any:
@@ -121,9 +122,9 @@ def kaldi_graph(extractor: Any) -> Any:
     features = build.node("Log", [_at_least(build, powers, KALDI_FLOOR)])
     if extractor.do_ceptral_normalize:
         features = _normalised(build, features, extractor.normalize_means, extractor.normalize_vars)
-    return _finish(
-        build, samples, build.node("Transpose", [features], perm=[0, 2, 1]), ["batch", "frames", extractor.num_mel_bins]
-    )
+    frames = f"(samples - {frame})//{spectrum.hop} + 1"
+    transposed = build.node("Transpose", [features], perm=[0, 2, 1])
+    return _finish(build, samples, transposed, ["batch", frames, extractor.num_mel_bins])
 
 
 def normalised_graph() -> Any:

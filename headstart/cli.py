@@ -71,7 +71,7 @@ def quantize(
     bundle: BundleArg,
     output: Annotated[Path, typer.Option("--output", "-o", help="The quantized bundle's folder.", show_default=False)],
     weights: Annotated[Literal["int8", "int4"], typer.Option(help="Of the linear layers.")] = "int8",
-    group: Annotated[int, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128.")] = 32,
+    group: Annotated[int, typer.Option(help="Inputs that share an int4 scale: 16, 32, 64 or 128.")] = 32,
     method: Annotated[Literal["rtn", "awq", "gptq", "smoothquant"], typer.Option(help="rtn needs no data.")] = "rtn",
     activations: Annotated[
         Literal["dynamic", "static"], typer.Option(help="static: int8 with fixed scales, as TensorRT needs.")
@@ -107,18 +107,25 @@ def build(
     bundle: BundleArg,
     device: Annotated[
         str,
-        typer.Option(help="cpu, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
+        typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
     ] = "cpu",
-    precision: Annotated[Literal["float16", "bfloat16"], typer.Option(help="TensorRT: of a float32 bundle.")] = "float16",
+    precision: Annotated[
+        Literal["float16", "bfloat16"], typer.Option(help="TensorRT and cuda: of a float32 bundle.")
+    ] = "float16",
     cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
     batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
     prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
-    source: Annotated[int, typer.Option(help="TensorRT: rows of the longest source of an encoder-decoder.")] = 512,
+    source: Annotated[int, typer.Option(help="TensorRT: tokens of the longest source of an encoder-decoder.")] = 512,
+    audio_seconds: Annotated[
+        float | None, typer.Option(help="TensorRT: the longest recording, where the model hears any length; 30 by default.")
+    ] = None,
     fits: Annotated[str | None, typer.Option(help="TensorRT: stop unless it fits this board; see headstart plan.")] = None,
     workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="Classic TensorRT: keeps timings between builds.")] = None,
-    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights.")] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights, and beside it the graph they come from.")
+    ] = False,
     refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights can be exchanged later.")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="TensorRT: newer versions load it.")] = False,
     hardware_compatible: Annotated[
@@ -136,9 +143,8 @@ def build(
     flags = (strip_weights, refit, version_compatible, hardware_compatible)
     builder = BuilderOptions(workspace_mb, optimization_level, *flags, timing_cache)
     with stages() as progress:
-        info = run(
-            bundle, device, force, progress, TensorRtOptions(precision, cache, batch, prefill_rows, source, fits, builder)
-        )
+        sizes = (precision, cache, batch, prefill_rows, source, audio_seconds)
+        info = run(bundle, device, force, progress, TensorRtOptions(*sizes, fits, builder))
     show_engine(bundle, info)
 
 
@@ -150,6 +156,8 @@ def plan(
     cache: Annotated[int | None, typer.Option(help="Tokens the caches hold; the model's limit by default.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
     prefill_rows: Annotated[int, typer.Option(help="The most prompt tokens of one pass.")] = 512,
+    source: Annotated[int, typer.Option(help="Tokens of the longest source of an encoder-decoder.")] = 512,
+    audio_seconds: Annotated[float | None, typer.Option(help="The longest recording; 30 by default.")] = None,
 ) -> None:
     """The memory a TensorRT engine will need, before it is built, and the boards it fits."""
     from headstart.exporter.devices import DEVICES
@@ -158,7 +166,7 @@ def plan(
 
     from .screen import show_plans
 
-    options = TensorRtOptions(precision, cache, batch, prefill_rows)
+    options = TensorRtOptions(precision, cache, batch, prefill_rows, source, audio_seconds)
     show_plans(bundle, [memory_plan(bundle, name, options) for name in on or DEVICES])
 
 
@@ -202,7 +210,9 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, or what the bundle was built for: trt-rtx:sm89, tensorrt.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, or what the bundle was built for: cuda (or cuda:tensorrt), trt-rtx:sm89, tensorrt.")
+    ] = "cpu",
     threads: Threads = None,
     untuned: Untuned = False,
 ) -> None:

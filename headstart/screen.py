@@ -16,7 +16,8 @@ from rich.table import Table
 
 from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest, atomic_write
-from headstart.runtime.engines.info import EngineInfo, PlanInfo
+from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo, built_engine
+from headstart.runtime.errors import HeadstartError
 from headstart.runtime.generation import Generation, Result
 from headstart.runtime.model import Model
 from headstart.runtime.tuning import Tuning
@@ -76,6 +77,7 @@ def show_bundle(bundle: Bundle) -> None:
         **({"encoder reads": _source(manifest)} if model.source else {}),
         "graphs": ", ".join(graph.file for graph in manifest.graphs.values()),
         "heads": ", ".join(manifest.heads) or "none",
+        "engines": ", ".join(_engines(bundle)) or "none",
         "quantization": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items()) or "none",
         "end tokens": ", ".join(map(str, manifest.generation.eos_token_ids)) or "none",
         "source": f"{manifest.provenance.source}, exported {manifest.provenance.created}",
@@ -85,6 +87,18 @@ def show_bundle(bundle: Bundle) -> None:
     for name, value in rows.items():
         grid.add_row(name, escape(value))
     out.print(grid)
+
+
+def _engines(bundle: Bundle) -> Iterator[str]:
+    """Each built engine: its device, what was chosen for it, or that it must be built again."""
+    for file in sorted((bundle.path / "engines").glob(f"*/{ENGINE_FILE}")):
+        try:
+            device = json.loads(file.read_text("utf-8"))["device"]
+            info = built_engine(bundle, device)
+            assert info is not None
+            yield f"{device} ({next(iter(info.settings.values()), 'as it is')})"
+        except (ValueError, KeyError, HeadstartError):
+            yield f"{file.parent.name} (no longer fits: build it again)"
 
 
 def _source(manifest: Manifest) -> str:
@@ -108,7 +122,7 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
     ran = info.relative_difference >= 0
     grid.add_row(
         "against the canonical graph",
-        f"{info.relative_difference:.1e} of the logits' range" if ran else "not run: this machine is not the target",
+        f"{info.relative_difference:.1e} of the logits' range" if ran else "not run: this machine cannot compute it",
     )
     grid.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.builder.items()))
     out.print(grid)

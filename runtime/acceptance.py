@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .engine import Scores
 from .sampling import LogitRules
 from .tree import DraftTree
 
@@ -70,7 +71,7 @@ Decide = Callable[[int, list[int], Sequence[int]], tuple[int, int | None]]
 
 def accept(
     tree: DraftTree,
-    logits: NDArray[np.float32],  # [N + 1, V], row 0 the root's
+    scores: Scores,  # of N + 1 rows, row 0 the root's
     rules: LogitRules,
     context: Sequence[int],  # the text so far, root included
     chance: Chance,
@@ -78,12 +79,12 @@ def accept(
 ) -> Accepted:
     """Apply the lossless rule that fits the options and the drafts. Nothing is accepted behind an end token."""
     if rules.options.greedy:
-        return _walk(tree, context, end_tokens, _greedy(tree, logits, rules))
+        return _walk(tree, context, end_tokens, _greedy(tree, scores, rules))
     if tree.draft_probs is None:
-        return _walk(tree, context, end_tokens, _deterministic(tree, logits, rules, chance))
+        return _walk(tree, context, end_tokens, _deterministic(tree, scores, rules, chance))
     if len(tree) and (tree.parents == np.arange(len(tree)) - 1).all():
-        return accept_block(tree, logits, rules, context, chance, end_tokens)
-    return accept_without_replacement(tree, logits, rules, context, chance, end_tokens)
+        return accept_block(tree, scores, rules, context, chance, end_tokens)
+    return accept_without_replacement(tree, scores, rules, context, chance, end_tokens)
 
 
 def _walk(tree: DraftTree, context: Sequence[int], end_tokens: frozenset[int], decide: Decide) -> Accepted:
@@ -106,15 +107,15 @@ def _child_with(tree: DraftTree, children: list[int], token: int) -> int | None:
     return next((child for child in children if tree.token_ids[child] == token), None)
 
 
-def _greedy(tree: DraftTree, logits: NDArray[np.float32], rules: LogitRules) -> Decide:
+def _greedy(tree: DraftTree, scores: Scores, rules: LogitRules) -> Decide:
     def decide(row: int, children: list[int], text: Sequence[int]) -> tuple[int, int | None]:
-        token = int(rules.process(logits[row], text).argmax())
+        token = int(rules.process(scores[row], text).argmax()) if rules else scores.best(row)
         return token, _child_with(tree, children, token)
 
     return decide
 
 
-def _deterministic(tree: DraftTree, logits: NDArray[np.float32], rules: LogitRules, chance: Chance) -> Decide:
+def _deterministic(tree: DraftTree, scores: Scores, rules: LogitRules, chance: Chance) -> Decide:
     """Draw from the target and follow the child that was drawn, if there is one.
 
     The same law as testing the children in turn (accept x with p(x), else zero it and renormalise): either way child
@@ -122,7 +123,7 @@ def _deterministic(tree: DraftTree, logits: NDArray[np.float32], rules: LogitRul
     """
 
     def decide(row: int, children: list[int], text: Sequence[int]) -> tuple[int, int | None]:
-        token = chance.choose(rules.probabilities(logits[row], text))
+        token = chance.choose(rules.probabilities(scores[row], text))
         return token, _child_with(tree, children, token)
 
     return decide
@@ -130,7 +131,7 @@ def _deterministic(tree: DraftTree, logits: NDArray[np.float32], rules: LogitRul
 
 def accept_without_replacement(
     tree: DraftTree,
-    logits: NDArray[np.float32],
+    scores: Scores,
     rules: LogitRules,
     context: Sequence[int],
     chance: Chance,
@@ -141,7 +142,7 @@ def accept_without_replacement(
     draft_probs = tree.draft_probs
 
     def decide(row: int, children: list[int], text: Sequence[int]) -> tuple[int, int | None]:
-        target = rules.probabilities(logits[row], text)
+        target = rules.probabilities(scores[row], text)
         draft = draft_probs[children[0]].copy() if children else target
         for child in children:
             token = int(tree.token_ids[child])
@@ -162,7 +163,7 @@ def _normalised(weights: Probabilities) -> Probabilities:
 
 def accept_block(
     tree: DraftTree,
-    logits: NDArray[np.float32],
+    scores: Scores,
     rules: LogitRules,
     context: Sequence[int],
     chance: Chance,
@@ -177,7 +178,7 @@ def accept_block(
     assert tree.draft_probs is not None
     tokens = _up_to_end(tree.token_ids.tolist(), end_tokens)
     text = list(context)
-    targets = [rules.probabilities(logits[row], text + tokens[:row]) for row in range(len(tokens) + 1)]
+    targets = [rules.probabilities(scores[row], text + tokens[:row]) for row in range(len(tokens) + 1)]
     drafts = tree.draft_probs
     weights = [1.0]
     for i, token in enumerate(tokens):

@@ -21,6 +21,10 @@ ENCODER_MASK = "encoder_mask"  # [B, E] bool, which source rows exist; the encod
 ENCODER_STATES = "encoder_states"  # [B, E, H of the encoder], what an assistant's graph takes in the place of a source
 ENCODER_HIDDEN = "encoder_hidden"  # [B, E, H of the encoder]
 
+# Of decoders as TensorRT gets them: the mask is computed in the graph, and so is the best token of each chosen row.
+ROW_MASK = "row_mask"  # [B, T, T] bool, in the place of attention_mask: which of the new rows each new row sees
+BEST_IDS = "best_ids"  # [B, R] int32
+
 STEP_INPUTS = (INPUT_IDS, POSITION_IDS, ATTENTION_MASK, WRITE_INDEX, OUTPUT_ROWS)
 
 

@@ -14,21 +14,85 @@ from .bundle import ModelInfo
 from .cache import CrossState, KVCache
 
 MAX_ROWS = 64  # the most rows of one verify pass, root included
+SLOT_STEP = 64  # cache sizes are multiples of this, so that equal requests get equal shapes
+
+
+class Scores(Protocol):
+    """The logits of one sequence's chosen rows, wherever they lie: what acceptance reads of a forward."""
+
+    def best(self, row: int) -> int:
+        """The row's highest logit, the lowest token of equals. On a device this alone fetches no logits."""
+        ...
+
+    def __getitem__(self, row: int) -> NDArray[np.float32]:
+        """[V] float32."""
+        ...
+
+
+class StepOutput(Protocol):
+    """What a forward returns; it belongs to the engine and holds until its next forward.
+
+    Whole arrays are there for whoever wants them. Decoding asks by row, so that an engine on a device fetches no more than
+    that. Nothing but `wait` and what is read waits for the device.
+    """
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """[B, R, V]."""
+        ...
+
+    @property
+    def hidden(self) -> NDArray[np.float32]:
+        """[B, T, H], after the final norm."""
+        ...
+
+    @property
+    def aux_hidden(self) -> NDArray[np.float32] | None:
+        """[B, T, n * H], when the bundle has aux layers."""
+        ...
+
+    def scores(self, sequence: int) -> Scores: ...
+
+    def hidden_row(self, sequence: int, row: int) -> NDArray[np.float32]:
+        """[H], a copy that outlives the next forward; negative rows count from the end."""
+        ...
+
+    def wait(self) -> None:
+        """Return when the forward is done: what whoever measures it must call."""
+        ...
 
 
 @dataclass(frozen=True)
-class StepOutput:
-    """What a forward returns. The arrays belong to the engine and hold until its next forward.
+class ArrayScores:
+    """Scores that are at hand: `logits` [R, V] float32."""
 
-    Attributes:
-        logits: [B, R, V] float32.
-        hidden: [B, T, H] float32, after the final norm.
-        aux_hidden: [B, T, n * H] float32, when the bundle has aux layers.
-    """
+    logits: NDArray[np.float32]
+
+    def best(self, row: int) -> int:
+        return int(self.logits[row].argmax())
+
+    def __getitem__(self, row: int) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self.logits[row]
+        return logits
+
+
+@dataclass(frozen=True)
+class HostOutput:
+    """A StepOutput of arrays at hand; see there for their shapes."""
 
     logits: NDArray[np.float32]
     hidden: NDArray[np.float32]
     aux_hidden: NDArray[np.float32] | None = None
+
+    def scores(self, sequence: int) -> ArrayScores:
+        return ArrayScores(self.logits[sequence])
+
+    def hidden_row(self, sequence: int, row: int) -> NDArray[np.float32]:
+        copy: NDArray[np.float32] = self.hidden[sequence, row].copy()
+        return copy
+
+    def wait(self) -> None:
+        """It is there."""
 
 
 class Engine(Protocol):

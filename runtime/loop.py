@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from .acceptance import Accepted, RandomChance, accept
 from .budget import Budget
 from .cache import KVCache
-from .drafters.base import Drafter, DraftRequest, SourceReader
-from .engine import MAX_ROWS, Engine, StepOutput
+from .drafters.base import NO_HIDDEN, Drafter, DraftRequest, SourceReader
+from .engine import MAX_ROWS, SLOT_STEP, Engine, StepOutput
 from .errors import OptionError
 from .prefill import check_prompts, prefill
 from .rules import TokenRules
@@ -26,7 +26,6 @@ from .sampling import LogitRules, SamplingOptions
 from .tree import DraftTree, empty_tree
 
 FinishReason = Literal["end_token", "stop_string", "length", "cache_full"]
-SLOT_STEP = 64  # cache sizes are multiples of this, so that equal requests get equal shapes
 
 
 @dataclass(frozen=True)
@@ -137,9 +136,9 @@ class DecodingLoop:
         seed = self._options.sampling.seed
         seed = None if seed is None else seed + row
         budget = self._options.budgets() if self._options.draft_nodes is None else None
-        hidden = output.hidden[0, -1].copy()
+        hidden = self._hidden(output, 0, -1)
         sequence = Text(row, prompt, len(prompt), self._rules(row, prompt), RandomChance(seed), hidden, budget)
-        first = accept(empty_tree(), output.logits[0], sequence.rules, prompt, sequence.chance, self._options.end_tokens)
+        first = accept(empty_tree(), output.scores(0), sequence.rules, prompt, sequence.chance, self._options.end_tokens)
         self._append(sequence, first.token_ids)
         return sequence
 
@@ -155,9 +154,8 @@ class DecodingLoop:
         emitted: list[list[int]] = [[] for _ in trees]
         for sequence, tree in zip(self.sequences, trees, strict=True):
             if sequence.finish_reason is None:
-                logits = output.logits[sequence.row, : len(tree) + 1]
-                end_tokens = self._options.end_tokens
-                path = accept(tree, logits, sequence.rules, sequence.token_ids, sequence.chance, end_tokens)
+                scores, end_tokens = output.scores(sequence.row), self._options.end_tokens
+                path = accept(tree, scores, sequence.rules, sequence.token_ids, sequence.chance, end_tokens)
                 emitted[sequence.row] = self._take(sequence, tree, path, output)
         return emitted
 
@@ -214,6 +212,7 @@ class DecodingLoop:
         output_rows = np.broadcast_to(np.arange(rows), (len(trees), rows))
         started = time.perf_counter()
         output = self._engine.forward(self._cache, token_ids, position_ids, mask, output_rows)
+        output.wait()
         self.clock.verify_s += time.perf_counter() - started
         return output
 
@@ -224,10 +223,15 @@ class DecodingLoop:
             drafted = not sequence.budget.resting
             sequence.budget.observe(len(path.token_ids), len(tree), len(sequence.token_ids), drafted)
         self._cache.commit(sequence.row, rows)
-        sequence.hidden = output.hidden[sequence.row, rows[-1]].copy()
+        sequence.hidden = self._hidden(output, sequence.row, rows[-1])
         sequence.verify_calls += 1
         sequence.drafted_tokens += len(tree)
         return self._append(sequence, path.token_ids)
+
+    def _hidden(self, output: StepOutput, sequence: int, row: int) -> NDArray[np.float32]:
+        """The state that decided a root; not fetched for a drafter that has no use for it."""
+        wanted = self._drafter is not None and self._drafter.reads_hidden
+        return output.hidden_row(sequence, row) if wanted else NO_HIDDEN
 
     def _append(self, sequence: Text, token_ids: list[int]) -> list[int]:
         """Append up to the first limit that is met, and note which one it was."""

@@ -77,6 +77,10 @@ class LogitRules:
         self.text_rules = tuple(rules)
         self._rules = in_order([*options.rules(), *rules])
 
+    def __bool__(self) -> bool:
+        """Whether any rule is on: else logits stay as they are."""
+        return bool(self._rules)
+
     def process(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float32]:
         """[V] logits after the rules; the very input when no rule is on, never a changed input.
 

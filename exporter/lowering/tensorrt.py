@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from headstart.exporter.passes.additive_mask import add_masks
 from headstart.exporter.passes.attention_scale import avoid_unit_scale
+from headstart.exporter.passes.best_tokens import add_best_tokens
 from headstart.exporter.passes.dequantized_embedding import dequantize_tables
 from headstart.exporter.passes.fixed_sizes import fix_sizes
 from headstart.exporter.passes.gemm import split_gemms
@@ -20,6 +21,7 @@ from headstart.exporter.passes.grouped_heads import fold_grouped_heads
 from headstart.exporter.passes.half import layers_beyond, to_half
 from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.rms_norm import fuse_rms_norms
+from headstart.exporter.passes.row_mask import mask_from_rows
 from headstart.exporter.passes.scatter_elements import scatter_elements
 from headstart.exporter.passes.written_out_attention import write_out_attention
 from headstart.runtime import contract
@@ -65,11 +67,13 @@ def lower(
     float32_layers: tuple[str, ...] = ()
     if _computes_in_float32(model):
         beyond = set(overflowing) if precision == "float16" else set()
-        _check_carried(model, beyond)
+        check_carried(model, beyond)
         float32_layers = _linear_names(model, beyond)
         model, _ = to_half(model, precision, beyond)
+    model, _ = mask_from_rows(model, sizes.get("slots", 0))
     model, _ = add_masks(model)
     model, _ = avoid_unit_scale(model)
+    model, _ = add_best_tokens(model)
     grouped = fold_grouped_heads(model)[1]
     if not native:
         model, _ = write_out_attention(model)
@@ -78,12 +82,21 @@ def lower(
     return Lowered(model, _counts(model, grouped), weight_bytes(model), float32_layers)
 
 
-def _check_carried(model: Any, beyond: Collection[str]) -> None:
+def lower_frontend(model: Any, sizes: Mapping[str, int], native: bool = True) -> Lowered:
+    """Of recordings: it stays in float32, for its powers span more than half precision does."""
+    if not native:
+        model.graph.opset_imports[""] = WRITTEN_OUT_OPSET
+    model, _ = fix_sizes(model, sizes)
+    return Lowered(model, {}, weight_bytes(model))
+
+
+def check_carried(model: Any, beyond: Collection[str]) -> None:
+    """Raises EngineError where a value beyond float16 is one of attention's, or leaves the graph."""
     stuck = [node.outputs[0].name for node in layers_beyond(model, beyond) if node.op_type in HALF_ONLY]
     stuck += [value.name for value in model.graph.outputs if value.name in beyond]
     if stuck:
         raise EngineError(
-            f"{stuck[0]} takes part in numbers beyond float16's 65504, and TensorRT attends and passes states on in half "
+            f"{stuck[0]} takes part in numbers beyond float16's 65504, and engines attend and pass states on in half "
             "precision only. Fix: --precision bfloat16."
         )
 

@@ -38,7 +38,7 @@ def only_user(value: Any) -> Any:
 
 
 class Writer:
-    """Adds nodes in front of an anchor node, and constants, each constant once."""
+    """Adds nodes in front of an anchor node (at the end of the graph without one), and constants, each constant once."""
 
     def __init__(self, model: Any, anchor: Any) -> None:
         self.graph = model.graph
@@ -48,7 +48,10 @@ class Writer:
         node = ir.node(op, inputs, attributes=attributes, domain=domain, num_outputs=outputs)
         if domain:
             self.graph.opset_imports.setdefault(domain, 1)
-        self.graph.insert_before(self._anchor, node)
+        if self._anchor is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(self._anchor, node)
         return list(node.outputs)
 
     def node(self, op: str, inputs: Sequence[Any], domain: str = "", **attributes: Any) -> Any:

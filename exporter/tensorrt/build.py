@@ -17,7 +17,8 @@ from headstart.runtime.memory import peak_memory_mb
 
 from .builder import BuilderOptions, build_plan
 from .library import Library, open_library, parse_target
-from .profiles import FIXED, decoder_profiles
+from .profiles import decoder_profiles, head_profiles
+from .recordings import encoder_profiles, frontend_profiles, source_rows
 
 Progress = Callable[[str], None]
 LEAST_TOKENS = 16
@@ -34,7 +35,8 @@ class TensorRtOptions:
         cache: tokens of the longest text; the bundle's own limit by default.
         batch: sequences decoded together.
         prefill_rows: the most prompt tokens of one pass; longer prompts take several.
-        source: rows of the encoder's states, where the encoder leaves them open; shorter sources are masked.
+        source: tokens of the longest source of an encoder that reads text; shorter ones are padded and masked.
+        audio_seconds: the longest recording of an encoder that hears any length: 30, or what it can where that is less.
         fits: a board of `devices`; the build stops before it begins where the engine would not fit it.
         builder: what the builder itself is told.
     """
@@ -44,6 +46,7 @@ class TensorRtOptions:
     batch: int = 1
     prefill_rows: int = 512
     source: int = 512
+    audio_seconds: float | None = None
     fits: str | None = None
     builder: BuilderOptions = field(default_factory=BuilderOptions)
 
@@ -71,10 +74,8 @@ class TensorRtOptions:
         return self.tokens(bundle) + MAX_ROWS
 
     def source_rows(self, bundle: Bundle) -> int:
-        """What the encoder's graph fixes (an audio window), or else `source`."""
-        states = bundle.manifest.graphs["encoder"].outputs[0]
-        rows = states.shape[1]
-        return rows if isinstance(rows, int) else self.source
+        """Of the encoder's states. Raises OptionError for recordings longer than the model hears."""
+        return source_rows(bundle, self.source, self.audio_seconds)
 
 
 def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtOptions, progress: Progress) -> EngineInfo:
@@ -95,6 +96,8 @@ def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtO
     made.decoder()
     if "encoder" in bundle.manifest.graphs:
         made.encoder()
+    if "frontend" in bundle.manifest.graphs:
+        made.frontend()
     for name in bundle.manifest.heads:
         made.head(name)
     packages = ("headstart", "onnx", "onnx-ir", "onnxscript")
@@ -140,7 +143,7 @@ class _Building:
     def __init__(self, bundle: Bundle, library: Library, folder: Path, options: TensorRtOptions, progress: Progress) -> None:
         self.bundle, self.library, self.folder = bundle, library, folder
         self.options, self.progress = options, progress
-        self.sizes = {"batch": options.batch, "slots": options.slots(bundle)}
+        self.sizes = {"batch": 1, "slots": options.slots(bundle)}
         if "encoder" in bundle.manifest.graphs:
             self.sizes["source"] = options.source_rows(bundle)
         self.plans: dict[str, PlanInfo] = {}
@@ -152,21 +155,31 @@ class _Building:
 
         rows = min(self.options.prefill_rows, self.options.tokens(self.bundle))
         graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["decoder"].file)
-        self.passes = self._graph("decoder", graph, decoder_profiles(rows))
+        self.passes = self._graph("decoder", graph, decoder_profiles(rows, self.options.batch))
 
     def encoder(self) -> None:
         import onnx_ir as ir
 
         graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["encoder"].file)
-        self._graph("encoder", graph, FIXED)
+        self._graph("encoder", graph, encoder_profiles(self.bundle, self.options.audio_seconds))
+
+    def frontend(self) -> None:
+        import onnx_ir as ir
+
+        graph = ir.load(self.bundle.path / self.bundle.manifest.graphs["frontend"].file)
+        self._graph("frontend", graph, frontend_profiles(self.bundle, self.options.audio_seconds))
 
     def head(self, name: str) -> None:
         from headstart.exporter.heads.builder import load_head
 
-        self._graph(f"heads/{name}", load_head(self.bundle, name), FIXED)
+        self._graph(f"heads/{name}", load_head(self.bundle, name), head_profiles(self.options.batch))
+
+    def _open_batch(self) -> dict[str, int]:
+        """Where several sequences are decoded together: any number of them up to that, as the profiles say."""
+        return {axis: size for axis, size in self.sizes.items() if axis != "batch"}
 
     def _graph(self, name: str, model: Any, profiles: tuple[Profile, ...]) -> dict[str, int]:
-        """Lower, write for the parser, build, and leave only the plan."""
+        """Lower, write for the parser, build, and leave only the plan; beside a stripped one the graph that has its weights."""
         file = self.folder / f"{name}.onnx"
         self.progress(f"lowering {name}")
         lowered = self._lower(name, model, file)
@@ -180,17 +193,22 @@ class _Building:
             lambda stage: self.progress(f"building {name}: {stage}"),
             lambda node: source_module(file, node),
         )
-        file.unlink()
-        file.with_name(f"{file.name}.data").unlink(missing_ok=True)
+        if not self.options.builder.strip_weights:
+            file.unlink()
+            file.with_name(f"{file.name}.data").unlink(missing_ok=True)
         self.plans[name] = dataclasses.replace(info, float32_layers=lowered.float32_layers)
         return lowered.passes
 
     def _lower(self, name: str, model: Any, file: Path) -> "_Written":
         """Write the lowered graph. Nothing of it stays in memory."""
         from headstart.exporter.graph import save_graph
-        from headstart.exporter.lowering.tensorrt import lower
+        from headstart.exporter.lowering.tensorrt import lower, lower_frontend
 
-        lowered = lower(model, self.options.precision, self.sizes, self.library.native, self.overflows.get(name, ()))
+        if name == "frontend":
+            lowered = lower_frontend(model, self.sizes, self.library.native)
+        else:
+            sizes = self.sizes if self.options.batch == 1 or name == "encoder" else self._open_batch()
+            lowered = lower(model, self.options.precision, sizes, self.library.native, self.overflows.get(name, ()))
         save_graph(lowered.model, file)
         inputs = lowered.model.graph.inputs
         axes = {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in inputs}

@@ -26,7 +26,8 @@ class BuilderOptions:
     Attributes:
         workspace_mb: the most scratch memory a kernel may ask for; None leaves it to the library.
         optimization_level: 0 (fastest build) to 5; None is the library's own.
-        strip_weights: leave the weights out of the plan; they are put in on the device (implies refit).
+        strip_weights: leave the weights out of the plan; the runtime puts them in, from the lowered graph, which is then kept
+            beside it. The very weights it was built with: NVIDIA warns of wrong biases where others are allowed (11.3).
         refit: weights can be exchanged in the built engine. TensorRT for RTX wants a GPU for both, at build.
         version_compatible: newer versions of the library may load the plan (classic TensorRT).
         hardware_compatible: GPUs newer than the one it is built on may run it (classic TensorRT, Ampere and later).
@@ -168,6 +169,7 @@ def allow_decomposition(trt: Any, network: Any) -> None:
 
 def _configure(trt: Any, config: Any, options: BuilderOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # where a graph says float32, ten bits of mantissa will not do
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MEBIBYTE)
     if options.optimization_level is not None:
@@ -176,7 +178,8 @@ def _configure(trt: Any, config: Any, options: BuilderOptions) -> None:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     flags = {
         trt.BuilderFlag.STRIP_PLAN: options.strip_weights,
-        trt.BuilderFlag.REFIT: options.refit or options.strip_weights,
+        trt.BuilderFlag.REFIT: options.refit,
+        trt.BuilderFlag.REFIT_IDENTICAL: options.strip_weights and not options.refit,
         trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
     }
     for flag, wanted in flags.items():

@@ -11,11 +11,12 @@ from headstart.runtime.engines.info import Profile
 VERIFY_ROWS = (2, 4, 8, 16, 32, 64)  # the most rows of each bucket
 
 
-def decoder_profiles(prefill_rows: int, verify_rows: Sequence[int] = VERIFY_ROWS) -> tuple[Profile, ...]:
+def decoder_profiles(prefill_rows: int, batch: int = 1, verify_rows: Sequence[int] = VERIFY_ROWS) -> tuple[Profile, ...]:
     """prefill: any number of rows, one of which goes through the LM head. verify-n: n rows, all of which do.
 
     The smallest bucket takes one row, plain decoding's, as well as two. The others have one size each, so that nothing about
-    them is left to find out at run time and each can become a CUDA graph.
+    them is left to find out at run time and each can become a CUDA graph. Prompts are read one at a time; up to `batch`
+    sequences are verified together, and where that is one its axis is not open.
     """
     prefill = Profile("prefill", {"rows": (1, max(prefill_rows // 2, 1), prefill_rows), "chosen": (1, 1, 1)})
     buckets = []
@@ -23,7 +24,18 @@ def decoder_profiles(prefill_rows: int, verify_rows: Sequence[int] = VERIFY_ROWS
         least = 1 if index == 0 else rows
         sizes = (least, least, rows)
         buckets.append(Profile(f"verify-{rows}", {"rows": sizes, "chosen": sizes}))
-    return (prefill, *buckets)
+    if batch == 1:
+        return (prefill, *buckets)
+    return (_with_batch(prefill, (1, 1, 1)), *(_with_batch(bucket, (1, batch, batch)) for bucket in buckets))
+
+
+def head_profiles(batch: int) -> tuple[Profile, ...]:
+    """Of a draft head, which is asked about up to `batch` sequences at once."""
+    return (_with_batch(FIXED[0], (1, batch, batch)),) if batch > 1 else FIXED
+
+
+def _with_batch(profile: Profile, sizes: tuple[int, ...]) -> Profile:
+    return Profile(profile.name, {**profile.sizes, "batch": sizes})
 
 
 FIXED = (Profile("all", {}),)  # for graphs whose axes all have one size

@@ -94,6 +94,7 @@ class AlignedCopyDrafter:
     """Family F: no graph. Copies from the text that `text_of` finds in the request; proposes nothing where that is empty."""
 
     default_nodes = 16
+    reads_hidden = False
     class_count = len(KINDS) * len(RUNS) * len(DEPTHS)
 
     def __init__(self, name: str, text_of: Callable[[DraftRequest], Sequence[int]]) -> None:

@@ -12,6 +12,8 @@ from headstart.runtime.rules import LogitRule
 from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import DraftTree
 
+NO_HIDDEN: NDArray[np.float32] = np.zeros(0, np.float32)
+
 
 @dataclass(frozen=True)
 class DraftRequest:
@@ -20,7 +22,7 @@ class DraftRequest:
     Attributes:
         row: its row in the batch; the same from round to round.
         token_ids: prompt and output so far; the last is the root, decided but not yet verified.
-        hidden: [H] float32, the target's hidden state that decided the root.
+        hidden: [H] float32, the target's hidden state that decided the root; empty where the drafter does not read it.
         max_nodes: the most nodes the tree may have.
         max_depth: the deepest a node may stand; less than the tree could be only at the end of the text.
         sampling: the user's options; a drafter that samples needs the temperature.
@@ -47,6 +49,7 @@ class Drafter(Protocol):
 
     name: str
     default_nodes: int  # tree size used where nothing was tuned
+    reads_hidden: bool  # whether the loop fetches the target's hidden states for it
 
     def open(self, batch: int) -> None:
         """Forget all sequences and prepare for `batch` new ones."""

@@ -31,6 +31,7 @@ class DraftModelDrafter:
     """
 
     default_nodes = 4
+    reads_hidden = False
     class_count = 32
 
     def __init__(self, name: str, engine: Engine) -> None:
@@ -109,7 +110,8 @@ class DraftModelDrafter:
         cache = self._caches.get(row)
         if cache is None or cache.slots < tokens + MAX_ROWS:
             cross = self._cross[row] if self._cross else None
-            grown = self._engine.new_cache(1, -(-needed // SLOT_STEP) * SLOT_STEP, cross)
+            most = self._engine.model.max_cache + MAX_ROWS
+            grown = self._engine.new_cache(1, min(-(-needed // SLOT_STEP) * SLOT_STEP, most), cross)
             if cache is not None:
                 for old, new in zip(cache.buffers, grown.buffers, strict=True):
                     new[:, :, : old.shape[2]] = old

@@ -29,6 +29,7 @@ class FirstThatPays:
         self.name = f"{first.name}+{second.name}"
         self._first, self._second = first, second
         self._enough = enough
+        self.reads_hidden = first.reads_hidden or second.reads_hidden
         self.class_count = first.class_count + second.class_count
 
     def prior_rates(self) -> list[float]:

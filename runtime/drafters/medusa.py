@@ -23,6 +23,7 @@ class MedusaDrafter:
     """Family A: parallel, stateless."""
 
     default_nodes = 12
+    reads_hidden = True
 
     def __init__(self, name: str, head: Head, heads: int) -> None:
         self.name = name

@@ -89,6 +89,7 @@ class NGramDrafter:
 
     name = "ngram"
     default_nodes = 8
+    reads_hidden = False
     class_count = len(ORIGINS) * len(MATCHES) * len(DEPTHS) * len(RANKS)
 
     def __init__(self, max_n: int = 4, min_n: int = 1, branches: int = 4) -> None:

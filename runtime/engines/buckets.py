@@ -40,8 +40,10 @@ class Pass:
         return 1 if self.prompt else self.padded
 
 
-def passes(profiles: Sequence[Profile], rows: int, chosen: int) -> Iterator[Pass]:
-    """Split `rows` rows into passes. A long run of rows of which one is chosen is a prompt; everything else is verified.
+def passes(profiles: Sequence[Profile], rows: int, chosen: int, batch: int = 1) -> Iterator[Pass]:
+    """Split `rows` rows into passes. A long run of rows of one sequence, of which one is chosen, is a prompt.
+
+    Everything else is verified, in buckets.
 
     Raises EngineError when the plan has no profile of either kind.
     """
@@ -49,7 +51,7 @@ def passes(profiles: Sequence[Profile], rows: int, chosen: int) -> Iterator[Pass
     buckets = [i for i, profile in enumerate(profiles) if i not in prefills]
     if not buckets or not prefills:
         raise EngineError("The engine has no profile for prompts, or none for verifying. Fix: build it again, with --force.")
-    if chosen == 1 and rows > profiles[buckets[0]].sizes["rows"][2]:
+    if batch == chosen == 1 and rows > profiles[buckets[0]].sizes["rows"][2]:
         largest = profiles[prefills[0]].sizes["rows"][2]
         for begin in range(0, rows, largest):
             end = min(begin + largest, rows)
@@ -72,50 +74,52 @@ class Packed:
         data: the buffer, uint8.
     """
 
-    def __init__(self, rows: int, chosen: int, slots: int) -> None:
+    def __init__(self, batch: int, rows: int, chosen: int) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {
-            contract.INPUT_IDS: (1, rows),
-            contract.POSITION_IDS: (1, rows),
-            contract.OUTPUT_ROWS: (1, chosen),
-            contract.WRITE_INDEX: (1,),
-            contract.ATTENTION_MASK: (1, 1, rows, slots),
+            contract.INPUT_IDS: (batch, rows),
+            contract.POSITION_IDS: (batch, rows),
+            contract.OUTPUT_ROWS: (batch, chosen),
+            contract.WRITE_INDEX: (batch,),
+            contract.ROW_MASK: (batch, rows, rows),
         }
         self.offsets, end = {}, 0
         for name, shape in self.shapes.items():
             self.offsets[name] = end
-            itemsize = 1 if name == contract.ATTENTION_MASK else 8
+            itemsize = 1 if name == contract.ROW_MASK else 8
             end += -(-int(np.prod(shape)) * itemsize // ALIGNMENT) * ALIGNMENT
         self.data = np.zeros(end, np.uint8)
-        self._views = {name: self._view(name) for name in self.shapes}
+        self.views = {name: self._view(name) for name in self.shapes}
 
     def _view(self, name: str) -> NDArray[Any]:
-        dtype: Any = np.bool_ if name == contract.ATTENTION_MASK else np.int64
+        dtype: Any = np.bool_ if name == contract.ROW_MASK else np.int64
         count, begin = int(np.prod(self.shapes[name])), self.offsets[name]
         view: NDArray[Any] = self.data[begin : begin + count * np.dtype(dtype).itemsize].view(dtype)
         return view.reshape(self.shapes[name])
 
     def fill(
         self,
-        history: int,  # committed slots
+        history: NDArray[np.int64],  # [B] committed slots
         part: Pass,
-        token_ids: NDArray[np.int64],  # [1, T]
-        position_ids: NDArray[np.int64],  # [1, T]
-        row_mask: NDArray[np.bool_],  # [1, T, T]
-        output_rows: NDArray[np.int64],  # [1, R]
+        token_ids: NDArray[np.int64],  # [B, T]
+        position_ids: NDArray[np.int64],  # [B, T]
+        row_mask: NDArray[np.bool_],  # [B, T, T]
+        output_rows: NDArray[np.int64],  # [B, R]
     ) -> None:
-        """Write one pass of a forward. Rows see the history, and of the forward's rows those that `row_mask` says."""
+        """Write one pass of a forward. Rows see the history, and of the forward's rows those that `row_mask` says.
+
+        Rows of earlier passes of the forward are history to the graph: every row must see them, as in a text it does.
+        """
         count, begin, end = part.end - part.begin, part.begin, part.end
+        assert row_mask[:, begin:end, :begin].all(), "a tree has to fit one pass"
         for name, values in ((contract.INPUT_IDS, token_ids), (contract.POSITION_IDS, position_ids)):
-            view = self._views[name]
+            view = self.views[name]
             view[:, :count], view[:, count:] = values[:, begin:end], values[:, end - 1 : end]
-        self._views[contract.WRITE_INDEX][:] = history + begin
-        local = np.clip(output_rows[0] - begin, 0, count - 1) if part.prompt else np.arange(part.padded)
-        self._views[contract.OUTPUT_ROWS][0] = local
-        mask = self._views[contract.ATTENTION_MASK][0, 0]
-        mask[:] = False
-        mask[:, :history] = True
-        mask[:count, history : history + end] = row_mask[0, begin:end, :end]
-        mask[count:, history + begin] = True  # a row that sees nothing would be 0/0
+        self.views[contract.WRITE_INDEX][:] = history + begin
+        prompt = np.clip(output_rows - begin, 0, count - 1)
+        self.views[contract.OUTPUT_ROWS][:] = prompt if part.prompt else np.arange(part.padded)
+        mask = self.views[contract.ROW_MASK]
+        mask[:] = np.eye(part.padded, dtype=np.bool_)  # padding sees itself: a row that sees nothing would be 0/0
+        mask[:, :count, :count] = row_mask[:, begin:end, begin:end]
 
 
 def moves(start: int, kept: Sequence[int]) -> list[tuple[int, int]]:
@@ -124,3 +128,16 @@ def moves(start: int, kept: Sequence[int]) -> list[tuple[int, int]]:
     `kept` rises, so rows only ever move towards the front; those in place are left out, and a chain moves nothing.
     """
     return [(start + row, start + place) for place, row in enumerate(kept) if row != place]
+
+
+def runs(moved: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(from slot, to slot, slots) of moves that can be made at once: neighbours whose old and new places do not overlap."""
+    found: list[tuple[int, int, int]] = []
+    for source, target in moved:
+        if found:
+            begin, place, count = found[-1]
+            if (source, target) == (begin + count, place + count) and count < begin - place:
+                found[-1] = begin, place, count + 1
+                continue
+        found.append((source, target, 1))
+    return found

@@ -11,7 +11,7 @@ from headstart.runtime.bundle import Bundle, check_files, from_json
 from headstart.runtime.errors import BundleError, EngineError
 
 ENGINE_FILE = "engine.json"
-ENGINE_SCHEMA = 2
+ENGINE_SCHEMA = 3
 
 
 @dataclass(frozen=True)

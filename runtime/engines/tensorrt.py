@@ -1,93 +1,32 @@
 """The engine on TensorRT, classic or for RTX: plans with fixed sizes, buffers on the device, caches updated where they lie.
 
-A forward goes up in one copy (`buckets.Packed`), runs through the smallest profile that holds its rows, and its logits and
-hidden states come down. A commit moves slots on the device. The host's side is tested with stand-ins for `Device` and `Plan`
-that run the same lowered graphs in ONNX Runtime; `cuda.Cuda` and `LoadedPlan` HAVE NOT BEEN RUN ON A GPU YET.
+A forward goes up in one copy (`buckets.Packed`) and runs through the smallest profile that holds its rows. Its best tokens
+come down; logits and hidden states stay until somebody asks (`device_output`). A commit moves slots on the device. The host's
+side is tested with stand-ins for `Device` and `Plan` that run the same lowered graphs in ONNX Runtime; `cuda.Cuda` and
+`plans.LoadedPlan` HAVE NOT BEEN RUN ON A GPU YET.
 """
 
 import dataclasses
-import importlib
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime import contract
-from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, TensorInfo
+from headstart.runtime.bundle import Bundle, HeadInfo
 from headstart.runtime.cache import CrossState, KVCache
-from headstart.runtime.engine import MAX_ROWS, StepOutput
-from headstart.runtime.engines.buckets import Packed, Pass, moves, passes
+from headstart.runtime.engine import MAX_ROWS, SLOT_STEP, HostOutput, StepOutput
+from headstart.runtime.engines.buckets import Packed, Pass, passes
+from headstart.runtime.engines.device_cache import CacheLayout, CachePool, DeviceCache, decoder_addresses
+from headstart.runtime.engines.device_output import DeviceOutput, OutputBuffers
 from headstart.runtime.engines.half import STORED, narrowed, widened
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
-from headstart.runtime.errors import EngineError, PromptError, missing_extra
+from headstart.runtime.engines.sources import axis_size, check_length, filled, read_source
+from headstart.runtime.engines.tensorrt_device import Device, Plan
+from headstart.runtime.errors import EngineError
 
 TENSORRT_DEVICES = ("trt-rtx", "tensorrt")  # of which the former names GPU generations behind a colon
-LIBRARIES = ("tensorrt_rtx", "tensorrt")
-
-
-class Device(Protocol):
-    """Memory on the device and copies in order; see `cuda.Cuda`. Addresses are whole numbers."""
-
-    def allocate(self, nbytes: int) -> int: ...
-
-    def free(self, address: int) -> None: ...
-
-    def upload(self, address: int, data: NDArray[Any]) -> None: ...
-
-    def download(self, data: NDArray[Any], address: int) -> None: ...
-
-    def move_slot(self, address: int, plane: int, width: int, planes: int, source: int, target: int) -> None: ...
-
-
-class Plan(Protocol):
-    """A built graph."""
-
-    def run(self, profile: int, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
-        """Start one pass. `shapes` are the inputs'; `addresses` where inputs and outputs lie."""
-        ...
-
-
-class DeviceCache(KVCache):
-    """The caches of one sequence, on the device; with an encoder, what the decoder reads of the source beside them."""
-
-    def __init__(self, infos: Sequence[CacheInfo], slots: int, device: Device, cross: CrossState | None = None) -> None:
-        self.names = [name for info in infos for name in (info.key_name, info.value_name)]
-        self.lengths = np.zeros(1, np.int64)
-        self.buffers = []
-        self.engine_state = {}
-        self._slots, self._device = slots, device
-        sizes = [size for info in infos for size in (info.key_size, info.value_size)]
-        heads = [info.kv_heads for info in infos for _ in range(2)]
-        self._planes = list(zip(heads, sizes, strict=True))
-        self.addresses = [device.allocate(2 * head * slots * size) for head, size in self._planes]
-        self.cross = cross
-        arrays = dict(zip(cross.names, cross.buffers, strict=True)) | {contract.ENCODER_MASK: cross.mask} if cross else {}
-        self.source_addresses = {name: device.allocate(array.nbytes) for name, array in arrays.items()}
-        for name, array in arrays.items():
-            device.upload(self.source_addresses[name], array)
-        weakref.finalize(self, _free, device, [*self.addresses, *self.source_addresses.values()])
-
-    @property
-    def slots(self) -> int:
-        return self._slots
-
-    def row(self, index: int) -> "DeviceCache":
-        assert index == 0
-        return self
-
-    def commit(self, row: int, kept: Sequence[int]) -> None:
-        for source, target in moves(int(self.lengths[row]), kept):
-            for address, (heads, size) in zip(self.addresses, self._planes, strict=True):
-                self._device.move_slot(address, 2 * size * self._slots, 2 * size, heads, source, target)
-        self.lengths[row] += len(kept)
-
-
-def _free(device: Device, addresses: Sequence[int]) -> None:
-    for address in addresses:
-        device.free(address)
 
 
 class TensorRtEngine:
@@ -102,14 +41,18 @@ class TensorRtEngine:
         self._precision = info.settings["precision"]
         self._profiles = info.plans["decoder"].profiles
         self._plan = open_plan("decoder")
-        self._encoder: Plan | None = None
-        self._packed: dict[tuple[int, int], tuple[Packed, int]] = {}
+        self._plans: dict[str, Plan] = {}  # of what runs once a source
+        self._packed: dict[tuple[int, int, int], tuple[Packed, int]] = {}
         self._outputs = self._allocate_outputs()
+        manifest = bundle.manifest
+        layout = CacheLayout.of(manifest.caches, manifest.cross_caches, info.cache_slots, info.source_rows)
+        self._caches = CachePool(layout, device)
 
     @classmethod
     def open(cls, bundle: Bundle, device: str) -> "TensorRtEngine":
         """Raises EngineError when nothing was built for `device`, when it is stale, or when there is no GPU."""
         from .cuda import Cuda
+        from .plans import PlanLoader
 
         if bundle.manifest.model.source and "encoder" not in bundle.manifest.graphs:
             raise EngineError(f"{bundle.path} is an assistant without an encoder of its own. Fix: --device cpu.")
@@ -117,78 +60,100 @@ class TensorRtEngine:
         if info is None:
             raise EngineError(f"{bundle.path} is not built for {device}. Fix: headstart build {bundle.path} --device {device}.")
         bundle.check_hashes(unread=info.replaced())
-        library = open_library(info)
-        cuda = Cuda()
-        folder = engine_folder(bundle, device)
-        return cls(bundle, info, cuda, lambda name: LoadedPlan(library, folder / info.graphs[name], cuda.stream))
+        loader = PlanLoader(info, engine_folder(bundle, device), Cuda)
+        return cls(bundle, info, loader.cuda, loader.open)
 
     @property
     def exact(self) -> bool:
         """Half precision rounds differently for every number of rows."""
         return False
 
-    def _allocate_outputs(self) -> dict[str, tuple[int, int]]:
-        """Output -> (address, values per row), for the most rows a pass can have."""
+    def _allocate_outputs(self) -> OutputBuffers:
+        """For the most rows a pass can have."""
         model = self.bundle.manifest.model
-        rows = max(profile.sizes["rows"][2] for profile in self._profiles)
-        chosen = max(profile.sizes["chosen"][2] for profile in self._profiles)
-        widths = {contract.LOGITS: (chosen, model.vocab_size), contract.HIDDEN: (rows, model.hidden_size)}
+        sizes = [(profile.sizes.get("batch", (1, 1, 1))[2], profile.sizes) for profile in self._profiles]
+        rows, chosen = (max(batch * size[name][2] for batch, size in sizes) for name in ("rows", "chosen"))
+        widths = {contract.LOGITS: model.vocab_size, contract.BEST_IDS: 1, contract.HIDDEN: model.hidden_size}
         if model.aux_layers:
-            widths[contract.AUX_HIDDEN] = (rows, model.hidden_size * len(model.aux_layers))
-        return {name: (self._memory.allocate(2 * count * width), width) for name, (count, width) in widths.items()}
+            widths[contract.AUX_HIDDEN] = model.hidden_size * len(model.aux_layers)
+        most = {name: chosen if name in (contract.LOGITS, contract.BEST_IDS) else rows for name in widths}
+        return OutputBuffers.allocate(self._memory, widths, most, self._precision)
 
     def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Raises EngineError: the front-end of recordings is not built for TensorRT yet."""
-        if "frontend" in self.bundle.manifest.graphs:
-            raise EngineError("Recordings are not read with TensorRT yet. Fix: give features, or decode with --device cpu.")
-        return samples
+        """What the encoder reads of a recording's [samples]: the samples themselves where there is no front-end.
+
+        Raises PromptError for a length that the engine was not built for, EngineError for one built without a front-end.
+        """
+        frontend = self.bundle.manifest.graphs.get("frontend")
+        if frontend is None:
+            return samples
+        if (plan := self.info.plans.get("frontend")) is None:
+            raise EngineError(f"The engine for {self.device} has no front-end. Fix: headstart build --force, again.")
+        if plan.profiles:
+            check_length(plan, "samples", len(samples), "samples")
+        sizes = {"batch": 1, "samples": len(samples)}
+        shape = tuple(axis_size(axis, sizes) for axis in frontend.outputs[0].shape)
+        inputs = {contract.AUDIO: np.ascontiguousarray(samples[None], np.float32)}
+        features: NDArray[np.float32] = np.zeros(shape, np.float32)
+        self._run_once("frontend", inputs, {contract.INPUT_FEATURES: features})
+        first: NDArray[np.float32] = features[0]
+        return first
 
     def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
-        """Run the encoder over one source, padded to the size it was built for. Cross states stay in half precision.
+        """Run the encoder over one source after another; states are padded to the size built for, and stay in half precision.
 
-        Raises PromptError for a source it has no room for, EngineError for several.
+        Raises PromptError for a source it has no room for.
         """
-        if len(sources) != 1:
-            raise EngineError("The TensorRT engine decodes one sequence at a time. Fix: one source a call.")
-        graph, rows = self.bundle.manifest.graphs["encoder"], self.info.source_rows
-        inputs, mask = _padded_source(graph.inputs[0], sources[0], rows, self._precision)
-        hidden_size = int(graph.outputs[0].shape[2])
-        shapes: dict[str, tuple[int, ...]] = {contract.ENCODER_HIDDEN: (1, rows, hidden_size)}
+        found = [self._encode(source) for source in sources]
+        buffers = zip(*(state.buffers for state in found), strict=True)
+        mask, hidden = (np.concatenate([getattr(state, name) for state in found]) for name in ("mask", "hidden"))
+        return CrossState(found[0].names, tuple(map(np.concatenate, buffers)), mask, hidden)
+
+    def _encode(self, one: NDArray[Any]) -> CrossState:
+        graph, most = self.bundle.manifest.graphs["encoder"], self.info.source_rows
+        source = read_source(graph, self.info.plans.get("encoder"), one, most, self._precision)
+        inputs, rows = source.inputs, source.rows
+        if contract.ENCODER_MASK in {tensor.name for tensor in graph.inputs}:
+            inputs[contract.ENCODER_MASK] = source.mask
+        shapes: dict[str, tuple[int, ...]] = {contract.ENCODER_HIDDEN: (1, rows, int(graph.outputs[0].shape[2]))}
         for info in self.bundle.manifest.cross_caches:
             shapes[info.key_name] = (1, info.kv_heads, rows, info.key_size)
             shapes[info.value_name] = (1, info.kv_heads, rows, info.value_size)
-        if contract.ENCODER_MASK in {tensor.name for tensor in graph.inputs}:
-            inputs[contract.ENCODER_MASK] = mask
-        found = self._run_encoder(inputs, shapes)
+        outputs = {name: np.zeros(shape, STORED[self._precision]) for name, shape in shapes.items()}
+        found = {name: filled(array, -2, most) for name, array in self._run_once("encoder", inputs, outputs).items()}
         hidden = widened(found.pop(contract.ENCODER_HIDDEN), self._precision)
-        return CrossState(tuple(found), tuple(found.values()), mask, hidden)
+        return CrossState(tuple(found), tuple(found.values()), source.mask, hidden)
 
-    def _run_encoder(
-        self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, tuple[int, ...]]
+    def _run_once(
+        self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]
     ) -> dict[str, NDArray[Any]]:
-        """The encoder's outputs, as stored. Its buffers live for this one pass."""
-        if self._encoder is None:
-            self._encoder = self._open_plan("encoder")
-        found = {name: np.zeros(shape, STORED[self._precision]) for name, shape in outputs.items()}
-        addresses = {name: self._memory.allocate(array.nbytes) for name, array in {**inputs, **found}.items()}
-        for name, array in inputs.items():
-            self._memory.upload(addresses[name], array)
-        self._encoder.run(0, {name: array.shape for name, array in inputs.items()}, addresses)
-        for name, array in found.items():
-            self._memory.download(array, addresses[name])
-        _free(self._memory, list(addresses.values()))
-        return found
+        """One pass of a plan that runs once a source; `outputs` are filled. Its buffers live for this pass."""
+        if name not in self._plans:
+            self._plans[name] = self._open_plan(name)
+        addresses = {key: self._memory.allocate(array.nbytes) for key, array in {**inputs, **outputs}.items()}
+        for key, array in inputs.items():
+            self._memory.upload(addresses[key], array)
+        self._plans[name].run(0, {key: array.shape for key, array in inputs.items()}, addresses)
+        for key, array in outputs.items():
+            self._memory.download(array, addresses[key])
+        for address in addresses.values():
+            self._memory.free(address)
+        return outputs
 
     def new_cache(self, batch: int, slots: int, cross: CrossState | None = None) -> KVCache:
-        """Raises EngineError for more sequences than one, or more slots than the engine was built with."""
-        if batch != 1 or self.info.batch != 1:
-            raise EngineError("The TensorRT engine decodes one sequence at a time. Fix: one prompt a call, and --batch 1.")
-        if slots > self.info.cache_slots:
+        """Raises EngineError for more sequences, or more slots, than the engine was built with."""
+        fix = f"Fix: headstart build {self.bundle.path} --device {self.device}"
+        if batch > self.info.batch:
+            raise EngineError(
+                f"The engine for {self.device} decodes {self.info.batch} sequences together, and {batch} are wanted. "
+                f"{fix} --batch {batch} --force, or fewer prompts (or beams) a call."
+            )
+        if slots >= self.info.cache_slots + SLOT_STEP:  # whoever asks rounds up
             raise EngineError(
                 f"The engine for {self.device} holds {self.model.max_cache} tokens, and {slots} are wanted. "
-                f"Fix: headstart build {self.bundle.path} --device {self.device} --cache {slots} --force, or a shorter text."
+                f"{fix} --cache {slots} --force, or a shorter text."
             )
-        return DeviceCache(self.bundle.manifest.caches, self.info.cache_slots, self._memory, cross)
+        return self._caches.open(batch, cross)
 
     def forward(
         self,
@@ -199,122 +164,65 @@ class TensorRtEngine:
         output_rows: NDArray[np.int64],
     ) -> StepOutput:
         assert isinstance(cache, DeviceCache)
-        found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self._outputs}
-        prompt = False
-        for part in passes(self._profiles, token_ids.shape[1], output_rows.shape[1]):
-            packed, address = self._packed_for(part)
-            packed.fill(int(cache.lengths[0]), part, token_ids, position_ids, row_mask, output_rows)
+        (batch, rows), chosen = token_ids.shape, output_rows.shape[1]
+        parts = list(passes(self._profiles, rows, chosen, batch))
+        outputs: list[HostOutput] = []
+        for part in parts:
+            packed, address = self._packed_for(batch, part)
+            packed.fill(cache.lengths, part, token_ids, position_ids, row_mask, output_rows)
             self._memory.upload(address, packed.data)
-            self._plan.run(part.profile, packed.shapes, self._addresses(packed, address, cache))
-            prompt = part.prompt
-            for name, pieces in found.items():
-                if name != contract.LOGITS or not prompt or part.begin <= output_rows[0, 0] < part.end:
-                    pieces.append(self._downloaded(name, part))
-        whole = {name: np.concatenate(pieces)[None] for name, pieces in found.items()}
-        logits = whole[contract.LOGITS] if prompt else whole[contract.LOGITS][:, output_rows[0]]
-        return StepOutput(logits, whole[contract.HIDDEN], whole.get(contract.AUX_HIDDEN))
+            places = {name: address + offset for name, offset in packed.offsets.items()}
+            places |= decoder_addresses(cache) | dict(self._outputs.addresses)
+            self._plan.run(part.profile, packed.shapes | cache.layout.shapes(batch), places)
+            asked = output_rows if len(parts) == 1 else np.arange(part.end - part.begin)[None].repeat(batch, 0)
+            asked = np.zeros((batch, 1), np.int64) if part.prompt else asked
+            output = DeviceOutput(self._outputs, batch, part.end - part.begin, part.padded, asked, part.chosen)
+            if len(parts) == 1:
+                return output
+            outputs.append(output.fetched())
+        return _joined(parts, outputs, output_rows)
 
-    def _addresses(self, packed: Packed, address: int, cache: DeviceCache) -> dict[str, int]:
-        """Where every tensor of a pass lies; a cache comes in and goes out at one place."""
-        places = {name: address + offset for name, offset in packed.offsets.items()}
-        places |= {name: where for name, (where, _) in self._outputs.items()}
-        for name, where in zip(cache.names, cache.addresses, strict=True):
-            places[name] = places[contract.updated(name)] = where
-        return places | cache.source_addresses
-
-    def _packed_for(self, part: Pass) -> tuple[Packed, int]:
+    def _packed_for(self, batch: int, part: Pass) -> tuple[Packed, int]:
         """The inputs' buffer of that shape, on the host and on the device; made once."""
-        key = (part.padded, part.chosen)
+        key = (batch, part.padded, part.chosen)
         if key not in self._packed:
-            packed = Packed(part.padded, part.chosen, self.info.cache_slots)
+            packed = Packed(*key)
             self._packed[key] = packed, self._memory.allocate(packed.data.nbytes)
         return self._packed[key]
 
-    def _downloaded(self, name: str, part: Pass) -> NDArray[np.float32]:
-        """[rows, width] float32 of one output."""
-        address, width = self._outputs[name]
-        count = 1 if part.prompt and name == contract.LOGITS else part.end - part.begin
-        stored = np.zeros((count, width), STORED[self._precision])
-        self._memory.download(stored, address)
-        return widened(stored, self._precision)
-
     def head(self, info: HeadInfo) -> "TensorRtHead":
-        return TensorRtHead(info, self._open_plan(f"heads/{info.name}"), self._memory, self._precision)
+        return TensorRtHead(info, self._open_plan(f"heads/{info.name}"), self._memory, self._precision, self.info.batch)
 
 
-def _padded_source(
-    info: TensorInfo, source: NDArray[Any], rows: int, precision: str
-) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
-    """({input: array}, [1, E] mask) of one source; text is padded to `rows`, features have the one shape the graph takes."""
-    if info.dtype == "int64":
-        if len(source) > rows:
-            raise PromptError(
-                f"The source has {len(source)} tokens, and the engine takes {rows}. Fix: headstart build --source N."
-            )
-        return {info.name: np.pad(source, (0, rows - len(source)))[None].astype(np.int64)}, (np.arange(rows) < len(source))[
-            None
-        ]
-    if tuple(source.shape) != info.shape[1:]:
-        raise PromptError(f"The source has the shape {list(source.shape)}; the engine takes {list(info.shape[1:])}.")
-    return {info.name: narrowed(source[None], precision)}, np.ones((1, rows), np.bool_)
+def _joined(parts: Sequence[Pass], outputs: Sequence[HostOutput], output_rows: NDArray[np.int64]) -> HostOutput:
+    """A forward of several passes: long texts whose every row is wanted, or prompts longer than a pass."""
+    hidden = np.concatenate([output.hidden for output in outputs], axis=1)
+    aux = [output.aux_hidden for output in outputs if output.aux_hidden is not None]
+    if parts[0].prompt:
+        row = int(output_rows[0, 0])
+        logits = next(output.logits for part, output in zip(parts, outputs, strict=True) if part.begin <= row < part.end)
+    else:
+        whole = np.concatenate([output.logits for output in outputs], axis=1)
+        logits = np.take_along_axis(whole, output_rows[:, :, None], axis=1)
+    return HostOutput(logits, hidden, np.concatenate(aux, axis=1) if aux else None)
 
 
 class TensorRtHead:
     """One draft head."""
 
-    def __init__(self, info: HeadInfo, plan: Plan, device: Device, precision: str) -> None:
+    def __init__(self, info: HeadInfo, plan: Plan, device: Device, precision: str, batch: int) -> None:
+        """`batch`: the most sequences it is asked about at once."""
         self._info, self._plan, self._memory, self._precision = info, plan, device, precision
-        self._shape = (1, info.heads, info.top_k)
         count = info.heads * info.top_k
         sizes = {"hidden": 2 * info.hidden_size, "topk_ids": 8 * count, "topk_log_probs": 4 * count}
-        self._addresses = {name: device.allocate(size) for name, size in sizes.items()}
+        self._addresses = {name: device.allocate(batch * size) for name, size in sizes.items()}
 
     def propose(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """[1, 1, H] to ([1, K, k] ids, log-probabilities)."""
+        """[B, 1, H] to ([B, K, k] ids, log-probabilities)."""
+        shape = (len(hidden), self._info.heads, self._info.top_k)
         self._memory.upload(self._addresses["hidden"], narrowed(hidden, self._precision))
-        self._plan.run(0, {"hidden": (1, 1, self._info.hidden_size)}, self._addresses)
-        ids, log_probs = np.zeros(self._shape, np.int64), np.zeros(self._shape, np.float32)
+        self._plan.run(0, {"hidden": hidden.shape}, self._addresses)
+        ids, log_probs = np.empty(shape, np.int64), np.empty(shape, np.float32)
         self._memory.download(ids, self._addresses["topk_ids"])
         self._memory.download(log_probs, self._addresses["topk_log_probs"])
         return ids, log_probs
-
-
-def open_library(info: EngineInfo) -> Any:
-    """The module an engine was built with. Raises MissingExtraError without it, EngineError for another version."""
-    name = next(name for name in LIBRARIES if name in info.builder)
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if name == "tensorrt":
-            raise EngineError("The Python package tensorrt is missing. JetPack brings it: docs/jetson.md.") from error
-        raise missing_extra(error, f"Decoding with {info.device}") from error
-    if module.__version__ != info.builder[name]:
-        raise EngineError(
-            f"The engine was built with {name} {info.builder[name]}, and here is {module.__version__}: plans do not move "
-            f"between versions. Fix: headstart build BUNDLE --device {info.device} --force."
-        )
-    return module
-
-
-class LoadedPlan:
-    """A plan on the GPU: one context that changes profiles. NOT YET RUN."""
-
-    def __init__(self, library: Any, file: Path, stream: int) -> None:
-        self._stream, self._profile = stream, 0
-        self._runtime = library.Runtime(library.Logger(library.Logger.ERROR))
-        self._engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
-        if self._engine is None:
-            raise EngineError(f"{file} cannot be loaded: it was built for another GPU. Fix: headstart build --force, here.")
-        self._context = self._engine.create_execution_context()
-
-    def run(self, profile: int, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
-        if profile != self._profile:
-            self._context.set_optimization_profile_async(profile, self._stream)
-            self._profile = profile
-        wanted = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        for name in wanted:
-            if name in shapes:
-                self._context.set_input_shape(name, shapes[name])
-            self._context.set_tensor_address(name, addresses[name])
-        if not self._context.execute_async_v3(self._stream):
-            raise EngineError("TensorRT could not run a pass; its log says why.")

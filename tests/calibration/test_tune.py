@@ -32,6 +32,7 @@ class Scripted:
 
     name = "scripted"
     default_nodes = 4
+    reads_hidden = False
     class_count = 3
 
     def open(self, batch: int) -> None: ...

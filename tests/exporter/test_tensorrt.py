@@ -21,11 +21,11 @@ from headstart.exporter.tensorrt.build import TensorRtOptions, source_module
 from headstart.exporter.tensorrt.builder import BuilderOptions, build_plan, network_ends
 from headstart.exporter.tensorrt.library import open_library, parse_target
 from headstart.exporter.tensorrt.plan import read_plan
-from headstart.exporter.tensorrt.profiles import VERIFY_ROWS
+from headstart.exporter.tensorrt.profiles import VERIFY_ROWS, decoder_profiles
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, from_json
 from headstart.runtime.engine import MAX_ROWS
-from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, built_engine, engine_folder
+from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, Profile, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, HeadstartError, MissingExtraError, OptionError, OutputError
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
@@ -93,27 +93,33 @@ def test_the_plan_s_tensors_are_the_manifest_s(built: Built, weights: str, devic
     """Names, types and sizes as the compiled plan states them: half precision, and a cache of the chosen capacity."""
     bundle, info = built("llama", weights, device)
     text = read_plan((engine_folder(bundle, device) / info.graphs["decoder"]).read_bytes())
-    model, kinds = bundle.manifest.model, {"input_ids": "int64", "position_ids": "int64", "attention_mask": "bool"}
-    for name in (*contract.STEP_INPUTS, contract.LOGITS, contract.HIDDEN):
-        assert text.tensors[f"{name}.1"][0] == kinds.get(name, "half" if name in ("logits", "hidden") else "int64"), name
+    model, kinds = bundle.manifest.model, {"row_mask": "bool", "best_ids": "int32", "logits": "half", "hidden": "half"}
+    inputs = {*contract.STEP_INPUTS} - {contract.ATTENTION_MASK} | {contract.ROW_MASK}
+    outputs = {contract.LOGITS, contract.HIDDEN, contract.BEST_IDS}
+    for name in inputs | outputs:
+        assert text.tensors[f"{name}.1"][0] == kinds.get(name, "int64"), name
     assert text.tensors["logits.1"][1][-1] == str(model.vocab_size)
-    assert text.tensors["attention_mask.1"][1][-1] == str(SLOTS)
     for cache in bundle.manifest.caches:
         found = text.tensors[f"{contract.updated(cache.key_name)}.1"]
         assert found == ("half", ("1", str(cache.kv_heads), str(SLOTS), str(cache.key_size)))
-    assert {*contract.STEP_INPUTS} <= text.inputs and {contract.LOGITS, contract.HIDDEN} <= text.outputs
+    assert inputs <= text.inputs and outputs <= text.outputs
 
 
 def test_the_network_has_the_manifest_s_ends(bundle_of: BundleOf, tmp_path: Path) -> None:
-    """What the parser makes of the lowered graph: every input and output of the contract, open axes left to the profiles."""
+    """What the parser makes of the lowered graph: every input and output of the contract, open axes left to the profiles.
+
+    But for the mask, which is computed from the rows, and the best tokens beside the logits.
+    """
     bundle = bundle_of("llama")
     graph = bundle.manifest.graphs["decoder"]
     lowered = lower(ir.load(bundle.path / graph.file), "float16", {"batch": 1, "slots": SLOTS})
     save_graph(lowered.model, tmp_path / "decoder.onnx")
     ends = network_ends(open_library(parse_target("trt-rtx:sm86")), tmp_path / "decoder.onnx")
-    assert set(ends) == {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
+    assert ends.pop(contract.ROW_MASK) == ("bool", (1, -1, -1)) and ends.pop(contract.BEST_IDS) == ("int32", (1, -1))
+    kept = [tensor for tensor in (*graph.inputs, *graph.outputs) if tensor.name != contract.ATTENTION_MASK]
+    assert set(ends) == {tensor.name for tensor in kept}
     sizes: dict[int | str, int] = {"batch": 1, "slots": SLOTS}
-    for tensor in (*graph.inputs, *graph.outputs):
+    for tensor in kept:
         kind, shape = ends[tensor.name]
         assert kind == {"float32": "float16"}.get(tensor.dtype, tensor.dtype)
         assert shape == tuple(axis if isinstance(axis, int) else sizes.get(axis, -1) for axis in tensor.shape)
@@ -179,6 +185,17 @@ def test_fixed_scales_are_built_for_encoders(bundle_of: BundleOf, tmp_path: Path
     assert set(info.plans) == {"decoder", "encoder"}
     for name in ("decoder", "encoder"):
         assert "int8" in info.plans[name].weight_bytes, name
+
+
+def test_recordings_of_any_length(built: Built) -> None:
+    """The encoder's time stays open, up to half a minute; its attention is fused all the same."""
+    bundle, info = built("moonshine")
+    encoder = info.plans["encoder"]
+    axis = bundle.manifest.graphs["encoder"].inputs[0].shape[1]
+    assert encoder.profiles == (Profile("any length", {str(axis): (1_600, 240_000, 480_000)}),)
+    assert info.source_rows == (480_000 - 127) // 384 - 1 and encoder.kernels["fused_attention"] == 1
+    with pytest.raises(OptionError, match=r"--audio-seconds 0\.1: .* hears recordings of more than 0\.1 s\."):
+        TensorRtOptions(audio_seconds=0.1).source_rows(bundle)
 
 
 def test_the_written_out_form_builds_too(bundle_of: BundleOf, tmp_path: Path) -> None:
@@ -332,6 +349,18 @@ def test_attention_without_a_kernel_is_computed_in_parts(tmp_path: Path, size: i
     library = open_library(parse_target("trt-rtx:sm89"))
     plan = build_plan(tmp_path / "attention.onnx", axes, (), library, BuilderOptions(), lambda stage: None)
     assert plan.kernels.get("fused_attention", 0) == fused
+
+
+def test_sequences_decoded_together_leave_their_number_open(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """Prompts one at a time, verify passes of up to three: attention stays fused, caches stay in place."""
+    bundle = bundle_of("llama")
+    lowered = lower(ir.load(bundle.path / bundle.manifest.graphs["decoder"].file), "float16", {"slots": SLOTS})
+    save_graph(lowered.model, tmp_path / "decoder.onnx")
+    axes = {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in lowered.model.graph.inputs}
+    profiles, library = decoder_profiles(32, 3, (2, 8)), open_library(parse_target("trt-rtx:sm89"))
+    assert [profile.sizes["batch"] for profile in profiles] == [(1, 1, 1), (1, 3, 3), (1, 3, 3)]
+    plan = build_plan(tmp_path / "decoder.onnx", axes, profiles, library, BuilderOptions(), lambda stage: None)
+    assert plan.kernels["fused_attention"] == 2 * 3 and len(plan.in_place) == 4
 
 
 def test_exchangeable_weights_need_a_gpu(tmp_path: Path) -> None:

@@ -10,9 +10,14 @@ from architectures import ARCHITECTURES
 from tensorrt_steps import FLOAT16_NOISE, SLOTS, decoder, run
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
+from headstart.exporter.graph import save_graph
 from headstart.exporter.lowering.tensorrt import lower
+from headstart.exporter.passes.best_tokens import add_best_tokens
 from headstart.exporter.passes.half import in_range
+from headstart.exporter.passes.row_mask import mask_from_rows
+from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.engines.onnxruntime import open_session
 
 BundleOf = Callable[[str], Bundle]
 
@@ -50,7 +55,49 @@ def test_every_value_has_the_type_it_is_used_as(bundle_of: BundleOf) -> None:
     for node in model.graph:
         types = {value.dtype for value in node.inputs if value is not None and value.dtype in floats}
         assert len(types) < 2 or node.op_type == "Cast", f"{node.name} mixes {types}"
-    assert {value.dtype for value in model.graph.outputs} == {ir.DataType.BFLOAT16}
+    assert {value.dtype for value in model.graph.outputs if value.name != contract.BEST_IDS} == {ir.DataType.BFLOAT16}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_the_computed_mask_is_the_canonical_one(bundle_of: BundleOf, name: str, tmp_path: Path) -> None:
+    """To the last bit of a float32 graph, behind a prompt and in a tree; sliding windows cut theirs out of it."""
+    bundle = bundle_of(name)
+    wanted = run(decoder(bundle), bundle, tmp_path / "canonical.onnx")
+    model, changed = mask_from_rows(decoder(bundle), SLOTS)
+    assert changed and {value.name for value in model.graph.inputs} & {"attention_mask", "row_mask"} == {"row_mask"}
+    for ours, theirs in zip(run(model, bundle, tmp_path / "rows.onnx"), wanted, strict=True):
+        assert (ours == theirs).all()
+
+
+def test_sequences_see_behind_their_own_histories(tmp_path: Path) -> None:
+    """[B, T, T] and write_index alone, against numpy: three sequences of unequal length, with random trees."""
+    ends = {"attention_mask": (ir.DataType.BOOL, ("B", 1, "T", 12)), "write_index": (ir.DataType.INT64, ("B",))}
+    inputs = {name: ir.val(name, dtype, shape) for name, (dtype, shape) in ends.items()}
+    logits = ir.node("Cast", [inputs["attention_mask"]], attributes={"to": int(ir.DataType.FLOAT16)})
+    logits.outputs[0].name, logits.outputs[0].dtype = contract.LOGITS, ir.DataType.FLOAT16
+    graph = ir.Graph(list(inputs.values()), logits.outputs, nodes=[logits], opset_imports={"": 24}, name="mask")
+    model, _ = mask_from_rows(ir.Model(graph, ir_version=11), 12)
+    save_graph(model, tmp_path / "mask.onnx")
+    generator, starts = np.random.default_rng(0), np.array([0, 3, 9])
+    rows = generator.random((3, 3, 3)) < 0.5
+    wanted = np.arange(12)[None, None].repeat(3, 1) < starts[:, None, None]
+    for mask, start, own in zip(wanted, starts, rows, strict=True):
+        mask[:, start : start + 3] = own
+    found = open_session(tmp_path / "mask.onnx", 1).run(None, {"row_mask": rows, "write_index": starts})[0]
+    assert (found[:, 0] == wanted).all()
+
+
+def test_the_best_token_is_the_lowest_of_equals(tmp_path: Path) -> None:
+    """As numpy's argmax says; and a row of no numbers names a token that exists."""
+    logits = np.array([[[1, 3, 3, 2], [5, 5, 5, 5]], [[0, 0, 0, 1], [-7, -6, -9, -6]]], np.float16)
+    source = ir.val(contract.LOGITS, ir.DataType.FLOAT16, (2, 2, 4))
+    node = ir.node("Identity", [ir.val("raw", ir.DataType.FLOAT16, (2, 2, 4))], outputs=[source])
+    graph = ir.Graph([node.inputs[0]], [source], nodes=[node], opset_imports={"": 24}, name="best")
+    model, _ = add_best_tokens(ir.Model(graph, ir_version=11))
+    save_graph(model, tmp_path / "best.onnx")
+    session = open_session(tmp_path / "best.onnx", 1)
+    assert (session.run([contract.BEST_IDS], {"raw": logits})[0] == logits.argmax(-1)).all()
+    assert session.run([contract.BEST_IDS], {"raw": np.full_like(logits, np.nan)})[0].max() < 4
 
 
 def test_positions_and_angles_stay_in_float32(bundle_of: BundleOf) -> None:
@@ -70,7 +117,7 @@ def test_grouped_heads_are_folded_and_masks_added_once(bundle_of: BundleOf) -> N
     attention = [node for node in model.graph if node.op_type == "Attention"]
     assert len(attention) == 2 and len({id(node.inputs[3]) for node in attention}) == 1
     assert attention[0].inputs[3].dtype == ir.DataType.FLOAT16
-    assert sum(node.op_type == "Where" for node in model.graph) == 1
+    assert sum(node.op_type == "Where" for node in model.graph) == 2, "the mask's, and the best token's"
 
 
 def test_unit_scales_are_avoided(bundle_of: BundleOf) -> None:

@@ -1,75 +1,141 @@
-"""On a machine with a GPU: build the sample for it, tune, measure, and print one table beside the CPU engine.
+"""On a machine with a GPU: every sample × weights, built for it, held against the CPU engine and timed; one table.
 
-python tests/gpu/table.py [BUNDLE]    NOT YET RUN: no GPU was at hand when this was written.
+python tests/gpu/table.py [cuda] [SAMPLE…]    NOT YET RUN ON A GPU: none was at hand; its figures are tested with a stand-in.
+
+TensorRT's engines, or with `cuda` ONNX Runtime's CUDA provider.
 """
 
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from test_tensorrt import device_here
-
-from headstart.calibration.bench import Bench, bench
+from headstart.calibration.bench import bench
+from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.tune import tune
+from headstart.calibration.verify import check_golden, read_golden
 from headstart.exporter.build import build
 from headstart.exporter.export import export
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.tensorrt import TensorRtEngine
-from headstart.runtime.model import load
-from headstart.runtime.prefill import prefill
+from headstart.exporter.tensorrt.library import ELSEWHERE
+from headstart.runtime.engines.cuda import Cuda
+from headstart.runtime.errors import HeadstartError
+from headstart.runtime.generation import Prompt
+from headstart.runtime.model import Model, load
 from headstart.runtime.prompts import read_prompts
 
-SAMPLE = Path(__file__).parent.parent.parent / "samples" / "checkpoints" / "pycode"
+CHECKPOINTS = Path(__file__).parent.parent.parent / "samples" / "checkpoints"
+SAMPLES = ("pycode", "normalise", "speech")
+WEIGHTS = ("float16", "int8", "int4")
+RTX_GENERATIONS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+INPUTS, NEW_TOKENS, ROUNDS = 8, 64, 3
+SHOWN_ROWS = ("1", "2", "4", "8", "16", "32")
+MB = 1 << 20
 
 
-def measured(bundle: Path, device: str, prompts: list[str]) -> Bench:
-    """Tune and measure every drafter on one device."""
-    tune(bundle, prompts, device, force=True)
-    return bench(load(bundle, device), {"all": prompts})
+@dataclass(frozen=True)
+class Figures:
+    """One model on a device, beside the same model on the CPU.
+
+    Attributes:
+        difference: the engine's logits from those of the export, median over rows, in parts of their range.
+        equal, of: inputs whose greedy tokens are the CPU engine's.
+        plain, speculative: tokens per second; the latter with the drafter that tuning chose.
+        verify_ms: a pass of so many rows, behind the longest history that was measured.
+        memory_mb: of the device, taken since before the model was opened.
+    """
+
+    difference: float
+    equal: int
+    of: int
+    plain: float
+    speculative: float
+    acceptance: float
+    verify_ms: dict[str, float]
+    memory_mb: float
+
+    def cells(self) -> str:
+        costs = " ".join(f"{self.verify_ms.get(rows, float('nan')):.2f}" for rows in SHOWN_ROWS)
+        speeds = f"{self.plain:.0f} | {self.speculative:.0f} | {self.acceptance:.2f}"
+        return f"{self.difference:.1e} | {self.equal} of {self.of} | {speeds} | {costs} | {self.memory_mb:.0f}"
 
 
-def logits_difference(bundle: Path, device: str) -> float:
-    """Largest |Δlogit| of a prompt against the CPU engine, over the logits' range."""
-    opened = load(bundle, "cpu", tuned=False).bundle
-    prompt = np.random.default_rng(0).integers(3, opened.manifest.model.vocab_size, 200).tolist()
-    found = []
-    for engine in (OnnxRuntimeEngine(opened), TensorRtEngine.open(opened, device)):
-        found.append(prefill(engine, engine.new_cache(1, 256), prompt).logits.copy())
-    return float(np.abs(found[0] - found[1]).max() / np.ptp(found[0]))
+def device_here(cuda: Cuda) -> str:
+    """What to build for: TensorRT for RTX where it has this GPU, else the classic library."""
+    generation = "sm{}{}".format(*cuda.compute_capability())
+    if generation not in RTX_GENERATIONS:
+        print(f"{generation} ({ELSEWHERE.get(generation, 'not known')}) has no TensorRT for RTX: classic TensorRT")
+    return f"trt-rtx:{generation}" if generation in RTX_GENERATIONS else "tensorrt"
 
 
-def tokens_equal(bundle: Path, device: str, prompts: list[str]) -> int:
-    """Prompts whose 64 greedy tokens are the CPU engine's."""
-    texts = [
-        [
-            load(bundle, one, tuned=False).generate(p, max_new_tokens=64, drafter="none", ignore_end=True).token_ids
-            for p in prompts
-        ]
-        for one in (device, "cpu")
-    ]
-    return sum(here == there for here, there in zip(*texts, strict=True))
+def inputs_of(sample: str) -> list[Prompt]:
+    """What the sample's model reads."""
+    folder = CHECKPOINTS / sample
+    if sample == "speech":
+        return sorted((folder / "recordings").glob("sentences-*.wav"))[:INPUTS]
+    return list(read_prompts(next(folder.glob("held_out*.jsonl")))[:INPUTS])
+
+
+def figures(model: Model, cpu: Model, inputs: Sequence[Prompt], memory_used: Callable[[], int], before: int) -> Figures:
+    """Parity and speed of one model. `memory_used` is asked when everything is open; `before`: what it said at first."""
+    check = check_golden(model.engine, read_golden(model.bundle))
+    equal = sum(_tokens(model, given) == _tokens(cpu, given) for given in inputs)
+    measured = bench(model, {"all": inputs}, NEW_TOKENS, ROUNDS, drafters=["auto"])
+    plain, drafted = (next(row for row in measured.rows if row.drafter == name) for name in ("none", "auto"))
+    return Figures(
+        difference=check.median_relative_difference,
+        equal=equal,
+        of=len(inputs),
+        plain=plain.decode_tokens_per_s,
+        speculative=drafted.decode_tokens_per_s,
+        acceptance=drafted.acceptance_length,
+        verify_ms=list(measured.verify_ms.values())[-1],
+        memory_mb=(memory_used() - before) / MB,
+    )
+
+
+def _tokens(model: Model, given: Prompt) -> list[int]:
+    return model.generate(given, max_new_tokens=NEW_TOKENS, drafter="none", ignore_end=not model.answers).token_ids
+
+
+def bundles(sample: str, folder: Path) -> dict[str, Path]:
+    """Weights -> the sample's bundle, with its heads."""
+    checkpoint = CHECKPOINTS / sample
+    made = {"float16": export(checkpoint, folder / "float32", [checkpoint / "medusa"]).path}
+    for weights in WEIGHTS[1:]:
+        made[weights] = quantize(made["float16"], folder / weights, QuantizeOptions(weights=weights)).path
+    return made
+
+
+def rows(sample: str, device: str, cuda: Cuda) -> None:
+    """Print a sample's lines; one that fails says why and the others go on."""
+    inputs = inputs_of(sample)
+    with tempfile.TemporaryDirectory() as folder:
+        for weights, bundle in bundles(sample, Path(folder)).items():
+            try:
+                for one in (device, "cpu"):
+                    build(bundle, one)
+                tune(bundle, inputs, device)
+                before = cuda.memory_used()
+                found = figures(load(bundle, device), load(bundle, "cpu"), inputs, cuda.memory_used, before)
+                print(f"| {sample} | {weights} | {found.cells()} |", flush=True)
+            except HeadstartError as error:
+                print(f"| {sample} | {weights} | failed: {error} |", flush=True)
 
 
 def main() -> None:
-    device, prompts = device_here(), read_prompts(SAMPLE / "held_out_prompts.jsonl")[:8]
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(sys.argv[1]) if len(sys.argv) > 1 else export(SAMPLE, Path(folder) / "bundle", [SAMPLE / "medusa"]).path
-        for one in (device, "cpu"):
-            build(bundle, one, force=True)
-        print(
-            f"{device}: logits differ by {logits_difference(bundle, device):.1e} of their range from the cpu engine's; ", end=""
-        )
-        print(f"{tokens_equal(bundle, device, prompts)} of {len(prompts)} greedy texts are equal")
-        print("| device | drafter | tokens/s | × plain | acceptance | round cost |\n| --- | --- | --- | --- | --- | --- |")
-        for one in (device, "cpu"):
-            result = measured(bundle, one, prompts)
-            for row in result.rows:
-                speed = f"{row.decode_tokens_per_s:.1f} | {row.speedup:.2f}"
-                print(f"| {one} | {row.drafter} | {speed} | {row.acceptance_length:.2f} | {row.round_cost:.2f} |")
-            for history, line in result.verify_ms.items():
-                print(f"{one}, verify behind {history}: " + ", ".join(f"{rows}: {ms:.2f} ms" for rows, ms in line.items()))
-            print(f"{one}: peak host memory {result.peak_memory_mb:.0f} MB")
+    given = sys.argv[1:]
+    try:
+        cuda = Cuda()
+        device = "cuda" if "cuda" in given else device_here(cuda)
+    except HeadstartError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+    print(f"{device}: greedy tokens against the CPU engine's; t(n) in ms for {', '.join(SHOWN_ROWS)} rows")
+    print("| sample | weights | Δlogits | equal texts | plain tok/s | speculative | acceptance | t(n) | device MB |")
+    print("| --- " * 9 + "|")
+    for sample in [name for name in given if name != "cuda"] or SAMPLES:
+        rows(sample, device, cuda)
 
 
 if __name__ == "__main__":

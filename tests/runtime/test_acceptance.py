@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from headstart.runtime.acceptance import Accepted, RandomChance, accept, accept_block, accept_without_replacement
+from headstart.runtime.engine import ArrayScores
 from headstart.runtime.rules import (
     ForcedTokens,
     LogitRule,
@@ -23,7 +24,7 @@ from headstart.runtime.rules import (
     WhisperTimestamps,
 )
 from headstart.runtime.sampling import LogitRules, SamplingOptions
-from headstart.runtime.tree import ROOT, DraftTree, empty_tree
+from headstart.runtime.tree import ROOT, DraftTree, chain, empty_tree
 
 Law = dict[tuple[int, ...], float]
 CONTEXT = [0, 1]
@@ -79,11 +80,11 @@ class Target:
             self.table[path] = np.log(self.generator.dirichlet(np.full(self.vocabulary, 0.7)) + 1e-6)
         return self.table[path].astype(np.float32)
 
-    def rows(self, tree: DraftTree) -> NDArray[np.float32]:
+    def rows(self, tree: DraftTree) -> ArrayScores:
         paths: list[tuple[int, ...]] = [()]
         for node, parent in enumerate(tree.parents.tolist()):
             paths.append((*paths[parent + 1], int(tree.token_ids[node])))
-        return np.stack([self.logits(path) for path in paths])
+        return ArrayScores(np.stack([self.logits(path) for path in paths]))
 
     def law(self, rules: LogitRules, length: int, prefix: tuple[int, ...] = ()) -> Law:
         """The exact law of the next `length` tokens."""
@@ -284,6 +285,32 @@ def test_greedy_is_the_target_s_own_path(name: str, seed: int) -> None:
     assert [int(tree.token_ids[node]) for node in accepted.nodes] == text[:-1]
 
 
+class BestOnly:
+    """Scores on a device far away: the best token of each row, and logits only of the rows that may be asked for."""
+
+    def __init__(self, scores: ArrayScores) -> None:
+        self._scores, self.fetched = scores, list[int]()
+
+    def best(self, row: int) -> int:
+        return self._scores.best(row)
+
+    def __getitem__(self, row: int) -> NDArray[np.float32]:
+        self.fetched.append(row)
+        return self._scores[row]
+
+
+@pytest.mark.parametrize(
+    ("options", "fetched"), [({}, []), ({"no_repeat_ngram": 2}, [0, 1, 2]), ({"temperature": 0.5, "top_k": 1}, [0, 1, 2])]
+)
+def test_logits_are_fetched_for_rules_and_sampling_alone(options: dict[str, Any], fetched: list[int]) -> None:
+    """And of the rows along the path alone: the chain is rejected at its third node."""
+    logits = np.full((5, 4), -40.0, np.float32)
+    logits[[0, 1, 2, 3, 4], [1, 2, 3, 1, 1]] = 40.0
+    scores, tree = BestOnly(ArrayScores(logits)), chain([1, 2, 0, 1], [0.0] * 4)
+    accepted = accept(tree, scores, LogitRules(SamplingOptions(**options)), [0], RandomChance(0))
+    assert accepted == Accepted([0, 1], [1, 2, 3]) and scores.fetched == fetched
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("drawn", [False, True])
 def test_nothing_stands_behind_an_end_token(temperature: float, drawn: bool) -> None:
@@ -293,14 +320,14 @@ def test_nothing_stands_behind_an_end_token(temperature: float, drawn: bool) -> 
     tokens = np.array([1, 2, 1])
     probs = np.eye(3, dtype=np.float32)[tokens] if drawn else None
     tree = DraftTree(tokens, np.arange(3) - 1, np.zeros(3, np.float32), probs)
-    accepted = accept(tree, logits, rules, CONTEXT, RandomChance(0), frozenset({2}))
+    accepted = accept(tree, ArrayScores(logits), rules, CONTEXT, RandomChance(0), frozenset({2}))
     assert accepted == Accepted([0, 1], [1, 2])
-    assert accept(tree, logits, rules, CONTEXT, RandomChance(0)) == Accepted([0, 1, 2], [1, 2, 1, 1])
+    assert accept(tree, ArrayScores(logits), rules, CONTEXT, RandomChance(0)) == Accepted([0, 1, 2], [1, 2, 1, 1])
 
 
 def test_an_empty_tree_is_plain_decoding() -> None:
-    logits = np.array([[0.0, 3.0, 1.0]], np.float32)
-    assert accept(empty_tree(), logits, LogitRules(SamplingOptions()), CONTEXT, RandomChance()) == Accepted([], [1])
+    scores = ArrayScores(np.array([[0.0, 3.0, 1.0]], np.float32))
+    assert accept(empty_tree(), scores, LogitRules(SamplingOptions()), CONTEXT, RandomChance()) == Accepted([], [1])
 
 
 def test_random_chance_follows_its_distribution() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from headstart.runtime import contract
-from headstart.runtime.engines.buckets import ALIGNMENT, Packed, Pass, moves, passes
+from headstart.runtime.engines.buckets import ALIGNMENT, Packed, Pass, moves, passes, runs
 from headstart.runtime.engines.info import Profile
 from headstart.runtime.errors import EngineError
 
@@ -37,30 +37,48 @@ def test_no_profile() -> None:
         list(passes(PROFILES[1:], 1, 1))
 
 
+def test_several_sequences_are_never_a_prompt() -> None:
+    assert list(passes(PROFILES, 3, 1, batch=2)) == [Pass(2, 0, 3, 4)]
+
+
 def test_one_buffer_holds_all_inputs_aligned_and_apart() -> None:
-    packed = Packed(3, 3, 40)
+    packed = Packed(2, 3, 3)
     assert all(offset % ALIGNMENT == 0 for offset in packed.offsets.values())
-    assert len(set(packed.offsets.values())) == len(contract.STEP_INPUTS) == len(packed.shapes)
+    assert len(set(packed.offsets.values())) == len(packed.shapes) == 5
+    assert packed.shapes[contract.ROW_MASK] == (2, 3, 3) and packed.shapes[contract.WRITE_INDEX] == (2,)
 
 
-def test_padding_is_seen_by_nobody() -> None:
-    packed = Packed(4, 4, 16)
-    ids, mask = np.array([[7, 8, 9]]), np.tri(3, dtype=np.bool_)[None]
-    packed.fill(5, Pass(2, 0, 3, 4), ids, 5 + np.arange(3)[None], mask, np.arange(3)[None])
-    views = packed._views
-    assert views[contract.INPUT_IDS].tolist() == [[7, 8, 9, 9]] and views[contract.WRITE_INDEX].tolist() == [5]
-    seen = views[contract.ATTENTION_MASK][0, 0]
-    assert not seen[:3, 8:].any() and seen[:3, :5].all() and seen[:3, 5:8].tolist() == np.tri(3, dtype=bool).tolist()
-    assert seen[3].sum() == 6  # the history and one row: enough not to be 0/0
+def test_padding_sees_itself_and_is_seen_by_nobody() -> None:
+    packed = Packed(2, 4, 4)
+    ids, mask = np.array([[7, 8, 9], [1, 2, 3]]), np.tri(3, dtype=np.bool_)[None].repeat(2, 0)
+    packed.fill(np.array([5, 9]), Pass(2, 0, 3, 4), ids, 5 + np.arange(3)[None].repeat(2, 0), mask, np.arange(3)[None])
+    views = packed.views
+    assert views[contract.INPUT_IDS].tolist() == [[7, 8, 9, 9], [1, 2, 3, 3]] and views[contract.WRITE_INDEX].tolist() == [5, 9]
+    assert views[contract.ROW_MASK].astype(int).tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]] * 2
 
 
-def test_later_passes_see_earlier_ones() -> None:
-    packed = Packed(2, 1, 16)
-    ids = np.arange(4)[None]
-    packed.fill(1, Pass(0, 2, 4, 2, True), ids, ids, np.tri(4, dtype=np.bool_)[None], np.array([[3]]))
-    views = packed._views
+def test_later_passes_write_behind_earlier_ones() -> None:
+    packed = Packed(1, 2, 1)
+    ids, mask = np.arange(4)[None], np.tri(4, dtype=np.bool_)[None]
+    packed.fill(np.array([1]), Pass(0, 2, 4, 2, True), ids, ids, mask, np.array([[3]]))
+    views = packed.views
     assert views[contract.WRITE_INDEX].tolist() == [3] and views[contract.OUTPUT_ROWS].tolist() == [[1]]
-    assert views[contract.ATTENTION_MASK][0, 0, :, :6].astype(int).tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+    assert views[contract.ROW_MASK].astype(int).tolist() == [[[1, 0], [1, 1]]]
+    mask[0, 3, 0] = False
+    with pytest.raises(AssertionError, match="has to fit one pass"):
+        packed.fill(np.array([1]), Pass(0, 2, 4, 2, True), ids, ids, mask, np.array([[3]]))
+
+
+@pytest.mark.parametrize(
+    ("moved", "expected"),
+    [
+        ([], []),
+        ([(14, 11), (15, 12), (16, 13), (17, 14)], [(14, 11, 3), (17, 14, 1)]),  # the fourth would be written while it is read
+        ([(12, 11), (15, 12)], [(12, 11, 1), (15, 12, 1)]),
+    ],
+)
+def test_neighbours_move_together(moved: list[tuple[int, int]], expected: list[tuple[int, int, int]]) -> None:
+    assert runs(moved) == expected
 
 
 @pytest.mark.parametrize(("kept", "expected"), [([0, 1, 2], []), ([0, 2, 5], [(12, 11), (15, 12)]), ([0], [])])

@@ -26,6 +26,7 @@ class RandomTrees:
 
     name = "random"
     default_nodes = 7
+    reads_hidden = False
 
     def __init__(self, answers: Sequence[Sequence[int]], seed: int = 0) -> None:
         self.answers = answers
@@ -110,6 +111,20 @@ def test_aligned_copies_change_nothing_and_save_rounds(engine: OnnxRuntimeEngine
     loop = decode(engine, PROMPTS, AlignedCopyDrafter("copy", lambda r: texts[r.row]), max_new_tokens=50)
     assert tokens_of(loop) == plain
     assert all(text.verify_calls <= 12 for text in loop.sequences)
+
+
+@pytest.mark.parametrize(("reads", "shape"), [(True, (64,)), (False, (0,))])
+def test_hidden_states_are_fetched_for_whom_reads_them(engine: OnnxRuntimeEngine, reads: bool, shape: tuple[int, ...]) -> None:
+    class Reader(RandomTrees):
+        reads_hidden = reads
+
+        def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+            found.update(request.hidden.shape for request in requests)
+            return super().propose(requests)
+
+    found: set[tuple[int, ...]] = set()
+    decode(engine, PROMPTS[:1], Reader([[0] * 99]), max_new_tokens=8)
+    assert found == {shape}
 
 
 def test_batch_equals_single_runs(engine: OnnxRuntimeEngine) -> None:

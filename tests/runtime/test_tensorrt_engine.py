@@ -1,89 +1,36 @@
-"""The TensorRT engine's host side, over stand-ins: memory in one numpy array, and plans that ONNX Runtime computes.
-
-What the plans compute is the very graph that is lowered for TensorRT, reading and writing at the addresses the engine gives.
-"""
+"""The TensorRT engine's host side, over stand-ins for the device and the plans: see tensorrt_stand_in."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from tensorrt_stand_in import SLOTS, TOKENS, Memory, StandInPlan, stand_in
 
-from headstart.exporter.graph import save_graph
-from headstart.exporter.heads.builder import load_head
 from headstart.exporter.heads.install import import_head
-from headstart.exporter.lowering.tensorrt import lower
-from headstart.exporter.tensorrt.profiles import decoder_profiles
+from headstart.exporter.tensorrt.recordings import source_rows
+from headstart.runtime.beam import BeamOptions, beam_search
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.medusa import MedusaDrafter
 from headstart.runtime.drafters.ngram import NGramDrafter
-from headstart.runtime.engine import MAX_ROWS
+from headstart.runtime.engines.device_cache import DeviceCache
 from headstart.runtime.engines.half import narrowed, widened
-from headstart.runtime.engines.info import EngineInfo, PlanInfo
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
-from headstart.runtime.engines.tensorrt import TensorRtEngine, open_library
+from headstart.runtime.engines.info import EngineInfo
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.plans import open_library
+from headstart.runtime.engines.tensorrt import TensorRtEngine
 from headstart.runtime.errors import EngineError, PromptError
+from headstart.runtime.loop import DecodingLoop, LoopOptions
 from headstart.runtime.model import Model
 from headstart.runtime.prefill import prefill
 from headstart.runtime.tokenizer import Tokenizer
 
 BundleOf = Callable[[str], Bundle]
-TOKENS = 192
-SLOTS = TOKENS + MAX_ROWS
-TYPES = {"tensor(int64)": np.int64, "tensor(bool)": np.bool_, "tensor(float16)": np.float16, "tensor(float)": np.float32}
-
-
-class Memory:
-    """A device whose memory is one numpy array."""
-
-    def __init__(self) -> None:
-        self.bytes, self._end = np.zeros(64 << 20, np.uint8), 256
-        self.freed: list[int] = []
-
-    def allocate(self, nbytes: int) -> int:
-        address, self._end = self._end, -(-(self._end + nbytes) // 256) * 256
-        return address
-
-    def free(self, address: int) -> None:
-        self.freed.append(address)
-
-    def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.bytes[address : address + count].view(dtype).reshape(shape)
-
-    def upload(self, address: int, data: NDArray[Any]) -> None:
-        self.bytes[address : address + data.nbytes] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-
-    def download(self, data: NDArray[Any], address: int) -> None:
-        data[...] = self.view(address, data.shape, data.dtype)
-
-    def move_slot(self, address: int, plane: int, width: int, planes: int, source: int, target: int) -> None:
-        for index in range(planes):
-            begin = address + index * plane
-            self.bytes[begin + target * width :][:width] = self.bytes[begin + source * width :][:width].copy()
-
-
-class StandInPlan:
-    """A lowered graph in ONNX Runtime, between addresses."""
-
-    def __init__(self, file: Path, memory: Memory, sizes: Mapping[str, int]) -> None:
-        self.session, self.memory, self.sizes = open_session(file, 1), memory, sizes
-        self.profiles: list[int] = []
-
-    def run(self, profile: int, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
-        self.profiles.append(profile)
-        feeds = {}
-        for node in self.session.get_inputs():
-            shape = shapes.get(node.name) or tuple(node.shape)
-            feeds[node.name] = self.memory.view(addresses[node.name], shape, TYPES[node.type]).copy()
-        for node, value in zip(self.session.get_outputs(), self.session.run(None, feeds), strict=True):
-            self.memory.upload(addresses[node.name], value)
 
 
 @pytest.fixture(scope="module")
@@ -101,29 +48,6 @@ def bundle(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> Bun
     (folder / "head" / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
     import_head(folder / "bundle", folder / "head", "medusa", 5)
     return Bundle.load(folder / "bundle")
-
-
-def stand_in(bundle: Bundle, folder: Path, source_rows: int = 0) -> TensorRtEngine:
-    """An engine of every graph of the bundle, lowered as for TensorRT, over stand-ins."""
-    memory, sizes = Memory(), {"batch": 1, "slots": SLOTS, "source": source_rows}
-    graphs = {name: ir.load(bundle.path / graph.file) for name, graph in bundle.manifest.graphs.items() if name != "frontend"}
-    graphs |= {f"heads/{name}": load_head(bundle, name) for name in bundle.manifest.heads}
-    for name, graph in graphs.items():
-        save_graph(lower(graph, "float16", sizes).model, folder / f"{name}.onnx")
-    info = EngineInfo(
-        schema_version=1,
-        device="trt-rtx:sm89",
-        created="",
-        builder={"tensorrt_rtx": "1"},
-        source={},
-        graphs={},
-        settings={"precision": "float16"},
-        plans={"decoder": PlanInfo(0, 0.0, decoder_profiles(32), {})},
-        cache_slots=SLOTS,
-        batch=1,
-        source_rows=source_rows,
-    )
-    return TensorRtEngine(bundle, info, memory, lambda name: StandInPlan(folder / f"{name}.onnx", memory, sizes))
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +86,45 @@ def test_encoders_equal_the_cpu_engine(bundle_of: BundleOf, tmp_path: Path, name
     shape = bundle.manifest.graphs["encoder"].inputs[0].shape[1:]
     is_text = bundle.manifest.model.source == "text"
     source = generator.integers(3, 300, 17) if is_text else generator.standard_normal(tuple(map(int, shape))).astype(np.float32)
+    _check_source(engine, cpu, source, 17 if is_text else rows)
+
+
+def _check_source(engine: TensorRtEngine, cpu: OnnxRuntimeEngine, source: NDArray[Any], rows: int) -> None:
+    """The same states, in the rows that exist, and the same logits behind them."""
     found = []
     for one in (engine, cpu):
         cross = one.encode([source])
+        assert cross.mask.sum() == rows
         cache = one.new_cache(1, 64, cross)
         ids = np.array([[1, 7, 9]])
         output = one.forward(cache, ids, np.arange(3)[None], np.tri(3, dtype=np.bool_)[None], np.arange(3)[None])
-        found.append((cross.hidden[:, : 17 if is_text else None].astype(np.float32), output.logits.copy()))
+        found.append((cross.hidden[:, :rows].astype(np.float32), output.logits.copy()))
     for here, there in zip(*found, strict=True):
         assert here.shape == there.shape and np.abs(here - there).max() < 0.03 * np.ptp(there)
+
+
+@pytest.mark.parametrize(("name", "shape", "rows"), [("moonshine", (9_000,), 22), ("speech2text", (70, 20), 18)])
+def test_recordings_of_any_length_equal_the_cpu_engine(
+    bundle_of: BundleOf, tmp_path: Path, name: str, shape: tuple[int, ...], rows: int
+) -> None:
+    """Moonshine normalises over all of its time: what an engine for a second hears of half of one is not padded."""
+    bundle = bundle_of(name)
+    engine = stand_in(bundle, tmp_path, source_rows(bundle, 0, 1.0), 1.0)
+    source = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    _check_source(engine, OnnxRuntimeEngine(bundle), source, rows)
+    with pytest.raises(PromptError, match=r"the engine takes (1600 to 16000|8 to 100)\. Fix: headstart build --audio-seconds"):
+        engine.encode([np.zeros((16_001, *shape[1:]), np.float32)])
+
+
+def test_recordings_are_heard_as_the_cpu_engine_hears_them(speech_bundle: Bundle, tmp_path: Path) -> None:
+    """Front-end and encoder, each a plan of its own."""
+    engine, cpu = stand_in(speech_bundle, tmp_path, 300), OnnxRuntimeEngine(speech_bundle)
+    samples = np.random.default_rng(0).standard_normal(96_000).astype(np.float32)
+    features = engine.features(samples)
+    np.testing.assert_allclose(features, cpu.features(samples), atol=1e-5)
+    _check_source(engine, cpu, features, 300)
+    with pytest.raises(PromptError, match="has 5 samples, and the engine takes 96000 to 96000"):
+        engine.features(samples[:5])
 
 
 def test_sources_without_room(bundle_of: BundleOf, tmp_path: Path) -> None:
@@ -180,8 +134,7 @@ def test_sources_without_room(bundle_of: BundleOf, tmp_path: Path) -> None:
 
 
 def test_each_pass_takes_the_smallest_profile(engine: TensorRtEngine) -> None:
-    plan = engine._plan
-    assert isinstance(plan, StandInPlan)
+    plan = plan_of(engine)
     plan.profiles.clear()
     cache = engine.new_cache(1, 128)
     prefill(engine, cache, list(range(5, 45)))
@@ -203,21 +156,121 @@ def test_drafts_change_no_token(bundle: Bundle, engine: TensorRtEngine, drafter:
         assert drafted.token_ids == plain.token_ids and drafted.stats.drafted_tokens > 0
 
 
-def test_caches_are_given_back(engine: TensorRtEngine) -> None:
+def memory_of(engine: TensorRtEngine) -> Memory:
     memory = engine._memory
     assert isinstance(memory, Memory)
+    return memory
+
+
+def plan_of(engine: TensorRtEngine) -> StandInPlan:
+    plan = engine._plan
+    assert isinstance(plan, StandInPlan)
+    return plan
+
+
+def test_the_next_text_gets_the_memory_of_the_last(engine: TensorRtEngine) -> None:
+    """What was captured as a CUDA graph stays good: addresses do not change, and nothing is allocated or freed."""
+    prefill(engine, engine.new_cache(1, 64), [5, 6])
+    memory, plan = memory_of(engine), plan_of(engine)
+    held = dict(memory.allocated)
+    plan.places.clear()
+    for _ in range(2):
+        cache = engine.new_cache(1, 64)
+        prefill(engine, cache.row(0), [5, 6])
+        del cache
+    assert plan.places[0] == plan.places[1] and memory.allocated == held
+    first, second = engine.new_cache(1, 64), engine.new_cache(1, 64)
+    assert isinstance(first, DeviceCache) and isinstance(second, DeviceCache)
+    assert not set(first.addresses.values()) & set(second.addresses.values())
+
+
+def test_a_view_keeps_the_memory_of_its_cache(engine: TensorRtEngine) -> None:
+    view = engine.new_cache(1, 64).row(0)
+    other = engine.new_cache(1, 64)
+    assert isinstance(view, DeviceCache) and isinstance(other, DeviceCache) and view.addresses != other.addresses
+
+
+def test_greedy_decoding_fetches_best_tokens_alone(bundle: Bundle, engine: TensorRtEngine) -> None:
+    """A round of a chain of three: one copy up, of tokens, positions and [T, T]; four numbers down, each int32; no moves."""
+    memory, prompt = memory_of(engine), [5, 9, 17, 30]
     cache = engine.new_cache(1, 64)
-    addresses = list(cache.addresses)  # type: ignore[attr-defined]
-    memory.freed.clear()
-    del cache
-    assert memory.freed == addresses
+    prefill(engine, cache, prompt)
+    memory.traffic.clear()
+    rows = np.arange(4)[None]
+    output = engine.forward(cache, rows + 5, rows + 4, np.tri(4, dtype=np.bool_)[None], rows)
+    output.wait()
+    best = [output.scores(0).best(row) for row in range(4)]
+    cache.commit(0, [0, 1])
+    assert memory.moved("down") == [4 * 4] and memory.moved("copy") == []
+    (up,) = memory.moved("up")
+    assert up == 5 * 256 < SLOTS * 4 * 2, "five small tensors, each aligned: less than a mask of every slot"
+    assert best == output.logits[0].argmax(-1).tolist()
+    memory.traffic.clear()
+    assert (output.scores(0)[2] == output.logits[0, 2]).all() and (output.hidden_row(0, -1) == output.hidden[0, 3]).all()
+    assert memory.moved("down")[0] == 2 * bundle.manifest.model.vocab_size
+    assert memory.moved("down")[2] == 2 * bundle.manifest.model.hidden_size
+
+
+def test_commits_are_one_copy_where_caches_lie_in_one_piece(engine: TensorRtEngine) -> None:
+    """Two layers' keys and values, two heads each: rows 4 and 5 go behind the root together, in all eight planes."""
+    memory, cache = memory_of(engine), engine.new_cache(1, 64)
+    assert isinstance(cache, DeviceCache)
+    planes = [memory.view(cache.addresses[p.name], (p.heads, SLOTS, p.width // 2), np.float16) for p in cache.layout.planes]
+    for number, plane in enumerate(planes):
+        plane[...] = np.arange(SLOTS)[None, :, None] + 300 * number
+    cache.lengths[:] = 10
+    memory.traffic.clear()
+    cache.commit(0, [0, 4, 5])
+    assert len(memory.moved("copy")) == 1 and cache.lengths.tolist() == [13]
+    for number, plane in enumerate(planes):
+        assert (plane[:, 10:14, 0] == np.array([10, 14, 15, 13]) + 300 * number).all()
+
+
+@pytest.fixture(scope="module")
+def engine_of_three(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> TensorRtEngine:
+    return stand_in(bundle, tmp_path_factory.mktemp("three"), batch=3)
+
+
+@pytest.mark.parametrize("drafter", ["none", "medusa"])
+def test_sequences_together_are_what_they_are_alone(bundle: Bundle, engine_of_three: TensorRtEngine, drafter: str) -> None:
+    """Prompts of unequal length, two and three of at most three: tokens do not depend on what stands beside."""
+    info = bundle.head("medusa")
+    drafters = {"medusa": MedusaDrafter("medusa", engine_of_three.head(info), info.heads)}
+    model = Model(bundle, engine_of_three, Tokenizer.load(bundle.path / "tokenizer"), drafters)  # type: ignore[arg-type]
+    prompts = ["abc abc abc abc ", "hello", "one two "]
+    alone = [model.generate(p, max_new_tokens=24, drafter=drafter, ignore_end=True).token_ids for p in prompts]
+    for count in (2, 3):
+        results = model.generate(prompts[:count], max_new_tokens=24, drafter=drafter, ignore_end=True)
+        assert [result.token_ids for result in results] == alone[:count]
+
+
+def test_beams_are_gathered_on_the_device(bundle: Bundle, engine_of_three: TensorRtEngine) -> None:
+    options = BeamOptions(num_beams=3, max_new_tokens=12)
+    ours, theirs = (beam_search(one, [5, 9, 17], options)[0] for one in (engine_of_three, OnnxRuntimeEngine(bundle)))
+    assert ours.token_ids == theirs.token_ids and abs(ours.score - theirs.score) < 0.02
+
+
+def test_sources_together_are_what_they_are_alone(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """The loop makes the cache first and encodes then: the sources' states follow it to the device, each sequence's its own."""
+    bundle = bundle_of("t5")
+    engine = stand_in(bundle, tmp_path, 48, batch=2)
+    sources = [np.arange(3, 20), np.arange(40, 49)]
+    start = [[0], [0]]
+
+    def decode(sources: list[NDArray[Any]]) -> list[list[int]]:
+        loop = DecodingLoop(engine, NGramDrafter(), start[: len(sources)], LoopOptions(max_new_tokens=16), sources)
+        for _ in loop.rounds():
+            pass
+        return [text.token_ids for text in loop.sequences]
+
+    assert decode(sources) == [decode([source])[0] for source in sources]
 
 
 def test_limits_are_said(engine: TensorRtEngine) -> None:
     assert engine.model.max_cache == TOKENS and not engine.exact
     with pytest.raises(EngineError, match=r"holds 192 tokens, and 4096 are wanted\. Fix: headstart build .* --cache 4096"):
         engine.new_cache(1, 4096)
-    with pytest.raises(EngineError, match="one sequence at a time"):
+    with pytest.raises(EngineError, match=r"1 sequences together, and 2 are wanted\. Fix: headstart build .* --batch 2"):
         engine.new_cache(2, 64)
 
 
