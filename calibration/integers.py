@@ -1,6 +1,6 @@
 """Activations and caches in 8 bits with fixed scales: QuantizeLinear and DequantizeLinear where TensorRT looks for them.
 
-Scales are found on calibration text and are part of the graph, so a row's result still does not depend on its neighbours.
+Scales are found on calibration data and are part of the graph, so a row's result still does not depend on its neighbours.
 Symmetric, as everywhere here.
 """
 
@@ -13,19 +13,22 @@ from numpy.typing import NDArray
 from headstart.exporter.passes.linear import Linear
 from headstart.exporter.passes.surgery import Writer, producer
 from headstart.runtime import contract
-from headstart.runtime.bundle import Bundle, CacheInfo
+from headstart.runtime.bundle import CacheInfo
 
+from .feeds import Feeds
 from .observers import activations
 
 LARGEST = 127
 SMALLEST = 1e-8  # range of what is always zero
 
 
-def quantize_inputs(model: Any, layers: Sequence[Linear], bundle: Bundle, windows: NDArray[np.int64]) -> None:
-    """Let each of `layers` read its input rounded to int8, in steps of 1/127 of the largest magnitude found on the text."""
-    sources = {linear.node.inputs[0].name: linear for linear in layers}
+def quantize_inputs(model: Any, layers: Sequence[Linear], feeds: Feeds) -> None:
+    """Let each of `layers` read its input rounded to int8, in steps of 1/127 of the largest magnitude found on the data."""
+    sources: dict[str, Linear] = {}
+    for linear in layers:
+        sources.setdefault(linear.node.inputs[0].name, linear)  # the first reader: nodes stand in the order of computation
     largest = dict.fromkeys(sources, 0.0)
-    for arrays in activations(model, list(sources), bundle, windows):
+    for arrays in activations(model, list(sources), feeds):
         for name, values in zip(sources, arrays, strict=True):
             largest[name] = max(largest[name], float(np.abs(values).max()))
     rounded = {name: _rounded_input(model, linear, largest[name]) for name, linear in sources.items()}
@@ -43,11 +46,11 @@ def _rounded_input(model: Any, linear: Linear, largest: float) -> Any:
     return rounded
 
 
-def cache_ranges(model: Any, bundle: Bundle, windows: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-    """[G] by cache name: the largest magnitude that each head's new keys, or values, take on calibration text."""
-    sources = {scatter.inputs[0].name: scatter.inputs[1].name for scatter in _scatters(model, bundle.manifest.caches)}
+def cache_ranges(model: Any, caches: Sequence[CacheInfo], feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+    """[G] by cache name: the largest magnitude that each head's new keys, or values, take on calibration data."""
+    sources = {scatter.inputs[0].name: scatter.inputs[1].name for scatter in _scatters(model, caches)}
     ranges = {name: np.zeros(1, np.float32) for name in sources}
-    for arrays in activations(model, list(sources.values()), bundle, windows):
+    for arrays in activations(model, list(sources.values()), feeds):
         for name, values in zip(ranges, arrays, strict=True):
             ranges[name] = np.maximum(ranges[name], np.abs(values).max(axis=(0, 2, 3)))
     return ranges

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.exporter.passes.linear import Linear, linears
+from headstart.exporter.passes.linear import Linear, is_lm_head, linears
 from headstart.exporter.passes.surgery import constant_of, producer
-from headstart.runtime.bundle import Bundle
 
+from .feeds import Feeds
 from .observers import Statistics, layer_of, observe
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest, scales_of, spread
 
@@ -29,20 +29,19 @@ MIGRATION = 0.5  # SmoothQuant's α: the share of an input's range that its weig
 
 
 class CalibratedRounder:
-    """Observes a decoder layer when its first weight is asked for, and rounds each weight by what it reads.
+    """Observes a layer of encoder or decoder when its first weight is asked for, and rounds each weight by what it reads.
 
     To be asked for the layers of `model` in the order of computation, while it is quantized in place.
     """
 
-    def __init__(self, bundle: Bundle, model: Any, method: str, windows: NDArray[np.int64], progress: Progress) -> None:
-        self._bundle, self._model, self._method, self._windows, self._progress = bundle, model, method, windows, progress
+    def __init__(self, model: Any, vocab_size: int, method: str, feeds: Feeds, progress: Progress) -> None:
+        self._model, self._vocab_size, self._method, self._feeds, self._progress = model, vocab_size, method, feeds, progress
         self._order = list(dict.fromkeys(layer_of(linear) for linear in self._own()))
         self._layer = ""
         self._statistics: dict[str, Statistics] = {}
 
     def _own(self) -> list[Linear]:
-        vocab_size = self._bundle.manifest.model.vocab_size
-        return [linear for linear in linears(self._model) if linear.shape[1] != vocab_size]
+        return [linear for linear in linears(self._model) if not is_lm_head(linear, self._vocab_size)]
 
     def __call__(self, linear: Linear, scheme: WeightScheme) -> QuantizedWeight:
         if layer_of(linear) != self._layer:
@@ -59,7 +58,11 @@ class CalibratedRounder:
     def _enter(self, layer: str, scheme: WeightScheme) -> None:
         self._layer = layer
         own = [linear for linear in self._own() if layer_of(linear) == layer and not linear.quantized]
-        self._statistics = observe(self._model, own, self._bundle, self._windows)
+        read = {linear.node.inputs[0].name for linear in own}
+        # What the layer before read, too, has not changed since: the encoder's states, which all cross-attention reads.
+        known = {name: seen for name, seen in self._statistics.items() if name in read}
+        new = [linear for linear in own if linear.node.inputs[0].name not in known]
+        self._statistics = known | observe(self._model, new, self._feeds)
         for name, statistics in self._statistics.items():
             group = [linear for linear in own if linear.node.inputs[0].name == name]
             if self._method == "awq":

@@ -8,7 +8,8 @@ import dataclasses
 import datetime
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,20 @@ from headstart.exporter.heads.builder import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, put_in_place
-from headstart.runtime.bundle import Bundle, GraphInfo, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
+from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 
+from .feeds import EncoderFeeds, Feeds, decoder_feeds
 from .integers import cache_ranges, quantize_caches, quantize_inputs
-from .observers import calibration_windows
+from .passages import Passage, calibration_passages
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
 from .verify import Texts, all_logits, greedy_tokens, read_golden
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
 DECODER, ENCODER = "graphs/decoder.onnx", "graphs/encoder.onnx"
+QUANTIZED = ("encoder", "decoder")  # graphs, in the order of computation
 METHODS = ("rtn", "awq", "gptq", "smoothquant")
 INT8 = WeightScheme(8)
 KEPT = ("weights", "method", "activations", "kv_cache", "lm_head", "embedding", "heads")  # options named in the manifest
@@ -54,7 +57,7 @@ class QuantizeOptions:
         lm_head: int8 or none, whatever `weights` is: its errors go straight into the logits.
         embedding: int8 or none.
         heads: linear layers of the draft heads: int8 or none.
-        calibration_tokens: of the text that is looked at.
+        calibration_tokens: of the text that is looked at, as the decoder reads them.
     """
 
     weights: str = "int8"
@@ -111,11 +114,14 @@ def quantize(
     """Write a quantized copy of `bundle` to `output`.
 
     Args:
-        data: text or JSONL file; on it is measured what layers read and caches hold.
+        data: text or JSONL file; on it is measured what layers read and caches hold. Of a model with an encoder each line is a
+            source ("prompt", or "audio": a sound file beside it) with its "target" (of audio also "text"); where there is
+            none, the decoder reads the bundle's own greedy output. Sources longer than it reads at once are left out.
 
     Raises:
         BundleError: no bundle, or one that is quantized already.
-        OptionError: a method without data, data too small.
+        OptionError: a method without data, data too small, an assistant with anything that is measured.
+        PromptError, AudioError: an encoder's sources that cannot be read.
         OutputError: `output` exists. Nothing is left there after any error.
     """
     options = options or QuantizeOptions()
@@ -139,9 +145,9 @@ def _check(bundle: Bundle, options: QuantizeOptions, data: str | Path | None) ->
         )
     if bundle.manifest.model.dtype != "float32":
         raise BundleError(f"{bundle.path} is {bundle.manifest.model.dtype}; quantization starts from float32 weights.")
-    if options.calibrated and bundle.manifest.model.source:
+    if options.calibrated and bundle.manifest.model.source == "states":
         raise OptionError(
-            f"Only decoders that continue a text are measured, and {bundle.path} has an encoder. "
+            f"{bundle.path} is an assistant: what it reads are the states of its target's encoder, which no data file holds. "
             "Fix: --method rtn, without --activations static and --kv-cache int8."
         )
     if options.calibrated and data is None:
@@ -155,24 +161,18 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     import onnx_ir as ir
 
     shutil.copytree(bundle.path / "tokenizer", folder / "tokenizer")
-    model, _ = split_gemms(ir.load(bundle.path / bundle.manifest.graphs["decoder"].file))
-    windows = calibration_windows(bundle, Path(data), options.calibration_tokens) if options.calibrated and data else None
-    ranges = cache_ranges(model, bundle, windows) if windows is not None and options.kv_cache == "int8" else {}
-    rounder = _rounder(bundle, model, options, windows, progress)
-    quantize_graph(model, bundle.manifest.model.vocab_size, options, rounder, progress)
-    caches = bundle.manifest.caches
-    if windows is not None and options.activations == "static":
-        inner = [linear for linear in linears(model) if not is_lm_head(linear, bundle.manifest.model.vocab_size)]
-        quantize_inputs(model, inner, bundle, windows)
-    if ranges:
-        quantize_caches(model, caches, ranges)
-        caches = tuple(dataclasses.replace(cache, dtype="int8") for cache in caches)
-    save_graph(model, folder / DECODER)
-    graphs = {"decoder": graph_info(model, DECODER)}
-    if "encoder" in bundle.manifest.graphs:
-        graphs["encoder"] = _write_encoder(bundle, folder, options, rounder, progress)
-    if "frontend" in bundle.manifest.graphs:  # a Fourier transform, whose precision everything behind it rests on
-        graphs["frontend"] = bundle.manifest.graphs["frontend"]
+    graphs = dict(bundle.manifest.graphs)
+    models = {name: split_gemms(ir.load(bundle.path / graphs[name].file))[0] for name in QUANTIZED if name in graphs}
+    wanted = options.calibrated and data is not None
+    passages = calibration_passages(bundle, Path(str(data)), options.calibration_tokens) if wanted else ()
+    decoder, encoder = models["decoder"], models.get("encoder")
+    caches = _quantize_graphs(bundle, decoder, encoder, options, passages, progress)
+    save_graph(decoder, folder / DECODER)
+    graphs["decoder"] = graph_info(decoder, DECODER)
+    if encoder is not None:  # beside the decoder: tables they share lie there
+        save_beside(encoder, folder / ENCODER, folder / DECODER)
+        graphs["encoder"] = graph_info(encoder, ENCODER)
+    if "frontend" in graphs:  # a Fourier transform, whose precision everything behind it rests on
         save_graph(ir.load(bundle.path / graphs["frontend"].file), folder / graphs["frontend"].file)
     manifest = dataclasses.replace(
         bundle.manifest,
@@ -190,14 +190,27 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     return manifest
 
 
-def _write_encoder(bundle: Bundle, folder: Path, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> GraphInfo:
-    """The encoder, and what it computes of the source for each decoder layer; tables it shares with the decoder lie there."""
-    import onnx_ir as ir
+def _quantize_graphs(
+    bundle: Bundle, decoder: Any, encoder: Any, options: QuantizeOptions, passages: Sequence[Passage], progress: Progress
+) -> tuple[CacheInfo, ...]:
+    """Both graphs in place, the decoder measured behind the encoder as that will be; returns the caches as they are then."""
+    caches, vocab_size = bundle.manifest.caches, bundle.manifest.model.vocab_size
+    if encoder is not None:
+        _quantize_layers(encoder, vocab_size, options, EncoderFeeds(bundle, passages) if passages else None, progress)
+    with decoder_feeds(bundle, passages, encoder) if passages else nullcontext() as feeds:
+        ranges = cache_ranges(decoder, caches, feeds) if feeds is not None and options.kv_cache == "int8" else {}
+        _quantize_layers(decoder, vocab_size, options, feeds, progress)
+    if not ranges:
+        return caches
+    quantize_caches(decoder, caches, ranges)
+    return tuple(dataclasses.replace(cache, dtype="int8") for cache in caches)
 
-    model, _ = split_gemms(ir.load(bundle.path / bundle.manifest.graphs["encoder"].file))
-    quantize_graph(model, bundle.manifest.model.vocab_size, options, rounder, progress)
-    save_beside(model, folder / ENCODER, folder / DECODER)
-    return graph_info(model, ENCODER)
+
+def _quantize_layers(model: Any, vocab_size: int, options: QuantizeOptions, feeds: Feeds | None, progress: Progress) -> None:
+    """The weights of one graph, and what its inner layers read where that is to be int8. `feeds`: None measures nothing."""
+    quantize_graph(model, vocab_size, options, _rounder(model, vocab_size, options, feeds, progress), progress)
+    if feeds is not None and options.activations == "static":
+        quantize_inputs(model, [linear for linear in linears(model) if not is_lm_head(linear, vocab_size)], feeds)
 
 
 def _other_groups(folder: Path, vocab_size: int, options: QuantizeOptions) -> dict[str, str]:
@@ -212,14 +225,12 @@ def _other_groups(folder: Path, vocab_size: int, options: QuantizeOptions) -> di
     return {"other_groups": ", ".join(names)} if names else {}
 
 
-def _rounder(
-    bundle: Bundle, model: Any, options: QuantizeOptions, windows: NDArray[np.int64] | None, progress: Progress
-) -> Rounder:
-    if windows is None or options.method == "rtn":
+def _rounder(model: Any, vocab_size: int, options: QuantizeOptions, feeds: Feeds | None, progress: Progress) -> Rounder:
+    if feeds is None or options.method == "rtn":
         return lambda linear, scheme: round_to_nearest(linear.dequantized(), scheme)
     from .methods import CalibratedRounder
 
-    return CalibratedRounder(bundle, model, options.method, windows, progress)
+    return CalibratedRounder(model, vocab_size, options.method, feeds, progress)
 
 
 def quantize_graph(model: Any, vocab_size: int, options: QuantizeOptions, rounder: Rounder, progress: Progress) -> None:

@@ -1,7 +1,9 @@
-"""What quantization costs, bundle by bundle, on held-out text: in quality, in acceptance, in bytes.
+"""What quantization costs, bundle by bundle, on held-out data: in quality, in acceptance, in bytes.
 
 Acceptance is measured beside quality because it is what a quantized bundle with heads is made for: a head trained on the
-float model's hidden states has to live with the quantized model's.
+float model's hidden states has to live with the quantized model's. A decoder is measured on text that it continues, an
+encoder-decoder on targets given their sources, which the decoder is fed token by token; where it writes freely, its outputs
+are held against the targets.
 """
 
 import json
@@ -10,22 +12,24 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import Bundle
+from headstart.runtime.bundle import GOLDEN, Bundle
 from headstart.runtime.engine import Engine
 from headstart.runtime.engines.info import engine_folder
 from headstart.runtime.errors import OptionError
-from headstart.runtime.model import load
+from headstart.runtime.generation import Prompt
+from headstart.runtime.model import Model, load
 
-from .observers import read_texts
+from .answers import exact_share, word_error_rate
+from .passages import WINDOW, Answers, Passage, of_windows, read_answered, read_texts
 from .picture import load_pyplot
 from .verify import all_logits
 
 Progress = Callable[[str, int, int], None]  # what, done, of
-WINDOW = 256  # tokens seen at once; each is scored by those before it in its window
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,11 @@ class SchemeReport:
     """One bundle as it decodes on this device.
 
     Attributes:
-        perplexity: per token.
-        agreement: share of rows whose best token is the reference's.
+        perplexity: per token of the text, or of the targets given their sources.
+        agreement: share of rows whose best token is the reference's, all reading the same tokens.
         kl: mean Kullback-Leibler divergence from the reference's distribution per token, in nats.
+        exact: share of greedy outputs that are their target to the letter; None where there are no targets.
+        word_error_rate: of all greedy outputs against their targets; None but for recordings with targets.
         acceptance: new tokens per verify call, by drafter, greedy, untuned trees.
         disk_mb: of the bundle's own files, without built engines.
         memory_mb: resident in a fresh process after loading and 16 tokens.
@@ -47,6 +53,8 @@ class SchemeReport:
     perplexity: float
     agreement: float
     kl: float
+    exact: float | None
+    word_error_rate: float | None
     acceptance: dict[str, float]
     disk_mb: float
     memory_mb: float
@@ -54,10 +62,20 @@ class SchemeReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """All bundles; the first is the reference."""
+    """All bundles; the first is the reference.
+
+    Attributes:
+        text: the data file's name.
+        tokens: of it, as the decoder reads them.
+        passages: windows of a text, or sources with their answers.
+        left_out: sources that are longer than the model reads at once.
+        prompts: of the acceptance lengths.
+    """
 
     text: str
     tokens: int
+    passages: int
+    left_out: int
     prompts: int
     schemes: tuple[SchemeReport, ...]
 
@@ -70,38 +88,55 @@ class QuantizationReport:
 def compare(
     bundles: Sequence[str | Path],
     text: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt] = (),
     max_tokens: int = 16384,
     max_new_tokens: int = 128,
     progress: Progress = lambda what, done, of: None,
 ) -> QuantizationReport:
-    """Measure every bundle against the first, on `text` (text or JSONL) and with every drafter on `prompts`.
+    """Measure every bundle against the first, on held-out data and with every drafter on `prompts`.
 
-    Raises OptionError for fewer than two bundles, too little text, or another vocabulary; BundleError.
+    Args:
+        text: text or JSONL. For models with an encoder, sources with their targets, as `quantize` takes them; where a line has
+            no target, all bundles are held against what the first writes.
+        prompts: for the acceptance lengths.
+
+    Raises:
+        OptionError: fewer than two bundles, too little text, another vocabulary, an assistant.
+        BundleError: no bundle.
+        PromptError, AudioError: sources that cannot be read.
     """
     if len(bundles) < 2:
         raise OptionError("A comparison needs the reference and at least one other bundle.")
     paths = [Path(bundle) for bundle in bundles]
-    sizes = {str(path): Bundle.load(path).manifest.model.vocab_size for path in paths}
-    if len(set(sizes.values())) > 1:
-        raise OptionError(f"The bundles differ in vocabulary ({sizes}): they are not of one checkpoint.")
-    windows = _windows(paths[0], Path(text), max_tokens)
-    quality = _quality(paths, windows, progress)
+    infos = {str(path): Bundle.load(path).manifest.model for path in paths}
+    kinds = {name: (info.vocab_size, info.source or "text it continues") for name, info in infos.items()}
+    if len(set(kinds.values())) > 1:
+        raise OptionError(f"The bundles differ in vocabulary or in what they read ({kinds}): they are not of one checkpoint.")
+    read = _passages(paths[0], Path(text), max_tokens)
+    quality = _quality(paths, read.passages, progress)
     schemes = []
     for done, path in enumerate(paths):
-        schemes.append(_scheme(path, quality[done], _acceptance(path, prompts, max_new_tokens)))
+        model = load(path, tuned=False)
+        written = _written(model, read.passages, max_new_tokens)
+        schemes.append(_scheme(path, quality[done], written, _acceptance(model, prompts, max_new_tokens)))
         progress("acceptance", done + 1, len(paths))
-    return QuantizationReport(Path(text).name, int(windows.size), len(prompts), tuple(schemes))
+    tokens = sum(len(passage.token_ids) for passage in read.passages)
+    return QuantizationReport(Path(text).name, tokens, len(read.passages), read.left_out, len(prompts), tuple(schemes))
 
 
-def _windows(reference: Path, text: Path, max_tokens: int) -> NDArray[np.int64]:
+def _passages(reference: Path, text: Path, max_tokens: int) -> Answers:
     model = load(reference, tuned=False)
-    window = min(WINDOW, model.bundle.manifest.model.max_cache)
+    info = model.bundle.manifest.model
+    if info.source == "states":
+        raise OptionError(f"{reference} is an assistant: it reads the states of its target's encoder, which no file holds.")
+    if info.source:
+        return read_answered(model, text, max_tokens)
+    window = min(WINDOW, info.max_cache)
     ids = model.tokenizer.encode("\n".join(read_texts(text)))
     if len(ids) < window:
         raise OptionError(f"{text} holds {len(ids)} tokens; at least {window} are needed. Fix: more text.")
     count = min(len(ids), max_tokens) // window
-    return np.array(ids[: count * window], np.int64).reshape(count, window)
+    return Answers(tuple(of_windows(np.array(ids[: count * window], np.int64).reshape(count, window))), left_out=0)
 
 
 @dataclass
@@ -114,38 +149,54 @@ class _Quality:
     kl: float = 0.0
 
 
-def _quality(paths: Sequence[Path], windows: NDArray[np.int64], progress: Progress) -> list[_Quality]:
-    """All bundles side by side, one window at a time: the reference's logits are never kept."""
+def _quality(paths: Sequence[Path], passages: Sequence[Passage], progress: Progress) -> list[_Quality]:
+    """All bundles side by side, one passage at a time: the reference's logits are never kept."""
     engines = [load(path, tuned=False).engine for path in paths]
-    for path, engine in zip(paths, engines, strict=True):
-        if engine.model.source:
-            raise OptionError(f"{path} has an encoder; perplexity is measured on text that a decoder continues by itself.")
     sums = [_Quality() for _ in engines]
-    for done, ids in enumerate(windows):
+    for done, passage in enumerate(passages):
+        wanted = passage.token_ids[passage.given :]
         reference: NDArray[np.float64] | None = None
         for engine, total in zip(engines, sums, strict=True):
-            log_probs = _log_probs(engine, ids)
+            log_probs = _log_probs(engine, passage)
             reference = log_probs if reference is None else reference
-            total.rows += len(ids) - 1
-            total.loss -= float(log_probs[np.arange(len(ids) - 1), ids[1:]].sum())
+            total.rows += len(wanted)
+            total.loss -= float(log_probs[np.arange(len(wanted)), wanted].sum())
             total.agreeing += int((log_probs.argmax(-1) == reference.argmax(-1)).sum())
             total.kl += float((np.exp(reference) * (reference - log_probs)).sum())
-        progress("quality", done + 1, len(windows))
+        progress("quality", done + 1, len(passages))
     return sums
 
 
-def _log_probs(engine: Engine, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[T - 1, V] of the rows that predict a token of the window."""
-    logits = all_logits(engine, ids)[:-1].astype(np.float64)
+def _log_probs(engine: Engine, passage: Passage) -> NDArray[np.float64]:
+    """[T - given, V] of the rows that predict a token of the passage."""
+    logits = all_logits(engine, passage.token_ids, passage.source)[passage.given - 1 : -1].astype(np.float64)
     logits -= logits.max(axis=-1, keepdims=True)
     result: NDArray[np.float64] = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return result
 
 
-def _acceptance(path: Path, prompts: Sequence[str], max_new_tokens: int) -> dict[str, float]:
-    model = load(path, tuned=False)
+@dataclass(frozen=True)
+class _Written:
+    """How a model's own outputs compare with their targets, where there are any."""
+
+    exact: float | None = None
+    word_error_rate: float | None = None
+
+
+def _written(model: Model, passages: Sequence[Passage], max_new_tokens: int) -> _Written:
+    known = [(passage, passage.target) for passage in passages if passage.target is not None]
+    if not known:
+        return _Written()
+    options: dict[str, Any] = {"drafter": "none", "max_new_tokens": max_new_tokens}
+    texts = [model.generate(passage.prompt, decoder_prompt=passage.start, **options).text for passage, _ in known]
+    targets = [target for _, target in known]
+    spoken = model.bundle.manifest.model.source == "audio"
+    return _Written(exact_share(texts, targets), word_error_rate(texts, targets) if spoken else None)
+
+
+def _acceptance(model: Model, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, float]:
     lengths = {}
-    for name in model.drafters:
+    for name in model.drafters if prompts else ():
         results = [
             model.generate(p, drafter=name, max_new_tokens=max_new_tokens, ignore_end=not model.answers) for p in prompts
         ]
@@ -154,7 +205,7 @@ def _acceptance(path: Path, prompts: Sequence[str], max_new_tokens: int) -> dict
     return lengths
 
 
-def _scheme(path: Path, quality: _Quality, acceptance: dict[str, float]) -> SchemeReport:
+def _scheme(path: Path, quality: _Quality, written: _Written, acceptance: dict[str, float]) -> SchemeReport:
     bundle = Bundle.load(path, check_hashes=False)
     settings = bundle.manifest.quantization
     parts = [settings.get(name) for name in ("weights", "method", "group")]
@@ -168,6 +219,8 @@ def _scheme(path: Path, quality: _Quality, acceptance: dict[str, float]) -> Sche
         perplexity=float(np.exp(quality.loss / quality.rows)),
         agreement=quality.agreeing / quality.rows,
         kl=quality.kl / quality.rows,
+        exact=written.exact,
+        word_error_rate=written.word_error_rate,
         acceptance=acceptance,
         disk_mb=sum((path / name).stat().st_size for name in bundle.manifest.files) / 1e6,
         memory_mb=_memory_mb(path),
@@ -177,13 +230,17 @@ def _scheme(path: Path, quality: _Quality, acceptance: dict[str, float]) -> Sche
 def _memory_mb(path: Path) -> float:
     """In a process of its own, so that nothing else is counted."""
     code = (
-        "import sys, json, headstart\n"
+        "import sys, json, headstart, numpy\n"
         "from headstart.runtime.memory import resident_memory_mb\n"
         "model = headstart.load(sys.argv[1], tuned=False)\n"
-        "model.generate('a', max_new_tokens=16, drafter='none')\n"
+        "heard = model.bundle.manifest.model.source == 'audio'\n"
+        "prompt = numpy.load(sys.argv[2])['sources'][0] if heard else 'a'\n"
+        "model.generate(prompt, max_new_tokens=16, drafter='none')\n"
         "print(json.dumps(resident_memory_mb()))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(path / GOLDEN)], capture_output=True, text=True, check=True
+    )
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 

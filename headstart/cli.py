@@ -80,8 +80,14 @@ def quantize(
     lm_head: Annotated[Literal["int8", "none"], typer.Option(help="Of the LM head.")] = "int8",
     embedding: Annotated[Literal["int8", "none"], typer.Option(help="Of the embedding table.")] = "int8",
     heads: Annotated[Literal["int8", "none"], typer.Option(help="Of the draft heads.")] = "int8",
-    data: Annotated[Path | None, typer.Option(help="Calibration text, or JSONL.")] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to look at.")] = 8192,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help='Calibration text, or JSONL. With an encoder: sources ("prompt" or "audio"), each with its "target"; where '
+            "there is none, the model writes it."
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to look at, as the decoder reads them.")] = 8192,
     force: Force = False,
 ) -> None:
     """Store a bundle's weights in 8 or 4 bits."""
@@ -321,22 +327,29 @@ def bench(
 @app.command()
 def compare(
     bundles: Annotated[list[Path], typer.Argument(help="The reference, then quantized bundles.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Held-out text, or JSONL.", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help='Held-out text, or JSONL. With an encoder: sources ("prompt" or "audio"), each with its "target"; where there '
+            "is none, the reference writes it.",
+            show_default=False,
+        ),
+    ],
     prompts: Annotated[Path, typer.Option(help="Prompts for the acceptance lengths.", show_default=False)],
     limit: Annotated[int, typer.Option(help="Use the first N prompts.", min=1)] = 12,
     tokens: Annotated[int, typer.Option(help="Of the text.", min=256)] = 16384,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw it there; needs the bench extra.")] = None,
 ) -> None:
-    """What quantization costs: perplexity, agreement, KL, acceptance length, size."""
+    """What quantization costs: perplexity, agreement, KL, exact outputs or word error rate, acceptance length, size."""
     from headstart.calibration.report import compare as run
     from headstart.calibration.report import draw
-    from headstart.runtime.prompts import read_prompts
+    from headstart.runtime.prompts import read_inputs
 
     from .screen import counted, show_quantization, write_json
 
     with counted() as progress:
-        report = run(bundles, data, read_prompts(prompts)[:limit], tokens, progress=progress)
+        report = run(bundles, data, read_inputs(prompts)[:limit], tokens, progress=progress)
     show_quantization(report)
     if json_file:
         write_json(json_file, report)

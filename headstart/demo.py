@@ -16,7 +16,7 @@ import headstart
 from headstart.runtime.errors import BundleError, OptionError
 from headstart.runtime.generation import Prompt, Result
 from headstart.runtime.model import Model
-from headstart.runtime.prompts import read_inputs
+from headstart.runtime.prompts import read_answers
 
 from .screen import counted, show_report, show_tuning, stages
 
@@ -154,12 +154,8 @@ def run_sample(
 def read_items(file: Path, without: str = "") -> list[Item]:
     """The prompts of a JSON Lines file, but those of one class, each with its "target", or the "text" of its recording."""
     records = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
-    pairs = zip(read_inputs(file), records, strict=True)
-    return [
-        Item(prompt, record.get("target") or (record["text"] if "audio" in record else None))
-        for prompt, record in pairs
-        if not without or record.get("class") != without
-    ]
+    pairs = zip(read_answers(file), records, strict=True)
+    return [Item(prompt, wanted) for (prompt, wanted), record in pairs if not without or record.get("class") != without]
 
 
 def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[Prompt]) -> None:

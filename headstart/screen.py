@@ -199,11 +199,14 @@ def show_bench(bench: "Bench") -> None:
 
 def show_quantization(report: "QuantizationReport") -> None:
     drafters = report.drafters
-    columns = ("perplexity", "agreement", "KL, nats", *drafters, "disk MB", "memory MB")
-    title = f"{report.text}: {report.tokens} tokens; acceptance length on {report.prompts} prompts"
-    grid = table(title, "bundle", "scheme", *columns)
+    written = [name for name in ("exact", "word_error_rate") if getattr(report.schemes[0], name) is not None]
+    names = [name.replace("_", " ") for name in written]
+    columns = ("perplexity", "agreement", "KL, nats", *names, *drafters, "disk MB", "memory MB")
+    read = f"{report.tokens} tokens" + (f" ({report.left_out} lines too long)" if report.left_out else "")
+    grid = table(f"{report.text}: {read}; acceptance length on {report.prompts} prompts", "bundle", "scheme", *columns)
     for one in report.schemes:
-        quality = (f"{one.perplexity:.3f}", f"{one.agreement:.1%}", f"{one.kl:.4f}")
+        quality = [f"{one.perplexity:.3f}", f"{one.agreement:.1%}", f"{one.kl:.4f}"]
+        quality += [f"{getattr(one, name):.1%}" for name in written]
         lengths = (f"{one.acceptance[name]:.2f}" if name in one.acceptance else "none" for name in drafters)
         grid.add_row(one.bundle, one.scheme, *quality, *lengths, f"{one.disk_mb:.1f}", f"{one.memory_mb:.0f}")
     out.print(grid)

@@ -1,4 +1,7 @@
-"""Files of prompts: plain text with one prompt a line, or JSON Lines with a "prompt" (or "text", or "audio") in each object."""
+"""Files of prompts: plain text with one prompt a line, or JSON Lines with a "prompt" (or "text", or "audio") in each object.
+
+What should come of a prompt may stand beside it: its "target", or the "text" of an "audio".
+"""
 
 import json
 from collections.abc import Sequence
@@ -24,6 +27,18 @@ def read_inputs(file: str | Path) -> list[str | Path]:
     if file.suffix != ".jsonl":
         return list(read_prompts(file))
     return [_recording_of(file, number, line) or _prompt_of(file, number, line) for number, line in _lines(file)]
+
+
+def read_answers(file: str | Path) -> list[tuple[str | Path, str | None]]:
+    """As `read_inputs`, each with the text that should come of it: its "target", or the "text" of an "audio"; else None."""
+    file = Path(file)
+    inputs = read_inputs(file)
+    if file.suffix != ".jsonl":
+        return [(given, None) for given in inputs]
+    records = zip(inputs, _lines(file), strict=True)
+    return [
+        (given, text_of(line, ("target", "text") if isinstance(given, Path) else ("target",))) for given, (_, line) in records
+    ]
 
 
 def read_prompt_classes(file: str | Path) -> dict[str, list[str | Path]]:

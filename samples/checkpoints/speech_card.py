@@ -14,27 +14,13 @@ import numpy as np
 from recordings import OUTPUT, SETS, Recording, recordings
 
 import headstart
+from headstart.calibration.answers import word_error_rate
 from headstart.runtime.model import Model
 
 HERE = Path(__file__).parent / "speech"
 COUNT = 150  # recordings of each set
 CHUNK_S = 0.5  # of live captions
 LIVE = 12  # recordings captioned live
-
-
-def word_errors(said: str, heard: str) -> int:
-    """The fewest words to insert, delete or replace (Levenshtein)."""
-    row = list(range(len(heard.split()) + 1))
-    for i, word in enumerate(said.split(), 1):
-        before, row = row, [i]
-        for j, other in enumerate(heard.split(), 1):
-            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (word != other)))
-    return row[-1]
-
-
-def word_error_rate(texts: list[tuple[str, str]]) -> float:
-    """Of (said, heard) pairs."""
-    return sum(word_errors(said, heard) for said, heard in texts) / sum(len(said.split()) for said, _ in texts)
 
 
 def measure_set(model: Model, items: list[Recording]) -> dict:
@@ -58,12 +44,12 @@ def measure_set(model: Model, items: list[Recording]) -> dict:
                 [w.token_ids for w in a] == [w.token_ids for w in b] for a, b in zip(found, plain, strict=True)
             ),
         }
-    heard = [model.transcribe(item.samples).text for item in items]
-    facts["word_error_rate"] = round(word_error_rate([(item.text, text) for item, text in zip(items, heard, strict=True)]), 4)
-    clean = [(item.text, text) for item, text in zip(items, heard, strict=True) if item.noise_db is None]
-    facts["word_error_rate_without_noise"] = round(word_error_rate(clean), 4)
-    no_times = [(item.text, model.transcribe(item.samples, timestamps=False).text) for item in items]
-    facts["word_error_rate_without_timestamps"] = round(word_error_rate(no_times), 4)
+    heard, said = [model.transcribe(item.samples).text for item in items], [item.text for item in items]
+    facts["word_error_rate"] = round(word_error_rate(heard, said), 4)
+    clean = [(text, item.text) for item, text in zip(items, heard, strict=True) if item.noise_db is None]
+    facts["word_error_rate_without_noise"] = round(word_error_rate(*zip(*clean, strict=True)), 4)
+    no_times = [model.transcribe(item.samples, timestamps=False).text for item in items]
+    facts["word_error_rate_without_timestamps"] = round(word_error_rate(no_times, said), 4)
     return facts
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from headstart.calibration.feeds import DecoderFeeds
 from headstart.calibration.methods import (
     InputScale,
     best_input_scale,
@@ -20,7 +21,8 @@ from headstart.calibration.methods import (
     scale_inputs,
     smooth_input_scale,
 )
-from headstart.calibration.observers import WINDOW, Statistics, calibration_windows, observe
+from headstart.calibration.observers import Statistics, observe
+from headstart.calibration.passages import WINDOW, calibration_windows, of_windows
 from headstart.calibration.quantize import DECODER, QuantizeOptions, quantize
 from headstart.calibration.rounding import WeightScheme, round_to_nearest
 from headstart.calibration.verify import all_logits
@@ -176,14 +178,14 @@ def logits_of(model: Any, bundle: Bundle, folder: Path) -> Floats:
 
 def test_a_fold_moves_the_statistics_along(bundle_of: BundleOf) -> None:
     bundle = bundle_of("llama")
-    windows = np.random.default_rng(5).integers(3, 300, (2, 64))
+    feeds = DecoderFeeds(bundle, of_windows(np.random.default_rng(5).integers(3, 300, (2, 64))))
     model = ir.load(bundle.path / DECODER)
     readers = next(iter(readers_by_input(model, 300).values()))
-    before = observe(model, readers, bundle, windows)
+    before = observe(model, readers, feeds)
     (name,) = before
     before[name].magnitude *= np.exp(np.random.default_rng(6).standard_normal(64))  # else nothing is worth a scale
     assert scale_inputs(readers, before[name], awq_scale)
-    after = observe(model, readers, bundle, windows)[name]
+    after = observe(model, readers, feeds)[name]
     np.testing.assert_allclose(after.gram, before[name].gram, rtol=1e-3, atol=1e-3 * np.abs(after.gram).max())
 
 
@@ -210,7 +212,8 @@ def test_layers_that_read_one_value_share_its_statistics(bundle_of: BundleOf, tm
     model = ir.load(bundle.path / DECODER)
     windows = calibration_windows(bundle, text_file(tmp_path), 1024)
     readers = readers_by_input(model, 300)
-    found = observe(model, [linear for group in readers.values() for linear in group], bundle, windows)
+    feeds = DecoderFeeds(bundle, of_windows(windows))
+    found = observe(model, [linear for group in readers.values() for linear in group], feeds)
     assert list(found) == list(readers) and len(found) == 8  # q, k and v read one; gate and up another
     assert {statistics.rows for statistics in found.values()} == {windows.size}
     for statistics in found.values():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+from speech import RATE, recording
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.report import QuantizationReport, compare, draw
@@ -15,6 +17,7 @@ from headstart.calibration.verify import all_logits
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import MissingExtraError, OptionError
+from headstart.runtime.model import load
 from headstart.runtime.tokenizer import Tokenizer
 from headstart.screen import show_quantization, write_json
 
@@ -65,6 +68,50 @@ def test_perplexity_is_of_the_next_token(report: QuantizationReport, bundle_of: 
     assert report.schemes[0].perplexity == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-6)
 
 
+@pytest.fixture(scope="module")
+def answered(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> QuantizationReport:
+    """A T5 against itself: what it writes of the first sources is their target, of the third a wrong one, of the last none."""
+    folder, model = tmp_path_factory.mktemp("answered"), load(bundle_of("t5").path)
+    sources = ["a source", "another", "a third", "and one more"]
+    written = [model.generate(source, max_new_tokens=40, drafter="none").text for source in sources]
+    targets = [*written[:2], "something else", None]
+    lines = [{"prompt": a} | ({} if b is None else {"target": b}) for a, b in zip(sources, targets, strict=True)]
+    (folder / "held_out.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    bundles = [model.bundle.path] * 2
+    return compare(bundles, folder / "held_out.jsonl", ["a source"], max_new_tokens=40)
+
+
+def test_outputs_are_held_against_their_targets(answered: QuantizationReport) -> None:
+    for one in answered.schemes:
+        assert one.exact == pytest.approx(2 / 3) and one.word_error_rate is None, "three have targets; words are of speech"
+        assert one.kl == 0 and one.agreement == 1
+        assert set(one.acceptance) == {"ngram", "source_copy"}
+    assert (answered.passages, answered.left_out, answered.prompts) == (4, 0, 1)
+
+
+def test_perplexity_is_of_the_target_given_its_source(bundle_of: BundleOf, tmp_path: Path) -> None:
+    bundle, target = bundle_of("t5"), "what should come of it" * 4
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "a source", "target": target}), "utf-8")
+    report = compare([bundle.path] * 2, tmp_path / "one.jsonl", max_new_tokens=4)
+    tokenizer = Tokenizer.load(bundle.path / "tokenizer")
+    ids = np.array([0, *tokenizer.encode(target, special=False), 2], np.int64)
+    logits = all_logits(OnnxRuntimeEngine(bundle), ids, np.array(tokenizer.encode("a source"))).astype(np.float64)[:-1]
+    loss = np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
+    assert report.schemes[0].perplexity == pytest.approx(float(np.exp(loss.mean())), rel=1e-6)
+
+
+def test_words_are_counted_of_speech(speech_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write(tmp_path / "one.wav", recording(1.0), RATE)
+    lines = [json.dumps({"audio": "one.wav", "text": "it is ten past ten"})] * 8
+    (tmp_path / "sounds.jsonl").write_text("\n".join(lines), "utf-8")
+    report = compare([speech_bundle.path] * 2, tmp_path / "sounds.jsonl", max_new_tokens=12)
+    assert report.schemes[0].exact == 0 and report.schemes[0].word_error_rate == report.schemes[1].word_error_rate
+    assert report.schemes[0].word_error_rate is not None and report.schemes[0].word_error_rate > 0
+    assert report.schemes[0].memory_mb > 10 and report.schemes[0].acceptance == {}
+    show_quantization(report)
+    assert "word error rate" in capsys.readouterr().out
+
+
 def test_it_is_written_and_shown(report: QuantizationReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_json(tmp_path / "report.json", report)
     read = json.loads((tmp_path / "report.json").read_text("utf-8"))
@@ -108,3 +155,5 @@ def test_what_cannot_be_compared(bundle_of: BundleOf, text: Path, tmp_path: Path
     (tmp_path / "short.txt").write_text("a few words", "utf-8")
     with pytest.raises(OptionError, match=r"short\.txt holds \d+ tokens; at least 256 are needed\. Fix: "):
         compare([llama, llama], tmp_path / "short.txt", [])
+    with pytest.raises(OptionError, match="differ in vocabulary or in what they read"):
+        compare([llama, bundle_of("t5").path], text)

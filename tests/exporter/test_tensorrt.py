@@ -180,6 +180,17 @@ def test_encoders_are_built_beside_their_decoders(built: Built, name: str, rows:
     assert text.tensors["encoder_hidden.1"] == ("half", ("1", str(rows), "64"))
 
 
+def test_fixed_scales_are_built_for_encoders(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """Static int8 in both graphs: what cross-attention projects of the source, too."""
+    (tmp_path / "sources.txt").write_text("a source of many words\n" * 4, "utf-8")
+    options = QuantizeOptions(activations="static", calibration_tokens=256)
+    quantize(bundle_of("t5").path, tmp_path / "t5", options, tmp_path / "sources.txt")
+    info = build(tmp_path / "t5", "trt-rtx:sm89", options=OPTIONS)
+    assert set(info.plans) == {"decoder", "encoder"}
+    for name in ("decoder", "encoder"):
+        assert "int8" in info.plans[name].weight_bytes, name
+
+
 def test_recordings_of_any_length(built: Built) -> None:
     """The encoder's time stays open, up to half a minute; its attention is fused all the same."""
     bundle, info = built("moonshine")

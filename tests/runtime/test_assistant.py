@@ -10,6 +10,8 @@ import pytest
 import torch
 from architectures import save_checkpoint, tiny_model
 
+from headstart.calibration.quantize import QuantizeOptions, quantize
+from headstart.calibration.report import compare
 from headstart.calibration.verify import verify
 from headstart.exporter.build import build
 from headstart.exporter.export import export
@@ -80,6 +82,10 @@ def test_an_assistant_is_verified_and_built_like_any_bundle(folder: Path, tmp_pa
     with pytest.raises(OptionError, match="is an assistant"):
         verify(folder / "assistant", checkpoint=folder / "smaller")
     plain = [result.token_ids for result in decode(folder, None)]
+    with pytest.raises(OptionError, match="is an assistant: what it reads are the states"):
+        quantize(folder / "assistant", tmp_path / "small", QuantizeOptions(method="gptq"), tmp_path / "sources.txt")
+    with pytest.raises(OptionError, match="is an assistant: it reads the states"):
+        compare([folder / "assistant"] * 2, tmp_path / "sources.txt")
     build(folder / "assistant")
     assert [result.token_ids for result in decode(folder, "assistant")] == plain
 

@@ -1,0 +1,106 @@
+"""What a graph is fed while it is observed: the inputs of one run for each passage, made when their turn comes."""
+
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from headstart.runtime import contract
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.engines.provider import open_session
+
+from .passages import Passage
+
+Inputs = dict[str, Any]
+
+
+class Feeds(Protocol):
+    """Inputs by name, run by run."""
+
+    def __call__(self, wanted: Collection[str]) -> Iterator[Inputs]:
+        """Of each run those that are `wanted`, and no others are computed."""
+        ...
+
+
+class EncoderFeeds:
+    """One run of the encoder over each passage's source."""
+
+    def __init__(self, bundle: Bundle, passages: Sequence[Passage]) -> None:
+        self._input = bundle.manifest.graphs["encoder"].inputs[0]
+        self._passages = passages
+
+    def __call__(self, wanted: Collection[str]) -> Iterator[Inputs]:
+        for passage in self._passages:
+            assert passage.source is not None
+            source = np.ascontiguousarray(passage.source, self._input.dtype)[None]
+            inputs = {self._input.name: source, contract.ENCODER_MASK: np.ones(source.shape[:2], np.bool_)}
+            yield {name: array for name, array in inputs.items() if name in wanted}
+
+
+class DecoderFeeds:
+    """One run of the decoder over each passage: a causal chain over an empty cache, and what the encoder makes of the source.
+
+    `encoder`: a session of the encoder's graph. It runs again for each run here: what it makes of all sources would not fit
+    in memory.
+    """
+
+    def __init__(self, bundle: Bundle, passages: Sequence[Passage], encoder: Any = None) -> None:
+        self._bundle, self._passages, self._encoder = bundle, passages, encoder
+
+    def __call__(self, wanted: Collection[str]) -> Iterator[Inputs]:
+        for passage, source in zip(self._passages, self._read_sources(wanted), strict=True):
+            inputs = self._chain(passage) | source
+            yield {name: array for name, array in inputs.items() if name in wanted}
+
+    def _chain(self, passage: Passage) -> Inputs:
+        length = len(passage.token_ids)
+        inputs = {
+            contract.INPUT_IDS: passage.token_ids[None],
+            contract.POSITION_IDS: np.arange(length)[None],
+            contract.ATTENTION_MASK: np.tri(length, dtype=np.bool_)[None, None],
+            contract.WRITE_INDEX: np.zeros(1, np.int64),
+            contract.OUTPUT_ROWS: np.zeros((1, 1), np.int64),
+        }
+        for cache in self._bundle.manifest.caches:
+            inputs[cache.key_name] = np.zeros((1, cache.kv_heads, length, cache.key_size), np.float32)
+            inputs[cache.value_name] = np.zeros((1, cache.kv_heads, length, cache.value_size), np.float32)
+        return inputs
+
+    def _read_sources(self, wanted: Collection[str]) -> Iterator[Inputs]:
+        """Keys, values and mask of each passage's source; nothing where nothing is wanted of it."""
+        crossing = [info for info in self._bundle.manifest.cross_caches if {info.key_name, info.value_name} & set(wanted)]
+        if self._encoder is None or not crossing:
+            yield from ({} for _ in self._passages)
+            return
+        names = [name for info in crossing for name in (info.key_name, info.value_name)]
+        for inputs in EncoderFeeds(self._bundle, self._passages)({value.name for value in self._encoder.get_inputs()}):
+            hidden, *states = self._encoder.run([contract.ENCODER_HIDDEN, *names], inputs)
+            yield dict(zip(names, states, strict=True)) | {contract.ENCODER_MASK: np.ones(hidden.shape[:2], np.bool_)}
+
+
+@contextmanager
+def decoder_feeds(bundle: Bundle, passages: Sequence[Passage], encoder: Any = None) -> Iterator[Feeds]:
+    """The decoder's, behind `encoder` as it is now (an onnx_ir Model), where the bundle has one."""
+    if encoder is None:
+        yield DecoderFeeds(bundle, passages)
+        return
+    with opened(encoder, [value.name for value in encoder.graph.outputs]) as session:
+        yield DecoderFeeds(bundle, passages, session)
+
+
+@contextmanager
+def opened(model: Any, outputs: Sequence[str]) -> Iterator[Any]:
+    """A session of the part of an onnx_ir Model that computes `outputs`, with the inputs that this part reads."""
+    import onnx_ir as ir
+    from onnx_ir.convenience import extract
+
+    part = extract(model.graph, inputs=[value.name for value in model.graph.inputs], outputs=list(outputs))
+    for value in [value for value in part.inputs if not value.uses()]:
+        part.inputs.remove(value)
+    with tempfile.TemporaryDirectory(prefix="headstart-calibration-") as folder:
+        file = Path(folder) / "part.onnx"
+        ir.save(ir.Model(part, ir_version=model.ir_version), file, external_data=f"{file.name}.data")
+        yield open_session(file, 0, as_written=True)  # it may hold fixed scales already: the encoder's

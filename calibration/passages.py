@@ -1,0 +1,171 @@
+"""What is read when something is measured: windows of a text that a decoder continues, or sources and their answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.runtime.audio import load_audio
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.errors import OptionError
+from headstart.runtime.generation import Prompt
+from headstart.runtime.model import Model, load
+from headstart.runtime.prompts import read_answers, text_of
+from headstart.runtime.tokenizer import Tokenizer
+from headstart.runtime.transcription import Transcriber
+
+WINDOW = 256  # tokens that attend to one another
+LEAST = 64  # tokens of answers from which anything is concluded
+KEYS = ("text", "prompt")  # of a JSON line, the first that is there
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What a decoder reads in one forward, and its encoder beside it.
+
+    Attributes:
+        token_ids: [T] int64, the decoder's.
+        given: how many of them it starts from; the others are to be predicted.
+        source: what the encoder reads, as Engine.encode takes it; None without an encoder.
+        prompt: the same as Model.generate takes it; empty without an encoder.
+        target: the text that should come of the source, where that is known.
+    """
+
+    token_ids: NDArray[np.int64]
+    given: int = 1
+    source: NDArray[Any] | None = None
+    prompt: Prompt = ""
+    target: str | None = None
+
+    @property
+    def start(self) -> list[int]:
+        """What the decoder starts from."""
+        ids: list[int] = self.token_ids[: self.given].tolist()
+        return ids
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Passages of an encoder-decoder.
+
+    `left_out`: lines whose source is longer than the encoder reads at once, or whose target than the decoder's cache.
+    """
+
+    passages: tuple[Passage, ...]
+    left_out: int
+
+
+def calibration_passages(bundle: Bundle, data: Path, tokens: int) -> Sequence[Passage]:
+    """The first `tokens` of the data, in the form that the bundle's model reads. Raises as the functions below."""
+    if bundle.manifest.model.source:
+        return read_answered(load(bundle.path, tuned=False), data, tokens).passages
+    return of_windows(calibration_windows(bundle, data, tokens))
+
+
+def of_windows(windows: NDArray[np.int64]) -> list[Passage]:
+    """[windows, T] tokens of a text; each window but its first token is to be predicted."""
+    return [Passage(window) for window in windows]
+
+
+def calibration_windows(bundle: Bundle, data: Path, tokens: int) -> NDArray[np.int64]:
+    """[windows, WINDOW] of the text's first tokens. Raises OptionError when the file holds too little, or no text."""
+    window = min(WINDOW, bundle.manifest.model.max_cache)
+    text = "\n".join(read_texts(data))
+    ids = Tokenizer.load(bundle.path / "tokenizer").encode(text)
+    if len(ids) < 2 * window:
+        raise OptionError(
+            f"{data} holds {len(ids)} tokens; calibration needs at least {2 * window}. "
+            "Fix: more text of the kind that will be decoded."
+        )
+    count = max(1, min(tokens, len(ids)) // window)
+    return np.array(ids[: count * window], np.int64).reshape(count, window)
+
+
+def read_texts(data: Path) -> list[str]:
+    """A text file whole, or the "text" (or "prompt") of each JSON line. Raises OptionError for anything else."""
+    try:
+        content = data.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(
+            f"{data} cannot be read as UTF-8 text ({error}). Fix: a text file, or JSON Lines (.jsonl)."
+        ) from error
+    if data.suffix != ".jsonl":
+        return [content]
+    return [_text_of(data, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+
+
+def _text_of(data: Path, number: int, line: str) -> str:
+    try:
+        text = text_of(line, KEYS)
+    except ValueError as error:
+        raise OptionError(f"{data} line {number} is not JSON ({error}). Fix: one object a line.") from error
+    if text is None:
+        raise OptionError(
+            f'{data} line {number} has no text under "text" or "prompt", found {line[:60]!r}. Fix: one such object a line.'
+        )
+    return text
+
+
+def read_answered(model: Model, data: Path, tokens: int) -> Answers:
+    """The file's sources, each with its target, until the decoder has read `tokens` of them.
+
+    Where a line has no target, the decoder reads what the model itself answers, greedily.
+
+    Raises:
+        PromptError: the file cannot be read, or holds text where the model reads recordings.
+        OptionError: it gives less than LEAST tokens.
+    """
+    passages: list[Passage] = []
+    left_out, seen = 0, 0
+    for given, target in read_answers(data):
+        passage = _passage(model, given, target)
+        if passage is None:
+            left_out += 1
+            continue
+        passages.append(passage)
+        seen += len(passage.token_ids)
+        if seen >= tokens:
+            break
+    if seen < LEAST:
+        rest = f", and {left_out} lines are longer than the model reads at once" if left_out else ""
+        raise OptionError(
+            f"{data} gives the decoder {seen} tokens to read; at least {LEAST} are needed{rest}. "
+            "Fix: more sources of the kind that will be read."
+        )
+    return Answers(tuple(passages), left_out)
+
+
+def _passage(model: Model, given: str | Path, target: str | None) -> Passage | None:
+    """None for what is too long."""
+    read = _inputs(model, given)
+    if read is None:
+        return None
+    source, start = read
+    prompt = given if isinstance(given, str) else source
+    if target is None:
+        answer = model.generate(prompt, decoder_prompt=start, max_new_tokens=WINDOW).token_ids
+    else:
+        rules = model.bundle.manifest.generation
+        first = [] if rules.forced_bos_token_id is None else [rules.forced_bos_token_id]
+        answer = [*first, *model.tokenizer.encode(target, special=False), *rules.eos_token_ids[:1]]
+    token_ids = np.array([*start, *answer], np.int64)
+    if len(token_ids) > model.bundle.manifest.model.max_cache:
+        return None
+    return Passage(token_ids, len(start), source, prompt, target)
+
+
+def _inputs(model: Model, given: str | Path) -> tuple[NDArray[Any], list[int]] | None:
+    """(what the encoder reads, what the decoder starts from); None for a source longer than the encoder reads at once."""
+    if isinstance(given, str):
+        source, start = model.inputs(given)
+        limit = model.bundle.manifest.model.max_source
+        return None if source is None or (limit and len(source) > limit) else (source, start)
+    transcriber = Transcriber(model, None, "transcribe", False, {})
+    samples = load_audio(given, transcriber.sampling_rate).samples
+    if transcriber.window is not None and len(samples) > transcriber.window:
+        return None
+    features, prompt = transcriber.inputs(samples)
+    return features, model.inputs(features, prompt)[1]
