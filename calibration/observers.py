@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from headstart.exporter.passes.linear import Linear
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import open_session
+from headstart.runtime.engines.provider import open_session
 from headstart.runtime.errors import OptionError
 from headstart.runtime.prompts import text_of
 from headstart.runtime.tokenizer import Tokenizer

@@ -16,18 +16,20 @@ from numpy.typing import NDArray
 
 from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, hash_files, new_folder, to_json
 from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.provider import AS_WRITTEN, CPU, Provider, open_session
 from headstart.runtime.errors import EngineError, OptionError, missing_extra
 from headstart.runtime.tree import ROOT, DraftTree
 
+from .cuda import build_cuda
 from .tensorrt.build import TensorRtOptions, build_tensorrt
 from .tensorrt.library import is_target, parse_target
 
 Progress = Callable[[str], None]
-DEVICES = ("cpu", "trt-rtx:sm89 (or sm75, sm80, sm86, sm120, sm121, or several of them)", "tensorrt")
+DEVICES = ("cpu", "cuda", "trt-rtx:sm89 (or sm75, sm80, sm86, sm120, sm121, or several of them)", "tensorrt")
 # Largest |Δlogit| of the lowered graph against the canonical one, over the logits' range. Integer products round the
-# activations to 8 bits; everything else only changes the order of summation.
-LIMITS = {"float": 1e-4, "integer": 0.3}
+# activations to 8 bits, half precision all numbers to 11; everything else only changes the order of summation.
+LIMITS = {"float": 1e-4, "half": 0.05, "integer": 0.3}
 PROBE_ROUNDS = 5
 
 
@@ -40,7 +42,8 @@ def build(
 ) -> EngineInfo:
     """Make a bundle ready for one device; the engine goes to `engines/<device>` inside the bundle.
 
-    `device`: cpu, trt-rtx:sm89 (or several generations, trt-rtx:sm86,sm120), or tensorrt. `options` are for the latter two.
+    `device`: cpu, cuda, trt-rtx:sm89 (or several generations, trt-rtx:sm86,sm120), or tensorrt. `options` are for TensorRT; of
+    them, cuda takes the precision.
 
     Raises OptionError for an unknown device, OutputError when it is built already (unless `force`), MissingExtraError without
     the device's builder, EngineError when the lowered graphs do not compute what the canonical ones do, or the builder refuses
@@ -49,9 +52,9 @@ def build(
     opened = Bundle.load(bundle)
     if is_target(device):
         device = parse_target(device).device
-    elif device != "cpu":
+    elif device not in ("cpu", "cuda"):
         raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
-    elif opened.manifest.model.dtype != "float32":
+    elif device == "cpu" and opened.manifest.model.dtype != "float32":
         raise EngineError(
             f"{opened.path} computes in {opened.manifest.model.dtype}, and the cpu device in float32. "
             "Fix: headstart export --dtype float32 (weights may then be quantized)."
@@ -60,6 +63,8 @@ def build(
         try:
             if device == "cpu":
                 info = _build_cpu(opened, folder, progress)
+            elif device == "cuda":
+                info = _build_cuda(opened, folder, (options or TensorRtOptions()).precision, progress)
             else:
                 info = build_tensorrt(opened, device, folder, options or TensorRtOptions(), progress)
         except ModuleNotFoundError as error:
@@ -98,7 +103,7 @@ def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
         schema_version=ENGINE_SCHEMA,
         device="cpu",
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        builder={name: importlib.metadata.version(name) for name in ("headstart", "onnx-ir", "onnxscript", "onnxruntime")},
+        builder=builder_versions("headstart", "onnx-ir", "onnxscript"),
         source=engine_source(bundle),
         graphs=graphs,
         settings={"activations": activations},
@@ -106,7 +111,25 @@ def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
     )
     save_graph(probe_model(activations), folder / "probe.onnx")
     progress("comparing with the canonical graph")
-    return dataclasses.replace(info, relative_difference=_compare(bundle, folder, info))
+    limit = LIMITS["integer" if info.passes["integer_products"] else "float"]
+    return dataclasses.replace(info, relative_difference=_compare(bundle, folder, info, limit))
+
+
+def _build_cuda(bundle: Bundle, folder: Path, precision: str, progress: Progress) -> EngineInfo:
+    """Compared on the CPU provider, through the engine's own device memory; it has no kernels for bfloat16."""
+    info = build_cuda(bundle, folder, precision, progress)
+    if info.settings["precision"] != "float16":
+        return info
+    progress("comparing with the canonical graph, on the CPU")
+    on_cpu = Provider(device="cuda", location="cpu")
+    return dataclasses.replace(info, relative_difference=_compare(bundle, folder, info, LIMITS["half"], on_cpu))
+
+
+def builder_versions(*packages: str) -> dict[str, str]:
+    """Of those packages, and of ONNX Runtime, which onnxruntime and onnxruntime-gpu both bring."""
+    import onnxruntime
+
+    return {name: importlib.metadata.version(name) for name in packages} | {"onnxruntime": onnxruntime.__version__}
 
 
 def fastest_exact(folder: Path) -> str:
@@ -132,18 +155,19 @@ def fastest_exact(folder: Path) -> str:
     return min(times, key=lambda activations: times[activations])
 
 
-def _compare(bundle: Bundle, folder: Path, info: EngineInfo) -> float:
-    """Largest relative difference of both lowered forms; raises EngineError above the limit."""
+def _compare(bundle: Bundle, folder: Path, info: EngineInfo, limit: float, provider: Provider = CPU) -> float:
+    """Largest relative difference, decoding one sequence and a batch; raises EngineError above the limit."""
     with np.load(bundle.path / GOLDEN) as golden:
         input_ids, sources = golden["input_ids"][:1], list(golden["sources"][:1]) if "sources" in golden else []
-    wanted = _outputs(OnnxRuntimeEngine(bundle), input_ids, sources)
+    # Where nothing is rounded to whole numbers, nor may the canonical graph be: ONNX Runtime does that to some on its own.
+    reference = CPU if "integer_products" in info.passes else Provider(entries=AS_WRITTEN)
+    wanted = _outputs(OnnxRuntimeEngine(bundle, provider=reference), input_ids, sources)
     worst = 0.0
     for batch in (1, 2):
-        engine = OnnxRuntimeEngine(bundle, built=(info, folder))
+        engine = OnnxRuntimeEngine(bundle, built=(info, folder), provider=provider)
         found = _outputs(engine, np.repeat(input_ids, batch, axis=0), sources * batch)
         for ours, theirs in zip(found, wanted, strict=True):
             worst = max(worst, float((np.abs(ours - theirs).max(-1) / np.ptp(theirs, axis=-1)).max()))
-    limit = LIMITS["integer" if info.passes["integer_products"] else "float"]
     if not worst <= limit:
         raise EngineError(
             f"The lowered graph differs from the canonical one by {worst:.1e} of the logits' range; at most {limit:.0e} is "

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from headstart.runtime import contract
 from headstart.runtime.bundle import GOLDEN, Manifest
-from headstart.runtime.engines.onnxruntime import open_session
+from headstart.runtime.engines.provider import open_session
 
 LIMIT = 65504 / 4  # texts that were not looked at may go further
 MASK = 1e30  # what is as large as this stands for minus infinity in a mask, or was added to one

@@ -101,9 +101,11 @@ def build(
     bundle: BundleArg,
     device: Annotated[
         str,
-        typer.Option(help="cpu, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
+        typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
     ] = "cpu",
-    precision: Annotated[Literal["float16", "bfloat16"], typer.Option(help="TensorRT: of a float32 bundle.")] = "float16",
+    precision: Annotated[
+        Literal["float16", "bfloat16"], typer.Option(help="TensorRT and cuda: of a float32 bundle.")
+    ] = "float16",
     cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
     batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
     prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
@@ -202,7 +204,9 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, or what the bundle was built for: trt-rtx:sm89, tensorrt.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, or what the bundle was built for: cuda (or cuda:tensorrt), trt-rtx:sm89, tensorrt.")
+    ] = "cpu",
     threads: Threads = None,
     untuned: Untuned = False,
 ) -> None:

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest, atomic_write
-from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo
+from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo, built_engine
+from headstart.runtime.errors import HeadstartError
 from headstart.runtime.generation import Generation, Result
 from headstart.runtime.model import Model
 from headstart.runtime.tuning import Tuning
@@ -89,16 +90,24 @@ def show_bundle(bundle: Bundle) -> None:
 
 
 def _engines(bundle: Bundle) -> Iterator[str]:
-    """Each device that the bundle is built for, and the layers that its engine computes otherwise than the rest."""
-    for file in sorted(bundle.path.glob(f"engines/*/{ENGINE_FILE}")):
-        info = json.loads(file.read_text("utf-8"))
-        parts = [
-            f"{graph} {what}: {', '.join(plan[key])}"
-            for graph, plan in info.get("plans", {}).items()
-            for key, what in (("written_out_attention", "written out"), ("float32_layers", "in float32"))
-            if plan.get(key)
-        ]
-        yield info["device"] + (f" ({'; '.join(parts)})" if parts else "")
+    """Each built engine: its device, what was chosen for it, or that it must be built again."""
+    for file in sorted((bundle.path / "engines").glob(f"*/{ENGINE_FILE}")):
+        try:
+            device = json.loads(file.read_text("utf-8"))["device"]
+            info = built_engine(bundle, device)
+            assert info is not None
+            yield f"{device} ({'; '.join([next(iter(info.settings.values()), 'as it is'), *_special_layers(info)])})"
+        except (ValueError, KeyError, HeadstartError):
+            yield f"{file.parent.name} (no longer fits: build it again)"
+
+
+def _special_layers(info: EngineInfo) -> Iterator[str]:
+    """What an engine computes otherwise than the rest."""
+    for graph, plan in info.plans.items():
+        if plan.written_out_attention:
+            yield f"{graph} written out: {', '.join(plan.written_out_attention)}"
+        if plan.float32_layers:
+            yield f"{graph} in float32: {', '.join(plan.float32_layers)}"
 
 
 def _source(manifest: Manifest) -> str:
@@ -122,7 +131,7 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
     ran = info.relative_difference >= 0
     grid.add_row(
         "against the canonical graph",
-        f"{info.relative_difference:.1e} of the logits' range" if ran else "not run: this machine is not the target",
+        f"{info.relative_difference:.1e} of the logits' range" if ran else "not run: this machine cannot compute it",
     )
     grid.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.builder.items()))
     out.print(grid)

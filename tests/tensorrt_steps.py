@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from headstart.exporter.graph import save_graph
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import open_session
+from headstart.runtime.engines.provider import open_session
 
 SLOTS, PROMPT, TREE = 64, 20, 5
 FLOAT16_NOISE = 0.02  # of the logits' range: the tiny models' weights are four times as large as trained ones

@@ -252,3 +252,16 @@ def test_plan_says_what_fits(bundle_of: BundleOf) -> None:
     assert "jetson-orin-nano-8gb" in done.stdout and "tensorrt" in done.stdout and "trt-rtx:sm89" in done.stdout
     assert "the board 'jetson-9' is unknown. Known: jetson" in refused("plan", bundle, "--on", "jetson-9")
     assert "is not built for trt-rtx:sm89" in refused("generate", bundle, "abc", "--device", "trt-rtx:sm89")
+
+
+def test_an_engine_for_cuda_is_built_anywhere_and_run_on_a_gpu(bundle_of: BundleOf, tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    shutil.copytree(bundle_of("llama").path, path)
+    assert "engines" in headstart("inspect", path).stdout
+    built = headstart("build", path, "--device", "cuda")
+    assert built.returncode == 0, built.stderr
+    assert "kernels checked" in built.stdout and "of the logits' range" in built.stdout
+    assert "cuda (float16)" in headstart("inspect", path).stdout
+    message = refused("generate", path, "abc", "--device", "cuda")
+    assert "has no CUDAExecutionProvider" in message or "could not start its CUDAExecutionProvider" in message
+    assert "not built for cuda" in refused("generate", bundle_of("llama").path, "abc", "--device", "cuda:tensorrt")

@@ -69,7 +69,7 @@ def lower(
     float32_layers: tuple[str, ...] = ()
     if _computes_in_float32(model):
         beyond = set(overflowing) if precision == "float16" else set()
-        _check_carried(model, beyond)
+        check_carried(model, beyond)
         float32_layers = _linear_names(model, beyond)
         model, _ = to_half(model, precision, beyond)
     model, _ = mask_from_rows(model, sizes.get("slots", 0))
@@ -93,12 +93,13 @@ def lower_frontend(model: Any, sizes: Mapping[str, int], native: bool = True) ->
     return Lowered(model, {}, weight_bytes(model))
 
 
-def _check_carried(model: Any, beyond: Collection[str]) -> None:
+def check_carried(model: Any, beyond: Collection[str]) -> None:
+    """Raises EngineError where a value beyond float16 is one of attention's, or leaves the graph."""
     stuck = [node.outputs[0].name for node in layers_beyond(model, beyond) if node.op_type in HALF_ONLY]
     stuck += [value.name for value in model.graph.outputs if value.name in beyond]
     if stuck:
         raise EngineError(
-            f"{stuck[0]} takes part in numbers beyond float16's 65504, and TensorRT attends and passes states on in half "
+            f"{stuck[0]} takes part in numbers beyond float16's 65504, and engines attend and pass states on in half "
             "precision only. Fix: --precision bfloat16."
         )
 

@@ -1,11 +1,7 @@
-"""The engine on ONNX Runtime: one session per graph, caches bound in place, bindings reused.
-
-Measured facts it relies on: `OrtValue.ortvalue_from_numpy` shares the array's memory; building an IO binding costs more
-than a small model's layer; a single row takes another attention path than two, so one row is padded to two and every
-row is computed the same way however many stand beside it.
-"""
+"""The engine on ONNX Runtime, on the CPU or on a GPU: one session per graph; where tensors lie is the memory's business."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,47 +12,73 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, HeadInfo, WeightInfo
 from headstart.runtime.cache import CrossState, KVCache
-from headstart.runtime.engine import HostOutput, StepOutput
+from headstart.runtime.engine import StepOutput
+from headstart.runtime.engines.device import DeviceMemory
+from headstart.runtime.engines.host import HostMemory
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
-from headstart.runtime.errors import EngineError, PromptError, missing_extra
+from headstart.runtime.engines.provider import CPU, CaptureError, Provider, cuda_provider, open_session
+from headstart.runtime.errors import EngineError, PromptError
 
-MIN_ROWS = 2
 # Threads of anything that drafts. A second pool of spinning threads would fight the target's for the same cores, which
 # cost a verify pass 2.5 times its time on two cores; one thread needs no pool.
 DRAFT_THREADS = 1
-OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
+CUDA_DEVICES = ("cuda", "cuda:tensorrt")  # of which the latter asks the TensorRT provider first
 
 
 class OnnxRuntimeEngine:
-    """The bundle's graphs on the CPU provider: as built for it, else the canonical ones as they are."""
+    """The bundle's graphs: as built for the CPU or a GPU; or, on the CPU, the canonical ones as they are."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, built: tuple[EngineInfo, Path] | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        built: tuple[EngineInfo, Path] | None = None,
+        provider: Provider = CPU,
+    ) -> None:
         """`built`: an engine and its folder; None is the canonical graph."""
         self.bundle = bundle
         self.model = bundle.manifest.model
-        self.device = "cpu"
+        self.device = provider.device
         self.threads = threads or os.cpu_count() or 1
         self.built = built
+        self._provider = provider
         self._shared: dict[str, Any] = {}
         self._sessions: dict[Path, Any] = {}
+        self._frontend: Any = None
         if built is not None:
             _check_probe(*built)
+        self._memory = self._new_memory()
         self._session(1)
 
     @classmethod
-    def open(cls, bundle: Bundle, threads: int | None = None) -> "OnnxRuntimeEngine":
-        """With what `headstart build --device cpu` made, when it was run. Hashes the files that will be read, and no others.
+    def open(cls, bundle: Bundle, threads: int | None = None, device: str = "cpu") -> "OnnxRuntimeEngine":
+        """With what `headstart build --device cpu` made, when it was run, or what it had to make for a GPU. Hashes the files
+        that will be read, and no others.
 
-        Raises EngineError when the built engine is stale, BundleError when a file was edited.
+        Raises EngineError when the built engine is stale, when nothing was built for a GPU, or when there is none; BundleError
+        when a file was edited.
         """
-        info = built_engine(bundle, "cpu")
+        built_for = "cpu" if device == "cpu" else "cuda"  # whichever provider of a GPU's asks first
+        info, folder = built_engine(bundle, built_for), engine_folder(bundle, built_for)
+        if info is None and device != "cpu":
+            raise EngineError(f"{bundle.path} is not built for cuda. Fix: headstart build {bundle.path} --device cuda.")
         bundle.check_hashes(unread=info.replaced() if info else ())
-        return cls(bundle, threads, None if info is None else (info, engine_folder(bundle, "cpu")))
+        provider = CPU if device == "cpu" else cuda_provider(device, engine_folder(bundle, device))
+        return cls(bundle, threads, None if info is None else (info, folder), provider)
+
+    def _new_memory(self) -> HostMemory | DeviceMemory:
+        if not self._provider.location:
+            return HostMemory(self.bundle)
+        assert self.built is not None
+        precision = self.built[0].settings["precision"]
+        memory = DeviceMemory(self.bundle, precision, self._provider.location, lambda name: self._open(name, name))
+        memory.capturing = self._provider.captures
+        return memory
 
     @property
     def exact(self) -> bool:
-        """No activation is rounded to whole numbers on the way: only the order of summation differs from the checkpoint."""
-        return self.built is None or not self.built[0].passes.get("integer_products")
+        """Only the order of summation differs from the checkpoint: neither whole numbers nor half precision on the way."""
+        return self.built is None or not (self.built[0].passes.get("integer_products") or "precision" in self.built[0].settings)
 
     @property
     def _has_fixed_scales(self) -> bool:
@@ -64,21 +86,27 @@ class OnnxRuntimeEngine:
         return self.built is None and self.bundle.manifest.quantization.get("activations") == "static"
 
     def _session(self, batch: int) -> Any:
-        """The session for that many sequences; the form for batches is opened when the first batch comes."""
-        return self._open("decoder", "decoder" if batch == 1 else "decoder_batch")
+        """The session for that many sequences; where batches have a form of their own, it is opened when the first comes."""
+        return self._open("decoder", "decoder" if batch == 1 or self._provider.location else "decoder_batch")
 
     def _open(self, graph: str, name: str) -> Any:
         """The session of a canonical `graph`, or of the engine's file `name` made from it."""
-        file = self.bundle.path / self.bundle.manifest.graphs[graph].file
-        if self.built is not None:
-            info, folder = self.built
-            file = folder / info.graphs[name]
-        return self._session_of(file)
+        if self.built is None:
+            return self._session_of(self.bundle.path / self.bundle.manifest.graphs[graph].file)
+        info, folder = self.built
+        return self._session_of(folder / info.graphs[name])
 
     def _session_of(self, file: Path) -> Any:
-        """Opened the first time it is asked for."""
+        """Opened the first time it is asked for. Only the decoder's passes have few enough shapes to be captured."""
         if file not in self._sessions:
-            self._sessions[file] = open_session(file, self.threads, as_written=self._has_fixed_scales)
+            is_decoder = self.built is not None and file.name == self.built[0].graphs["decoder"]
+            provider = self._provider if is_decoder else self._provider.uncaptured()
+            try:
+                opened = open_session(file, self.threads, provider=provider, as_written=self._has_fixed_scales)
+            except CaptureError as error:
+                self._stop_capturing(error)
+                opened = open_session(file, self.threads, provider=self._provider, as_written=self._has_fixed_scales)
+            self._sessions[file] = opened
         return self._sessions[file]
 
     def features(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -86,8 +114,9 @@ class OnnxRuntimeEngine:
         frontend = self.bundle.manifest.graphs.get("frontend")
         if frontend is None:
             return samples
-        session = self._session_of(self.bundle.path / frontend.file)
-        features: NDArray[np.float32] = session.run(None, {contract.AUDIO: samples[None]})[0][0]
+        if self._frontend is None:  # of a few operations, on whatever else decodes
+            self._frontend = open_session(self.bundle.path / frontend.file, self.threads)
+        features: NDArray[np.float32] = self._frontend.run(None, {contract.AUDIO: samples[None]})[0][0]
         return features
 
     def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
@@ -95,11 +124,11 @@ class OnnxRuntimeEngine:
         names = [name for info in self.bundle.manifest.cross_caches for name in (info.key_name, info.value_name)]
         wanted = [contract.ENCODER_HIDDEN, *names]
         session, single = self._open("encoder", "encoder"), [self._encoder_inputs(source) for source in sources]
-        states = [session.run(wanted, inputs) for inputs in single]
+        states = [self._memory.run(session, wanted, inputs) for inputs in single]
         lengths = [outputs[0].shape[1] for outputs in states]
         hidden, *buffers = (_padded([outputs[i] for outputs in states]) for i in range(len(wanted)))
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-        return CrossState(tuple(names), tuple(buffers), mask, hidden)
+        return CrossState(tuple(names), tuple(buffers), mask, self._memory.widened(hidden))
 
     def _encoder_inputs(self, source: NDArray[Any]) -> dict[str, NDArray[Any]]:
         info = self.bundle.manifest.graphs["encoder"].inputs[0]
@@ -113,7 +142,7 @@ class OnnxRuntimeEngine:
         return inputs | ({contract.ENCODER_MASK: np.ones((1, length), np.bool_)} if self.model.source == "text" else {})
 
     def new_cache(self, batch: int, slots: int, cross: CrossState | None = None) -> KVCache:
-        return KVCache(self.bundle.manifest.caches, batch, slots + MIN_ROWS, self.model.dtype, cross)
+        return self._memory.new_cache(batch, slots, cross)
 
     def forward(
         self,
@@ -123,19 +152,35 @@ class OnnxRuntimeEngine:
         row_mask: NDArray[np.bool_],
         output_rows: NDArray[np.int64],
     ) -> StepOutput:
-        rows = token_ids.shape[1]
-        binding = self._binding(cache, max(rows, MIN_ROWS), output_rows.shape[1])
-        binding.fill(cache.lengths, token_ids, position_ids, row_mask, output_rows)
-        self._session(cache.batch).run_with_iobinding(binding.binding)
-        return binding.output(rows)
+        rows, chosen = token_ids.shape[1], output_rows.shape[1]
+        while True:
+            binding = self._memory.binding(self._session(cache.batch), cache, rows, chosen)
+            binding.inputs.fill(cache.lengths, token_ids, position_ids, row_mask, output_rows)
+            try:
+                binding.run()
+            except CaptureError as error:
+                self._stop_capturing(error)
+            else:
+                return binding.output(rows, chosen)
+
+    def _stop_capturing(self, error: CaptureError) -> None:
+        """Go on with a session that launches its kernels one by one; a pass that failed is run again."""
+        assert isinstance(self._memory, DeviceMemory)
+        text = f"CUDA graphs cannot be used with {self.bundle.path}, decoding goes on without: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        self._provider = self._provider.uncaptured()
+        self._memory.capturing = False
+        self._sessions.clear()
 
     def head(self, info: HeadInfo) -> "OnnxRuntimeHead":
         """A session for one draft head; weights it shares with the target are read once for all heads."""
         if self.built is not None:
             engine, folder = self.built
-            return OnnxRuntimeHead(open_session(folder / engine.graphs[f"heads/{info.name}"], DRAFT_THREADS))
+            provider = self._provider.uncaptured()
+            session = open_session(folder / engine.graphs[f"heads/{info.name}"], DRAFT_THREADS, provider=provider)
+            return OnnxRuntimeHead(session, self._memory)
         shared = {name: self._shared_weight(weight) for name, weight in info.shared.items()}
-        return OnnxRuntimeHead(open_session(self.bundle.path / info.graph.file, DRAFT_THREADS, shared))
+        return OnnxRuntimeHead(open_session(self.bundle.path / info.graph.file, DRAFT_THREADS, shared), self._memory)
 
     def _shared_weight(self, weight: WeightInfo) -> Any:
         import onnxruntime as ort
@@ -147,81 +192,16 @@ class OnnxRuntimeEngine:
             self._shared[key] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
         return self._shared[key]
 
-    def _binding(self, cache: KVCache, rows: int, chosen: int) -> "_Binding":
-        key = (id(self), rows, chosen)
-        if key not in cache.engine_state:
-            cache.engine_state[key] = _Binding(self._session(cache.batch), self.bundle, cache, rows, chosen)
-        kept: _Binding = cache.engine_state[key]
-        return kept
-
 
 class OnnxRuntimeHead:
     """One draft head."""
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    def __init__(self, session: Any, memory: HostMemory | DeviceMemory) -> None:
+        self._session, self._memory = session, memory
 
     def propose(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        ids, log_probs = self._session.run(["topk_ids", "topk_log_probs"], {"hidden": hidden})
-        return ids, log_probs
-
-
-class _Binding:
-    """The buffers of one shape (B, T, R), bound once to a session and a cache."""
-
-    def __init__(self, session: Any, bundle: Bundle, cache: KVCache, rows: int, chosen: int) -> None:
-        model, batch = bundle.manifest.model, cache.batch
-        self.inputs: dict[str, NDArray[Any]] = {
-            contract.INPUT_IDS: np.zeros((batch, rows), np.int64),
-            contract.POSITION_IDS: np.zeros((batch, rows), np.int64),
-            contract.ATTENTION_MASK: np.zeros((batch, 1, rows, cache.slots), np.bool_),
-            contract.WRITE_INDEX: np.zeros(batch, np.int64),
-            contract.OUTPUT_ROWS: np.zeros((batch, chosen), np.int64),
-        }
-        self.outputs: dict[str, NDArray[Any]] = {
-            contract.LOGITS: np.zeros((batch, chosen, model.vocab_size), model.dtype),
-            contract.HIDDEN: np.zeros((batch, rows, model.hidden_size), model.dtype),
-        }
-        if model.aux_layers:
-            width = model.hidden_size * len(model.aux_layers)
-            self.outputs[contract.AUX_HIDDEN] = np.zeros((batch, rows, width), model.dtype)
-        self.binding = _bind(session, self.inputs, self.outputs, cache)
-
-    def fill(
-        self,
-        lengths: NDArray[np.int64],
-        token_ids: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
-        row_mask: NDArray[np.bool_],
-        output_rows: NDArray[np.int64],
-    ) -> None:
-        """Write one step's inputs into the bound arrays; a missing second row is a copy of the first that none sees."""
-        rows = token_ids.shape[1]
-        ids, positions = self.inputs[contract.INPUT_IDS], self.inputs[contract.POSITION_IDS]
-        ids[:, :rows], ids[:, rows:] = token_ids, token_ids[:, -1:]
-        positions[:, :rows], positions[:, rows:] = position_ids, position_ids[:, -1:]
-        self.inputs[contract.WRITE_INDEX][:] = lengths
-        self.inputs[contract.OUTPUT_ROWS][:] = output_rows
-        self._fill_mask(lengths.tolist(), row_mask)
-
-    def _fill_mask(self, lengths: list[int], row_mask: NDArray[np.bool_]) -> None:
-        mask = self.inputs[contract.ATTENTION_MASK]
-        rows, padded = row_mask.shape[1], mask.shape[2]
-        for index, length in enumerate(lengths):
-            plane = mask[index, 0]
-            plane[:, :length] = True
-            plane[:, length:] = False
-            plane[:rows, length : length + rows] = row_mask[index]
-            if rows < padded:
-                plane[rows:, length + rows] = True  # a row that sees nothing would be 0/0
-
-    def output(self, rows: int) -> HostOutput:
-        aux = self.outputs.get(contract.AUX_HIDDEN)
-        return HostOutput(
-            self.outputs[contract.LOGITS].astype(np.float32, copy=False),
-            self.outputs[contract.HIDDEN][:, :rows].astype(np.float32, copy=False),
-            None if aux is None else aux[:, :rows].astype(np.float32, copy=False),
-        )
+        ids, log_probs = self._memory.run(self._session, ("topk_ids", "topk_log_probs"), {"hidden": hidden})
+        return ids, self._memory.widened(log_probs)
 
 
 def _padded(arrays: list[NDArray[Any]]) -> NDArray[Any]:
@@ -233,28 +213,6 @@ def _padded(arrays: list[NDArray[Any]]) -> NDArray[Any]:
     return result
 
 
-def _bind(session: Any, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]], cache: KVCache) -> Any:
-    import onnxruntime as ort
-
-    value = ort.OrtValue.ortvalue_from_numpy
-    binding = session.io_binding()
-    wanted = {node.name for node in session.get_inputs()}
-    for name, array in inputs.items():
-        if name in wanted:
-            binding.bind_ortvalue_input(name, value(array))
-    for name, array in outputs.items():
-        binding.bind_ortvalue_output(name, value(array))
-    for name, buffer in zip(cache.names, cache.buffers, strict=True):
-        shared = value(buffer)  # one buffer in and out: the scatter happens in place
-        binding.bind_ortvalue_input(name, shared)
-        binding.bind_ortvalue_output(contract.updated(name), shared)
-    if cache.cross is not None:
-        for name, buffer in zip(cache.cross.names, cache.cross.buffers, strict=True):
-            binding.bind_ortvalue_input(name, value(buffer))
-        binding.bind_ortvalue_input(contract.ENCODER_MASK, value(cache.cross.mask))
-    return binding
-
-
 def _check_probe(info: EngineInfo, folder: Path) -> None:
     """An engine built on another machine may hold products that this CPU computes wrongly: ask it."""
     if info.passes.get("integer_products") and float(open_session(folder / info.graphs["probe"], 1).run(None, {})[0]):
@@ -262,29 +220,3 @@ def _check_probe(info: EngineInfo, folder: Path) -> None:
             f"{folder} was built for a CPU that multiplies {info.settings['activations']} by int8 exactly; this one overflows. "
             f"Fix, on this machine: headstart build {folder.parent.parent} --device cpu --force."
         )
-
-
-def open_session(file: Path, threads: int, shared: dict[str, Any] | None = None, as_written: bool = False) -> Any:
-    """A session on the CPU provider.
-
-    `as_written` keeps ONNX Runtime from making integer products of Q/DQ pairs: those it makes overflow on CPUs without VNNI
-    (logits 6 % of their range off, where the graph itself says 3 %). What `headstart build` makes is probed for that instead.
-    Raises MissingExtraError without ONNX Runtime, EngineError when it is too old.
-    """
-    try:
-        import onnxruntime as ort
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "Decoding on the CPU") from error
-    if tuple(map(int, ort.__version__.split(".")[:2])) < OLDEST:
-        raise EngineError(
-            f"ONNX Runtime {ort.__version__} is too old for the bundle's operators (opset 24): 1.25 or newer is needed. "
-            "Fix: pip install -U 'headstart[cpu]', on Python 3.11 or newer."
-        )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if as_written:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if shared:
-        options.add_external_initializers(list(shared), list(shared.values()))
-    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

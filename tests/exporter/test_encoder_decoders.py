@@ -21,7 +21,8 @@ from headstart.exporter.seq2seq import cache_infos, encoder_input, feature_shape
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.ngram import NGramDrafter
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.provider import open_session
 from headstart.runtime.errors import CheckpointError, PromptError
 from headstart.runtime.loop import DecodingLoop, LoopOptions
 from headstart.runtime.model import load

@@ -20,7 +20,8 @@ from headstart.exporter.passes.normalization import fuse_normalization
 from headstart.exporter.passes.packed_linears import pack_linears
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import ENGINE_FILE, engine_folder
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.provider import open_session
 from headstart.runtime.errors import BundleError, EngineError, OptionError, OutputError
 from headstart.runtime.model import load
 from headstart.runtime.prefill import prefill

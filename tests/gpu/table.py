@@ -1,6 +1,8 @@
 """On a machine with a GPU: every sample × weights, built for it, held against the CPU engine and timed; one table.
 
-python tests/gpu/table.py [SAMPLE…]    NOT YET RUN ON A GPU: none was at hand. What it computes is tested with a stand-in.
+python tests/gpu/table.py [cuda] [SAMPLE…]    NOT YET RUN ON A GPU: none was at hand; its figures are tested with a stand-in.
+
+TensorRT's engines, or with `cuda` ONNX Runtime's CUDA provider.
 """
 
 import sys
@@ -122,16 +124,17 @@ def rows(sample: str, device: str, cuda: Cuda) -> None:
 
 
 def main() -> None:
+    given = sys.argv[1:]
     try:
         cuda = Cuda()
-        device = device_here(cuda)
+        device = "cuda" if "cuda" in given else device_here(cuda)
     except HeadstartError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
     print(f"{device}: greedy tokens against the CPU engine's; t(n) in ms for {', '.join(SHOWN_ROWS)} rows")
     print("| sample | weights | Δlogits | equal texts | plain tok/s | speculative | acceptance | t(n) | device MB |")
     print("| --- " * 9 + "|")
-    for sample in sys.argv[1:] or SAMPLES:
+    for sample in [name for name in given if name != "cuda"] or SAMPLES:
         rows(sample, device, cuda)
 
 
