@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from headstart.exporter.chain import causal_chain
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.provider import open_session
@@ -52,22 +53,8 @@ class DecoderFeeds:
 
     def __call__(self, wanted: Collection[str]) -> Iterator[Inputs]:
         for passage, source in zip(self._passages, self._read_sources(wanted), strict=True):
-            inputs = self._chain(passage) | source
+            inputs = causal_chain(self._bundle.manifest, passage.token_ids[None], np.zeros((1, 1), np.int64)) | source
             yield {name: array for name, array in inputs.items() if name in wanted}
-
-    def _chain(self, passage: Passage) -> Inputs:
-        length = len(passage.token_ids)
-        inputs = {
-            contract.INPUT_IDS: passage.token_ids[None],
-            contract.POSITION_IDS: np.arange(length)[None],
-            contract.ATTENTION_MASK: np.tri(length, dtype=np.bool_)[None, None],
-            contract.WRITE_INDEX: np.zeros(1, np.int64),
-            contract.OUTPUT_ROWS: np.zeros((1, 1), np.int64),
-        }
-        for cache in self._bundle.manifest.caches:
-            inputs[cache.key_name] = np.zeros((1, cache.kv_heads, length, cache.key_size), np.float32)
-            inputs[cache.value_name] = np.zeros((1, cache.kv_heads, length, cache.value_size), np.float32)
-        return inputs
 
     def _read_sources(self, wanted: Collection[str]) -> Iterator[Inputs]:
         """Keys, values and mask of each passage's source; nothing where nothing is wanted of it."""

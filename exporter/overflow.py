@@ -17,6 +17,8 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import GOLDEN, Manifest
 from headstart.runtime.engines.provider import open_session
 
+from .chain import causal_chain
+
 LIMIT = 65504 / 4  # texts that were not looked at may go further
 MASK = 1e30  # what is as large as this stands for minus infinity in a mask, or was added to one
 LARGEST = "headstart.largest"  # [values] float32, the output that is added
@@ -34,7 +36,7 @@ def overflowing(folder: Path, manifest: Manifest) -> dict[str, tuple[str, ...]]:
         }
         for text, source in _golden(folder):
             states = _encode(graphs["encoder"], manifest, source) if "encoder" in graphs else {}
-            graphs["decoder"].run(_decoder_inputs(manifest, text) | states)
+            graphs["decoder"].run(causal_chain(manifest, text, np.arange(text.shape[1])[None]) | states)
     return {name: graph.beyond(LIMIT) for name, graph in graphs.items()}
 
 
@@ -102,20 +104,3 @@ def _encode(encoder: _Watched, manifest: Manifest, source: NDArray[Any]) -> dict
     mask = np.ones(source.shape[:2], np.bool_)
     found = encoder.run({manifest.graphs["encoder"].inputs[0].name: source, contract.ENCODER_MASK: mask})
     return found | {contract.ENCODER_MASK: np.ones((1, found[contract.ENCODER_HIDDEN].shape[1]), np.bool_)}
-
-
-def _decoder_inputs(manifest: Manifest, text: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """[1, T] tokens as a causal chain over an empty cache."""
-    length = text.shape[1]
-    inputs: dict[str, NDArray[Any]] = {
-        contract.INPUT_IDS: text,
-        contract.POSITION_IDS: np.arange(length)[None],
-        contract.ATTENTION_MASK: np.tri(length, dtype=np.bool_)[None, None],
-        contract.WRITE_INDEX: np.zeros(1, np.int64),
-        contract.OUTPUT_ROWS: np.arange(length)[None],
-    }
-    for cache in manifest.caches:
-        kind = cache.dtype or manifest.model.dtype
-        inputs[cache.key_name] = np.zeros((1, cache.kv_heads, length, cache.key_size), kind)
-        inputs[cache.value_name] = np.zeros((1, cache.kv_heads, length, cache.value_size), kind)
-    return inputs

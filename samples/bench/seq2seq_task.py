@@ -8,7 +8,7 @@ from typing import Any
 
 from measurement import Prompt
 from preparation import say
-from quality import Quality, exact_share, word_error_rate
+from quality import Quality
 from table import encoder_decoder
 from task import (
     HERE,
@@ -25,6 +25,8 @@ from task import (
     spread,
     tokenizer_of,
 )
+
+from headstart.calibration.answers import exact_share, word_error_rate
 
 SAMPLES = HERE.parent / "checkpoints"
 REFERENCE = "transformers_seq2seq"

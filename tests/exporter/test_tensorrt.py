@@ -1,7 +1,6 @@
 """Engines that TensorRT for RTX really builds, with no GPU: what the plans say of themselves is held to the manifest."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +8,11 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from safetensors.torch import save_file
+from random_head import add_random_head
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.build import build
 from headstart.exporter.graph import save_graph
-from headstart.exporter.heads.install import import_head
 from headstart.exporter.lowering.tensorrt import lower
 from headstart.exporter.memory_plan import memory_plan
 from headstart.exporter.tensorrt.build import TensorRtOptions, source_module
@@ -37,17 +35,6 @@ SLOTS = TOKENS + MAX_ROWS
 OPTIONS = TensorRtOptions(cache=TOKENS, prefill_rows=64, source=48)
 
 
-def add_head(bundle: Path, folder: Path, hidden: int = 64) -> None:
-    """A Medusa head of two future tokens that projects with the target's own LM head."""
-    folder.mkdir()
-    torch.manual_seed(0)
-    shapes = {"weight": (hidden, hidden), "bias": (hidden,)}
-    tensors = {f"{i}.0.linear.{part}": torch.randn(*shape) for i in range(2) for part, shape in shapes.items()}
-    save_file(tensors, folder / "medusa_lm_head.safetensors")
-    (folder / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
-    import_head(bundle, folder, "medusa", 5)
-
-
 @pytest.fixture(scope="module")
 def built(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """(architecture, float32 | int8 | int4, device) -> the bundle, with a head, and its engine; each built once."""
@@ -63,7 +50,7 @@ def built(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> Buil
                 if not source.exists():
                     shutil.copytree(bundle_of(name).path, source)
                     if name == "llama":
-                        add_head(source, folder / "head")
+                        add_random_head(source, folder / "head")
                 if weights == "float32":
                     shutil.copytree(source, target)
                 else:

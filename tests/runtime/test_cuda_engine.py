@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import torch
-from safetensors.torch import save_file
+from random_head import add_random_head
 
 from headstart.exporter.build import build
-from headstart.exporter.heads.install import import_head
 from headstart.runtime.beam import BeamOptions, beam_search
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.medusa import MedusaDrafter
@@ -51,13 +49,7 @@ def bundle(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> Bun
     """A llama with a random Medusa head."""
     folder = tmp_path_factory.mktemp("cuda-engine")
     shutil.copytree(bundle_of("llama").path, folder / "plain")
-    (folder / "head").mkdir()
-    torch.manual_seed(0)
-    shapes = {"weight": (64, 64), "bias": (64,)}
-    tensors = {f"{i}.0.linear.{part}": torch.randn(*shape) for i in range(2) for part, shape in shapes.items()}
-    save_file(tensors, folder / "head" / "medusa_lm_head.safetensors")
-    (folder / "head" / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
-    import_head(folder / "plain", folder / "head", "medusa", 5)
+    add_random_head(folder / "plain", folder / "head")
     return built_for_cuda(Bundle.load(folder / "plain"), folder / "bundle")
 
 

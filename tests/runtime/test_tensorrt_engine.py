@@ -1,18 +1,15 @@
 """The TensorRT engine's host side, over stand-ins for the device and the plans: see tensorrt_stand_in."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from random_head import add_random_head
 from tensorrt_stand_in import SLOTS, TOKENS, Memory, StandInPlan, stand_in
 
-from headstart.exporter.heads.install import import_head
 from headstart.exporter.tensorrt.recordings import source_rows
 from headstart.runtime.beam import BeamOptions, beam_search
 from headstart.runtime.bundle import Bundle
@@ -40,13 +37,7 @@ def bundle(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> Bun
 
     folder = tmp_path_factory.mktemp("tensorrt-engine")
     shutil.copytree(bundle_of("llama").path, folder / "bundle")
-    (folder / "head").mkdir()
-    torch.manual_seed(0)
-    shapes = {"weight": (64, 64), "bias": (64,)}
-    tensors = {f"{i}.0.linear.{part}": torch.randn(*shape) for i in range(2) for part, shape in shapes.items()}
-    save_file(tensors, folder / "head" / "medusa_lm_head.safetensors")
-    (folder / "head" / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
-    import_head(folder / "bundle", folder / "head", "medusa", 5)
+    add_random_head(folder / "bundle", folder / "head")
     return Bundle.load(folder / "bundle")
 
 

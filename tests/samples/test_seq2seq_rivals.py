@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "samples" / "bench"
 
 from measurement import Configuration, Pass, Prompt, Worker, WorkerError
 from preparation import Workshop, fingerprint
-from quality import Quality, edits, exact_share, word_error_rate
+from quality import Quality
 from rival_workers import ctranslate2, faster_whisper
 from rival_workers.protocol import Setup, with_end
 from rival_workers.recording import filled, samples_of
@@ -22,6 +22,8 @@ from rival_workers.transformers_seq2seq import without_start
 from seq2seq_task import parser, task_from_arguments
 from table import DECODER, Truth, encoder_decoder, figures, markdown
 from task import InputError, Task
+
+from headstart.calibration.answers import exact_share
 
 WORDS = ["</s>", "<start>", "<en>", "<transcribe>", "<silent>", "lights", "on", "off"]
 
@@ -137,19 +139,6 @@ def test_no_time_for_decoding_leaves_the_time_per_item() -> None:
     row = row_of("plain", [[5, 0]])
     row.passes[0].decode_s[:] = [-0.01]
     assert "| 90.0 | 90.0..90.0 | 100.0 | ? | 1.00 |" in markdown([row], Truth(None), encoder_decoder("WER"))
-
-
-@pytest.mark.parametrize(
-    ("text", "target", "expected"), [("", "a b", 2), ("a b c", "a c", 1), ("x b", "a b", 1), ("b a", "a b", 2), ("a", "a", 0)]
-)
-def test_edits(text: str, target: str, expected: int) -> None:
-    assert edits(text.split(), target.split()) == expected == edits(target.split(), text.split())
-
-
-def test_word_errors_are_counted_over_all_words() -> None:
-    assert word_error_rate(["a b", "x"], ["a b c", "y"]) == 0.5  # not the mean of 1/3 and 1
-    with pytest.raises(ValueError, match="no word"):
-        word_error_rate(["a"], [""])
 
 
 def row_of(mode: str, token_ids: list[list[int]], seconds: float = 0.1) -> Configuration:
