@@ -1,5 +1,7 @@
 """Fixtures shared by all folders: tiny checkpoints, and bundles exported from them once per run."""
 
+import fcntl
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,29 +18,35 @@ from headstart.runtime.bundle import Bundle
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """architecture -> checkpoint folder."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """(name, how to make it) -> a folder that all processes of a run share; whoever needs it first makes it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
 
-    def make(name: str) -> Path:
-        if not (folder / name).exists():
-            save_checkpoint(tiny_model(name), folder / name)
-        return folder / name
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                write(folder)
+        return folder
 
     return make
 
 
 @pytest.fixture(scope="session")
-def bundle_of(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+def checkpoint_of(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
+    """architecture -> checkpoint folder."""
+    return lambda name: made_once(f"checkpoints/{name}", lambda folder: save_checkpoint(tiny_model(name), folder))
+
+
+@pytest.fixture(scope="session")
+def bundle_of(
+    checkpoint_of: Callable[[str], Path], made_once: Callable[[str, Callable[[Path], object]], Path]
+) -> Callable[[str], Bundle]:
     """architecture -> its bundle."""
-    folder = tmp_path_factory.mktemp("bundles")
-
-    def make(name: str) -> Bundle:
-        if not (folder / name).exists():
-            export(checkpoint_of(name), folder / name)
-        return Bundle.load(folder / name)
-
-    return make
+    return lambda name: Bundle.load(made_once(f"bundles/{name}", lambda folder: export(checkpoint_of(name), folder)))
 
 
 @pytest.fixture(scope="session")
