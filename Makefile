@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/headstart demo
 
 test: .venv/installed  # two processes; the tests of one file share what they build
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed  # builds the wheel and installs it into an empty environment
 	$(BIN)/python -m pytest -q -m slow

@@ -17,6 +17,11 @@ from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's commands take longest: begun last, they would keep one of two processes waiting for minutes."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
     """(name, how to make it) -> a folder that all processes of a run share; whoever needs it first makes it."""

@@ -233,7 +233,7 @@ def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
 
 def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("llama").path
-    assert "device 'tpu' is unknown. Choose one of: cpu, trt-rtx:sm89" in refused("build", bundle, "--device", "tpu")
+    assert "device 'tpu' is unknown. Choose one of: cpu, cuda, trt-rtx:sm89" in refused("build", bundle, "--device", "tpu")
     assert "cannot be read" in refused("tune", bundle, "--data", tmp_path / "none.txt")
     (tmp_path / "prompts.txt").write_text("abc\n")
     assert "drafter 'eagle' is unknown" in refused("bench", bundle, "--prompts", tmp_path / "prompts.txt", "--drafter", "eagle")
