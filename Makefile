@@ -11,7 +11,7 @@ test: .venv/installed  # two processes; the tests of one file share what they bu
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed  # builds the wheel and installs it into an empty environment
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -21,8 +21,8 @@ from headstart.runtime.prompts import read_answers
 from .screen import counted, show_report, show_tuning, stages
 
 NEW_TOKENS = 128
-VERIFIED_PROMPTS = 8
-TUNING_PROMPTS = 16  # the file's last, which are not measured; of a short file, its second half
+VERIFIED_PROMPTS = 4
+TUNING_PROMPTS = 8  # the file's last, which are not measured; of a short file, its second half
 
 
 @dataclass(frozen=True)
