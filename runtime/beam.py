@@ -1,7 +1,7 @@
-"""Beam search: the few most probable texts side by side, without speculation.
+"""Beam search: the few most probable texts in parallel, without speculation.
 
 Scores, length penalty, early stopping and the order of ties are those of `transformers.generate(num_beams=n)`, so that a
-checkpoint meant for beams (translation, summaries) gives the text it gives there. One text at a time; its beams are the
+checkpoint meant for beams (translation, summaries) gives the same text as there. One text at a time; its beams are the
 rows of one batch.
 """
 
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import KVCache
-from .engine import Engine
+from . import contract
 from .errors import OptionError
-from .prefill import check_prompts, prefill
+from .graph import Engine, Graph
+from .prefill import check_prompt, prefill
 from .rules import TokenRules
-from .sampling import LogitRules, SamplingOptions
+from .sampling import LogitRules, LogitState, SamplingOptions
+from .states import State
 
 NO_BEAM = -1e9  # score of a beam that is not there yet: all begin as copies of one prompt
 
@@ -27,7 +28,7 @@ class BeamOptions:
     """How beams are searched.
 
     Attributes:
-        num_beams: texts kept side by side.
+        num_beams: texts kept in parallel.
         length_penalty: a finished text's log-probability is divided by its length to this power; above 0 favours long ones.
         early_stopping: True ends with `num_beams` finished texts; False when, at the present length, none that still runs
             could get among them; "never" when none could at any length.
@@ -125,22 +126,25 @@ def beam_search(
 
     Raises PromptError when the prompt is empty or too long for the cache, or for a source that the encoder cannot take.
     """
-    check_prompts([prompt], engine.model.max_cache)
-    count = options.num_beams
+    check_prompt(prompt, engine.model.max_cache, engine.model.vocab_size)
+    count, decoder = options.num_beams, engine.graph("decoder")
     longest = min(engine.model.max_cache, len(prompt) + options.max_new_tokens)
-    rules = LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens, _ids(engine, source)))
-    cache = engine.new_cache(count, longest, None if source is None else engine.encode([source]).repeated(count))
-    logits = np.repeat(prefill(engine, cache.row(0), prompt).logits[0], count, axis=0)
-    cache.gather([0] * count)
-    beams = Beams(options, longest - len(prompt))
+    ids = _ids(engine, source)
+    rules = LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens, ids))
+    sources = None if source is None else engine.encode([source]).repeated(count)
+    state = decoder.new_state(count, longest, sources)
+    logits = np.repeat(prefill(decoder, state.row(0), prompt).scores(0)[0][None], count, axis=0)
+    state.gather([0] * count)
+    beams, texts = Beams(options, longest - len(prompt)), [rules.start(prompt) for _ in range(count)]
     while True:
-        texts = [[*prompt, *output] for output in beams.outputs]
-        rows = [_log_probs(row, rules, text, options.renormalize) for row, text in zip(logits, texts, strict=True)]
-        moves = beams.advance(np.stack(rows))
+        moves = beams.advance(np.stack([_log_probs(row, text, options.renormalize) for row, text in zip(logits, texts, strict=True)]))
         if beams.done:
             return beams.finished
-        cache.gather(moves)
-        logits = _step(engine, cache, [output[-1] for output in beams.outputs])
+        state.gather(moves)
+        texts = [texts[move].fork() for move in moves]
+        for text, output in zip(texts, beams.outputs, strict=True):
+            text.advance(output[-1])
+        logits = _step(decoder, state, [output[-1] for output in beams.outputs])
 
 
 def _ids(engine: Engine, source: NDArray[Any] | None) -> list[int]:
@@ -149,19 +153,24 @@ def _ids(engine: Engine, source: NDArray[Any] | None) -> list[int]:
     return token_ids
 
 
-def _step(engine: Engine, cache: KVCache, token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """[beams, V] logits behind one more token in each row, which is committed."""
+def _step(decoder: Graph, state: State, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """[beams, V] logits after one more token in each row, which is committed."""
     one = np.ones((len(token_ids), 1, 1), np.bool_)
-    positions = cache.lengths[:, None].copy()
-    output = engine.forward(cache, np.array(token_ids, np.int64)[:, None], positions, one, np.zeros_like(positions))
+    positions = state.lengths[:, None].copy()
+    inputs = {
+        contract.INPUT_IDS: np.array(token_ids, np.int64)[:, None],
+        contract.POSITION_IDS: positions,
+        contract.OUTPUT_ROWS: np.zeros_like(positions),
+    }
+    outputs = decoder.run(inputs, state, one)
     for row in range(len(token_ids)):
-        cache.commit(row, [0])
-    return output.logits[:, 0]
+        state.commit(row, [0])
+    return np.asarray(outputs[contract.LOGITS][:, 0])
 
 
-def _log_probs(logits: NDArray[np.float32], rules: LogitRules, text: Sequence[int], renormalize: bool) -> NDArray[np.float64]:
+def _log_probs(logits: NDArray[np.float32], text: LogitState, renormalize: bool) -> NDArray[np.float64]:
     """[V] log-probabilities after the rules, which see log-probabilities as they do in transformers' beam search."""
-    ruled = rules.process(_log_softmax(logits.astype(np.float64)).astype(np.float32), text).astype(np.float64)
+    ruled = text.process(_log_softmax(logits.astype(np.float64)).astype(np.float32)).astype(np.float64)
     return _log_softmax(ruled) if renormalize else ruled
 
 

@@ -1,50 +1,47 @@
-"""Running known tokens through an engine: the prompt, or whatever a draft model has not seen yet."""
+"""Running known tokens through a graph: the prompt, or whatever a draft model has not seen yet."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .cache import KVCache
-from .engine import Engine, StepOutput
+from . import contract
 from .errors import PromptError
+from .graph import Graph, Outputs
+from .states import State
 
-CHUNK = 256  # rows per forward; larger ones cost memory (rows x slots of attention) and save little
+CHUNK = 256  # rows per pass; larger ones cost memory (rows x slots of attention) and save little
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], limit: int) -> None:
-    """Raises PromptError when one is empty or leaves no room for a new token among `limit`."""
-    longest = max(map(len, prompts), default=0)
-    if longest == 0 or any(len(prompt) == 0 for prompt in prompts):
+def check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
+    """Raises PromptError for one that is empty, leaves no room for a new token among `limit`, or has an unknown token."""
+    if not prompt:
         raise PromptError("The prompt is empty: decoding needs at least one token to start from.")
-    if longest >= limit:
+    if len(prompt) >= limit:
         raise PromptError(
-            f"The prompt has {longest} tokens, and this bundle's cache holds {limit} with room for no new one. "
+            f"The prompt has {len(prompt)} tokens, and this bundle's cache holds {limit}, which leaves no room for a new one. "
             f"Fix: at most {limit - 1} tokens, or export again with a larger --max-cache."
         )
+    unknown = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if unknown is not None:
+        raise PromptError(f"The prompt has the token id {unknown}, and this model's ids are 0 to {vocab_size - 1}.")
 
 
-def open_cache(engine: Engine, slots: int, source: NDArray[Any] | None = None) -> KVCache:
-    """An empty cache for one sequence, and its source encoded when the model has an encoder."""
-    return engine.new_cache(1, slots, None if source is None else engine.encode([source]))
+def prompt_chunk(graph: Graph, state: State, token_ids: Sequence[int]) -> Outputs:
+    """Write and commit `token_ids` after the state of one sequence, in one pass. The outputs' one chosen row is the last."""
+    assert state.batch == 1 and len(token_ids) > 0
+    count, start = len(token_ids), int(state.lengths[0])
+    inputs = {
+        contract.INPUT_IDS: np.array(token_ids, np.int64)[None],
+        contract.POSITION_IDS: np.arange(start, start + count, dtype=np.int64)[None],
+        contract.OUTPUT_ROWS: np.array([[count - 1]], np.int64),
+    }
+    outputs = graph.run(inputs, state, np.tri(count, dtype=np.bool_)[None])
+    state.commit(0, range(count))
+    return outputs
 
 
-def prefill(engine: Engine, cache: KVCache, token_ids: Sequence[int]) -> StepOutput:
-    """Write and commit `token_ids` behind the cache of one sequence, in chunks.
-
-    Returns the last chunk's output: logits [1, 1, V] of the last token, hidden [1, T, H].
-    """
-    assert cache.batch == 1 and len(token_ids) > 0
+def prefill(graph: Graph, state: State, token_ids: Sequence[int]) -> Outputs:
+    """As `prompt_chunk`, in chunks; returns the last one's outputs."""
     for begin in range(0, len(token_ids), CHUNK):
-        chunk = token_ids[begin : begin + CHUNK]
-        count, start = len(chunk), int(cache.lengths[0])
-        output = engine.forward(
-            cache,
-            np.array(chunk, np.int64)[None],
-            np.arange(start, start + count, dtype=np.int64)[None],
-            np.tri(count, dtype=np.bool_)[None],
-            np.array([[count - 1]], np.int64),
-        )
-        cache.commit(0, range(count))
-    return output
+        outputs = prompt_chunk(graph, state, token_ids[begin : begin + CHUNK])
+    return outputs

@@ -1,0 +1,87 @@
+"""The target's state for the sequences that run now: one row of the batch each, the running ones always the first rows.
+
+Sequences join and leave between passes. A pass over the first n rows reads nothing of the others, so a finished sequence costs
+nothing; the last row moves into the gap that one leaves.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .graph import MAX_ROWS, Engine, Outputs
+from .sequence import Sequence
+from .states import CrossState, State
+
+SLOT_STEP = 64  # capacities are multiples of this, so that similar requests get equal shapes
+
+
+def slots_of(sequence: Sequence) -> int:
+    """Slots for the longest text this sequence can become, and a verify pass after it."""
+    return -(-(sequence.max_tokens + MAX_ROWS) // SLOT_STEP) * SLOT_STEP
+
+
+class SlotTable:
+    """Which sequence has which row of the target's state.
+
+    Attributes:
+        sequences: by row.
+        most: sequences at once.
+    """
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self._graph, self.most = engine.graph("decoder"), most
+        self._state: State | None = None
+        self.sequences: list[Sequence] = []
+
+    def has_room(self, sequence: Sequence) -> bool:
+        """Whether it can join now. A state whose sizes were fixed at build takes only what fits it while others run."""
+        if len(self.sequences) >= self.most:
+            return False
+        state = self._state
+        fits = state is None or (len(self.sequences) < state.batch and slots_of(sequence) <= state.slots)
+        return fits or not self.sequences or self._graph.resizable
+
+    def reserve(self, batch: int, slots: int) -> None:
+        """Make room for that many sequences of that many slots."""
+        state = self._state
+        if state is None or not self.sequences:
+            if state is None or state.batch < batch or state.slots < slots:
+                self._state = self._graph.new_state(batch, slots)
+        elif state.batch < batch or state.slots < slots:
+            self._state = state.resized(max(batch, state.batch), max(slots, state.slots))
+
+    def join(self, sequence: Sequence, sources: CrossState | None) -> None:
+        """Give it the next row, for which there is room."""
+        self.reserve(len(self.sequences) + 1, slots_of(sequence))
+        row = len(self.sequences)
+        self.sequences.append(sequence)
+        self.state.rewind(row, 0)
+        if sources is not None:
+            self.state.put_sources(row, sources)
+
+    def leave(self, finished: set[int], filling: Sequence | None) -> None:
+        """Free the rows of the sequences with these ids; the last rows move into the gaps. `filling` stays the last of all."""
+        kept = [row for row, sequence in enumerate(self.sequences) if sequence.id not in finished]
+        moving = [row for row in kept if row >= len(kept)]
+        order = [row if row in kept else moving.pop() for row in range(len(kept))]
+        if filling is not None and order:
+            row = order.index(self.row_of(filling))
+            order[row], order[-1] = order[-1], order[row]
+        if order != list(range(len(order))):
+            self.state.gather([*order, *range(len(order), self.state.batch)])
+        self.sequences = [self.sequences[row] for row in order]
+        if not self.sequences:
+            self._state = None  # memory is given back between requests
+
+    @property
+    def state(self) -> State:
+        assert self._state is not None
+        return self._state
+
+    def row_of(self, sequence: Sequence) -> int:
+        return next(row for row, other in enumerate(self.sequences) if other is sequence)
+
+    def run(self, count: int, inputs: Mapping[str, NDArray[np.int64]], row_mask: NDArray[np.bool_]) -> Outputs:
+        """One pass of the target over the first `count` sequences; see Graph.run."""
+        return self._graph.run(inputs, self.state.first(count), row_mask)
