@@ -18,8 +18,9 @@ from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest, atomic_write
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo, built_engine
 from headstart.runtime.errors import HeadstartError
-from headstart.runtime.generation import Generation, Result
 from headstart.runtime.model import Model
+from headstart.runtime.options import GenerateOptions
+from headstart.runtime.results import Result
 from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -229,9 +230,11 @@ def show_accuracy(report: dict[str, Any]) -> None:
     out.print(grid)
 
 
-def print_generation(model: Model, prompt: str, options: dict[str, Any], stream: bool, stats: bool) -> None:
+def print_generation(
+    model: Model, prompt: str, decoder_prompt: str, options: GenerateOptions, stream: bool, stats: bool
+) -> None:
     """The completion on standard output, the figures on standard error."""
-    generation = Generation(model, [prompt], **options)
+    generation = model.start([prompt], decoder_prompt=decoder_prompt, **options)
     for pieces in generation.pieces():
         if stream:
             print(pieces[0], end="", flush=True)
@@ -241,14 +244,23 @@ def print_generation(model: Model, prompt: str, options: dict[str, Any], stream:
         err.print(escape(describe(result)))
 
 
-def print_transcript(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+@dataclasses.dataclass(frozen=True)
+class SpeechOptions:
+    """How a recording is heard: see Model.transcribe."""
+
+    language: str | None = None
+    task: str = "transcribe"
+    timestamps: bool | None = None
+
+
+def print_transcript(model: Model, recording: Path, speech: SpeechOptions, options: GenerateOptions, stats: bool) -> None:
     """The text, or segments with their times where those were asked for; notes and figures on standard error."""
     started = time.perf_counter()
-    transcript = model.transcribe(recording, **options)
+    transcript = model.transcribe(recording, speech.language, speech.task, speech.timestamps, **options)
     seconds = time.perf_counter() - started
     _print_notes(transcript.notes)
     times = [f"[{segment.start:6.2f} → {segment.end:6.2f}] {segment.text}" for segment in transcript.segments]
-    print("\n".join(times) if options["timestamps"] else transcript.text)
+    print("\n".join(times) if speech.timestamps else transcript.text)
     if stats:
         for window in transcript.windows:
             err.print(escape(describe(window)))
@@ -256,13 +268,13 @@ def print_transcript(model: Model, recording: Path, options: dict[str, Any], sta
         err.print(f"{transcript.duration_s:.2f} s of sound in {seconds:.2f} s: {factor}, opening the graphs included")
 
 
-def print_captions(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
-    """A recording as if it were heard live, a second at a time: a caption a line."""
+def print_captions(model: Model, recording: Path, speech: SpeechOptions, options: GenerateOptions, stats: bool) -> None:
+    """A recording as if it came live, a second at a time: one caption per line."""
     audio = load_audio(recording)
     _print_notes(audio.notes)
     seconds = range(0, len(audio.samples), audio.sampling_rate)
     chunks = (audio.samples[begin : begin + audio.sampling_rate] for begin in seconds)
-    for caption in model.stream_audio(chunks, **options):
+    for caption in model.stream_audio(chunks, speech.language, speech.task, **options):
         print(f"[{caption.heard_s:6.2f} s] {caption.text}")
         if stats and caption.window is not None:
             err.print(escape(describe(caption.window)))

@@ -112,7 +112,7 @@ class Model:
         """
         given = prompt if features is None else features
         prompts: Sequence[Prompt] = given if isinstance(given, list) else [] if given is None else [given]
-        generation = self._start(prompts, decoder_prompt, options)
+        generation = self.start(prompts, decoder_prompt=decoder_prompt, **options)
         for _ in generation.pieces():
             pass
         results = generation.results()
@@ -125,13 +125,18 @@ class Model:
 
         Args and errors: as `generate`. Abandoning the iterator cancels the generation.
         """
-        for pieces in self._start([prompt], decoder_prompt, options).pieces():
+        for pieces in self.start([prompt], decoder_prompt=decoder_prompt, **options).pieces():
             if pieces[0]:
                 yield pieces[0]
 
-    def _start(
-        self, prompts: Sequence[Prompt], decoder_prompt: str | Sequence[int], options: GenerateOptions
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        decoder_prompt: str | Sequence[int] = (),
+        **options: Unpack[GenerateOptions],
     ) -> Generation:
+        """Queue prompts and return what yields their text and, at its end, their results. Args and errors: as `generate`."""
         check_given(prompts)
         return self.generator.start([self.input(prompt, decoder_prompt) for prompt in prompts], options)
 
@@ -141,7 +146,7 @@ class Model:
         num_beams: int | None = None,
         length_penalty: float | None = None,
         early_stopping: bool | str | None = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         decoder_prompt: str | Sequence[int] = (),
         repetition_penalty: float | None = None,
         no_repeat_ngram: int | None = None,
@@ -164,7 +169,7 @@ class Model:
             length_penalty=stated.length_penalty if length_penalty is None else length_penalty,
             early_stopping=stated.early_stopping if early_stopping is None else early_stopping,
             renormalize=stated.renormalize_logits,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
             sampling=sampling_options(chosen, stated),
             end_tokens=frozenset(stated.eos_token_ids),
             rules=TokenRules.of(stated),
