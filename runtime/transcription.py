@@ -159,11 +159,12 @@ class Transcriber:
     def decode(self, samples: Samples, timestamps: bool, hypothesis: Sequence[int] = ()) -> Result:
         """Decode one window: at most `window` samples."""
         given = self._input(samples, timestamps)
-        room = self._generator.engine.model.max_cache - len(given.prompt_ids)
-        ours: GenerateOptions = {"max_new_tokens": room, "timestamps": timestamps}
+        options: GenerateOptions = {"timestamps": timestamps} | self._options
+        if options.get("max_new_tokens") is None:
+            options["max_new_tokens"] = self._generator.engine.model.max_cache - len(given.prompt_ids)
         if hypothesis:
-            ours["hypotheses"] = [hypothesis]
-        generation = self._generator.start([given], ours | self._options)
+            options["hypotheses"] = [hypothesis]
+        generation = self._generator.start([given], options)
         for _ in generation.pieces():
             pass
         return generation.results()[0]
