@@ -23,9 +23,11 @@ from headstart.exporter.heads.builder import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, put_in_place
-from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
+from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, Manifest, WeightInfo, write_manifest
+from headstart.runtime.documents import to_json
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
+from headstart.runtime.output import new_folder
 
 from .feeds import EncoderFeeds, Feeds, decoder_feeds
 from .integers import cache_ranges, quantize_caches, quantize_inputs

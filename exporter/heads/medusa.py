@@ -16,7 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from headstart.exporter.graph import tensor_infos
-from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, WeightInfo, to_json
+from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, WeightInfo
+from headstart.runtime.documents import to_json
 from headstart.runtime.errors import HeadError
 
 from .builder import GraphBuilder
