@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.exporter.golden import GREEDY, save_golden
+from headstart.exporter.comparison import all_logits, greedy_tokens
+from headstart.exporter.golden import GREEDY, Texts, read_golden, save_golden
 from headstart.exporter.graph import graph_info, save_beside, save_graph, weight_infos
 from headstart.exporter.heads.builder import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
@@ -33,7 +34,6 @@ from .feeds import EncoderFeeds, Feeds, decoder_feeds
 from .integers import cache_ranges, quantize_caches, quantize_inputs
 from .passages import Passage, calibration_passages
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
-from .verify import Texts, all_logits, greedy_tokens, read_golden
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
