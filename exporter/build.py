@@ -79,7 +79,7 @@ def build(
 def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
     import onnx_ir as ir
 
-    from .graph import save_beside, save_graph, save_sharing
+    from .graph import save_beside, save_graph
     from .heads.builder import load_head
     from .lowering.cpu import lower_decoder, lower_graph, probe_model
 
@@ -90,7 +90,7 @@ def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
     decoder = ir.load(bundle.path / manifest.graphs["decoder"].file)
     lowered = lower_decoder(decoder, manifest.model.max_cache, activations)
     save_graph(lowered.single, folder / "decoder.onnx")
-    save_sharing(lowered.batch, folder / "decoder_batch.onnx", folder / "decoder.onnx")
+    save_beside(lowered.batch, folder / "decoder_batch.onnx", folder / "decoder.onnx")
     graphs = {"decoder": "decoder.onnx", "decoder_batch": "decoder_batch.onnx", "probe": "probe.onnx"}
     if "encoder" in manifest.graphs:
         progress("lowering the encoder")

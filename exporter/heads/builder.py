@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from headstart.exporter.graph import store_weights
 from headstart.runtime.bundle import Bundle, WeightInfo
 from headstart.runtime.contract import OPSET
 
@@ -58,11 +59,8 @@ def reference(name: str, info: WeightInfo) -> Any:
 
 def save_head(model: Any, file: Path) -> None:
     """Write a head's graph and its own weights; references to other files stay references, which ir.save would copy in."""
-    weights = [w for w in model.graph.initializers.values() if not _is_reference(w)]
-    own = [w for w in weights if w.const_value.nbytes > 1024]
-    tensors = ir.external_data.convert_tensors_to_external([w.const_value for w in own], file.parent, f"{file.name}.data")
-    for weight, tensor in zip(own, tensors, strict=True):
-        weight.const_value = tensor
+    shared = [weight.name for weight in model.graph.initializers.values() if _is_reference(weight)]
+    store_weights(model, file, shared)
     model.producer_name = "headstart"
     ir.save(model, file)
 
