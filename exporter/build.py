@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, hash_files, new_folder, to_json
+from headstart.runtime.bundle import GOLDEN, Bundle
+from headstart.runtime.documents import to_json
 from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.engines.provider import AS_WRITTEN, CPU, Provider, open_session
 from headstart.runtime.errors import EngineError, OptionError, missing_extra
+from headstart.runtime.output import atomic_write, hash_files, new_folder
 from headstart.runtime.tree import ROOT, DraftTree
 
 from .cuda import build_cuda

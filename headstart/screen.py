@@ -15,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from headstart.runtime.audio import load_audio
-from headstart.runtime.bundle import Bundle, Manifest, atomic_write
+from headstart.runtime.bundle import Bundle, Manifest
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo, built_engine
 from headstart.runtime.errors import HeadstartError
 from headstart.runtime.generation import Generation, Result
 from headstart.runtime.model import Model
+from headstart.runtime.output import atomic_write
 from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headstart.runtime.bundle import MANIFEST, Bundle, HeadInfo, Manifest, atomic_write, write_manifest
+from headstart.runtime.bundle import MANIFEST, Bundle, HeadInfo, Manifest, write_manifest
 from headstart.runtime.errors import OptionError, OutputError, missing_extra
+from headstart.runtime.output import atomic_write
 
 RESERVED = ("auto", "none", "ngram", "draft_model")  # what --drafter calls other things
 

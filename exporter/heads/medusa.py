@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from headstart.exporter.graph import tensor_infos
 from headstart.exporter.graph_builder import GraphBuilder
-from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, WeightInfo, to_json
+from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, WeightInfo
+from headstart.runtime.documents import to_json
 from headstart.runtime.errors import HeadError
 
 from .recognise import DIALECTS, HeadCheckpoint, recognise

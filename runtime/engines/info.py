@@ -7,8 +7,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headstart.runtime.bundle import Bundle, check_files, from_json
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.documents import from_json
 from headstart.runtime.errors import BundleError, EngineError
+from headstart.runtime.output import check_files
 
 ENGINE_FILE = "engine.json"
 ENGINE_SCHEMA = 4

@@ -21,7 +21,8 @@ from headstart.exporter.tensorrt.library import open_library, parse_target
 from headstart.exporter.tensorrt.plan import read_plan
 from headstart.exporter.tensorrt.profiles import VERIFY_ROWS, decoder_profiles
 from headstart.runtime import contract
-from headstart.runtime.bundle import Bundle, from_json
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.documents import from_json
 from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, Profile, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, HeadstartError, MissingExtraError, OptionError, OutputError
