@@ -80,7 +80,7 @@ def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
     import onnx_ir as ir
 
     from .graph import save_beside, save_graph
-    from .heads.builder import load_head
+    from .heads.storage import load_head
     from .lowering.cpu import lower_decoder, lower_graph, probe_model
 
     progress("probing the CPU's integer products")

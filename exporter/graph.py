@@ -68,7 +68,7 @@ def save_beside(model: Any, file: Path, other: Path) -> None:
 
 
 def store_weights(model: Any, file: Path, shared: Collection[str]) -> None:
-    """Write a graph's weights, all but the `shared` ones, to `file.data`, where `file` will be the graph; small ones stay in it.
+    """Write a graph's weights, all but the `shared` ones, to `file.data`, `file` being the graph; small ones stay in it.
 
     A weight may have been loaded from the data file of another folder. Saved as it is, it would keep offset and file name, and
     be read from a file of that name in the new folder: other bytes, and no error.

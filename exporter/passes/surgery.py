@@ -86,7 +86,7 @@ class Writer:
         return self.constant("ints_" + "_".join(map(str, values)).replace("-", "m"), np.array(values, np.int64))
 
 
-def put_in_place(old: Any, new: Any) -> None:
+def replace_value(old: Any, new: Any) -> None:
     """Let every reader of `old`, the graph's outputs included, read `new`; an output keeps its name."""
     graph = old.graph
     name = old.name
