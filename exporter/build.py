@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import GOLDEN, Bundle, atomic_write, hash_files, new_folder, to_json
+from headstart.runtime.bundle import GOLDEN, Bundle
+from headstart.runtime.documents import to_json
 from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.engines.provider import AS_WRITTEN, CPU, Provider, open_session
 from headstart.runtime.errors import EngineError, OptionError, missing_extra
+from headstart.runtime.output import atomic_write, hash_files, new_folder
 from headstart.runtime.tree import ROOT, DraftTree
 
 from .cuda import build_cuda
@@ -77,8 +79,8 @@ def build(
 def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
     import onnx_ir as ir
 
-    from .graph import save_beside, save_graph, save_sharing
-    from .heads.builder import load_head
+    from .graph import save_beside, save_graph
+    from .heads.storage import load_head
     from .lowering.cpu import lower_decoder, lower_graph, probe_model
 
     progress("probing the CPU's integer products")
@@ -88,7 +90,7 @@ def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
     decoder = ir.load(bundle.path / manifest.graphs["decoder"].file)
     lowered = lower_decoder(decoder, manifest.model.max_cache, activations)
     save_graph(lowered.single, folder / "decoder.onnx")
-    save_sharing(lowered.batch, folder / "decoder_batch.onnx", folder / "decoder.onnx")
+    save_beside(lowered.batch, folder / "decoder_batch.onnx", folder / "decoder.onnx")
     graphs = {"decoder": "decoder.onnx", "decoder_batch": "decoder_batch.onnx", "probe": "probe.onnx"}
     if "encoder" in manifest.graphs:
         progress("lowering the encoder")

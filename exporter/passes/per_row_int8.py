@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .linear import Linear, linears
-from .surgery import MICROSOFT, Writer, clean, constant_of, producer, put_in_place
+from .surgery import MICROSOFT, Writer, clean, constant_of, producer, replace_value
 
 LARGEST = 127
 ZERO_POINTS = {"uint8": 128, "int8": 0}
@@ -54,7 +54,7 @@ def _rewrite(model: Any, linear: Linear, activations: str, rounded: dict[int, _R
     channel = write.constant(f"{linear.name}.channel_scale", channel_scales)
     inputs = [left.values, weight, left.step, channel, _zero_point(write, activations)]
     product = write.node("MatMulIntegerToFloat", inputs, MICROSOFT)
-    put_in_place(result, product if left.row is None else write.node("Mul", [product, left.row]))
+    replace_value(result, product if left.row is None else write.node("Mul", [product, left.row]))
 
 
 def _by_fixed_scale(write: Writer, source: Any, activations: str) -> _Rounded | None:
