@@ -23,8 +23,9 @@ from headstart.exporter.comparison import all_logits, compare_greedy, top_two_ma
 from headstart.exporter.golden import Texts, read_golden
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import OptionError, missing_extra
-from headstart.runtime.generation import Prompt
-from headstart.runtime.model import ARRAYS, Model, load
+from headstart.runtime.model import Prompt
+from headstart.runtime.loading import load
+from headstart.runtime.model import ARRAYS, Model
 from headstart.runtime.prefill import open_cache, prefill
 from headstart.runtime.tree import ROOT, DraftTree, chain
 

@@ -341,7 +341,7 @@ def bench(
 
     from headstart.calibration.bench import bench as run
     from headstart.calibration.bench import draw
-    from headstart.runtime.model import load
+    from headstart.runtime.loading import load
     from headstart.runtime.prompts import read_prompt_classes
 
     from .screen import counted, show_bench, write_json

@@ -14,7 +14,8 @@ from typing import Any
 
 import headstart
 from headstart.runtime.errors import BundleError, OptionError
-from headstart.runtime.generation import Prompt, Result
+from headstart.runtime.model import Prompt
+from headstart.runtime.results import Result
 from headstart.runtime.model import Model
 from headstart.runtime.prompts import read_answers
 

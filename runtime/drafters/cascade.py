@@ -19,9 +19,9 @@ class Cascade:
     `enough` is the number of tokens the first drafter's tree must promise, 1 + Σ path probability of its nodes, for the
     second not to be asked. Tuning sets it to what the second brings on average.
 
-    The choice depends on the first tree alone, and must: a choice by what the second has *drawn* would favour some
-    draws over others, and the output would follow another distribution than the target's. For the same reason a first
-    drafter that draws its tokens is only overruled by its own absence of a draft.
+    Which tree is used must not depend on tokens that were drawn: an acceptance rule corrects for the distribution that a
+    token was drawn from, not for a draft kept because of what it happened to be. So a drawn tree, once there is one, is the
+    draft.
     """
 
     default_nodes = 12
@@ -53,19 +53,20 @@ class Cascade:
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         trees = self._first.propose(requests)
-        unsure = [i for i, tree in enumerate(trees) if self._is_unsure(tree)]
+        unsure = [i for i, tree in enumerate(trees) if not _drawn(tree) and promised(tree) < self._enough]
         if unsure:
             for i, tree in zip(unsure, self._second.propose([requests[i] for i in unsure]), strict=True):
-                if len(tree):  # nothing to propose is a fact of the text, not of what was drawn
+                if _drawn(tree) or promised(tree) > promised(trees[i]):
                     trees[i] = tree
         return trees
-
-    def _is_unsure(self, tree: DraftTree) -> bool:
-        return len(tree) == 0 or (tree.draft_probs is None and promised(tree) < self._enough)
 
     def close(self, sequence: DraftSequence) -> None:
         self._first.close(sequence)
         self._second.close(sequence)
+
+
+def _drawn(tree: DraftTree) -> bool:
+    return tree.draft_probs is not None
 
 
 def promised(tree: DraftTree) -> float:

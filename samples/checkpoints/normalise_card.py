@@ -11,7 +11,7 @@ from pathlib import Path
 import messy_text
 
 import headstart
-from headstart.runtime.generation import Result
+from headstart.runtime.results import Result
 from headstart.runtime.model import Model
 
 HERE = Path(__file__).parent / "normalise"

@@ -16,7 +16,7 @@ from headstart.exporter.passes.surgery import constant_of, producer
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import OptionError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import prefill
 
 BundleOf = Callable[[str], Bundle]

@@ -12,7 +12,7 @@ from speech import RATE, recording
 from headstart.calibration.passages import LEAST, read_answered
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError, PromptError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
 

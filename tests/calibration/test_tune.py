@@ -15,7 +15,8 @@ from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.base import DraftRequest
 from headstart.runtime.errors import EngineError, OptionError, OutputError
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
 from headstart.runtime.prompts import read_prompt_classes
 from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import ROOT, DraftTree

@@ -26,7 +26,7 @@ from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.engines.provider import open_session
 from headstart.runtime.errors import CheckpointError, PromptError
 from headstart.runtime.loop import DecodingLoop, LoopOptions
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import open_cache, prefill
 from headstart.runtime.tree import ROOT
 

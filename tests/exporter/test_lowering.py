@@ -23,7 +23,7 @@ from headstart.runtime.engines.info import ENGINE_FILE, engine_folder
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.engines.provider import open_session
 from headstart.runtime.errors import BundleError, EngineError, OptionError, OutputError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import prefill
 
 BundleOf = Callable[[str], Bundle]

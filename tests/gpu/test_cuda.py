@@ -17,7 +17,7 @@ from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.engines.provider import left_on_cpu
 from headstart.runtime.errors import EngineError, MissingExtraError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import prefill
 
 pytestmark = pytest.mark.gpu

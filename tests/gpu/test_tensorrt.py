@@ -23,7 +23,7 @@ from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.engines.plans import RUNTIME_CACHE, LoadedPlan
 from headstart.runtime.engines.tensorrt import TensorRtEngine
 from headstart.runtime.errors import HeadstartError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import prefill
 
 pytestmark = pytest.mark.gpu

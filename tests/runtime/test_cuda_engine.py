@@ -22,7 +22,8 @@ from headstart.runtime.engines.info import ENGINE_FILE, built_engine, engine_fol
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.engines.provider import CUDA, CaptureError, Provider, cuda_provider, open_session
 from headstart.runtime.errors import EngineError, MissingExtraError
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
 from headstart.runtime.prefill import prefill
 from headstart.runtime.tokenizer import Tokenizer
 from headstart.runtime.tree import ROOT, DraftTree

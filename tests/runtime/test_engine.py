@@ -8,7 +8,7 @@ import pytest
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.errors import EngineError, OptionError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import prefill
 
 BundleOf = Callable[[str], Bundle]
