@@ -28,7 +28,7 @@ from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.loading import load, with_rates
 from headstart.runtime.model import Model, Prompt
 from headstart.runtime.output import atomic_write
-from headstart.runtime.scheduler import decode_alone
+from headstart.runtime.scheduler import Scheduler, decode_alone
 from headstart.runtime.sequence import Request, Sequence
 from headstart.runtime.states import State
 from headstart.runtime.tree import ROOT, DraftTree
@@ -118,7 +118,7 @@ def new_tuning(bundle: str | Path, device: str, prompts: Items[Prompt], force: b
 
 def verify_cost(engine: Engine, progress: Progress, source: NDArray[Any] | None = None) -> VerifyCost:
     """t(B, n), medians over interleaved rounds so that a noisy moment affects all sizes alike. `source`: what an encoder reads."""
-    batches = [1, *(batch for batch in BATCHES if batch <= (engine.max_batch or batch))]
+    batches = [1, *(batch for batch in BATCHES if batch <= Scheduler(engine).max_batch)]
     return VerifyCost(tuple(_batch_cost(engine, batch, progress, source) for batch in batches))
 
 

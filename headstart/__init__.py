@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from headstart.runtime.errors import HeadstartError
     from headstart.runtime.loading import load
     from headstart.runtime.model import Model
-    from headstart.runtime.options import GenerateOptions
+    from headstart.runtime.options import DecodeOptions, GenerateOptions
     from headstart.runtime.results import Result, Stats
     from headstart.runtime.segments import Segment
     from headstart.runtime.transcription import Caption, Transcript
@@ -36,6 +36,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Bundle": "headstart.runtime.bundle",
     "Caption": "headstart.runtime.transcription",
+    "DecodeOptions": "headstart.runtime.options",
     "GenerateOptions": "headstart.runtime.options",
     "HeadstartError": "headstart.runtime.errors",
     "Model": "headstart.runtime.model",
@@ -60,6 +61,7 @@ _HOMES = {
 __all__ = [
     "Bundle",
     "Caption",
+    "DecodeOptions",
     "GenerateOptions",
     "HeadstartError",
     "Model",

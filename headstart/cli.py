@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from headstart.runtime.model import Model
-    from headstart.runtime.options import GenerateOptions
+    from headstart.runtime.options import DecodeOptions
 
 app = typer.Typer(
     help="From a Hugging Face checkpoint with draft heads to fast, lossless decoding on the edge.",
@@ -226,11 +226,11 @@ def generate(
 ) -> None:
     """Complete a prompt, or transcribe a recording."""
     from headstart.runtime.loading import load
-    from headstart.runtime.options import GenerateOptions
+    from headstart.runtime.options import DecodeOptions
 
     from .screen import SpeechOptions, print_captions, print_generation, print_transcript
 
-    options: GenerateOptions = {
+    options: DecodeOptions = {
         "max_new_tokens": max_new_tokens,
         "draft_nodes": draft_nodes,
         "acceptance": acceptance,
@@ -264,7 +264,7 @@ def generate(
             print(_best_beam(model, text, beams, decoder_prompt, options))
 
 
-def _best_beam(model: "Model", text: str, beams: int, decoder_prompt: str, options: "GenerateOptions") -> str:
+def _best_beam(model: "Model", text: str, beams: int, decoder_prompt: str, options: "DecodeOptions") -> str:
     limit = options.get("max_new_tokens")
     return model.beam_search(
         text,
@@ -276,7 +276,7 @@ def _best_beam(model: "Model", text: str, beams: int, decoder_prompt: str, optio
     )[0].text
 
 
-def _check_beams(audio: Path | None, stream: bool, stats: bool, options: "GenerateOptions") -> None:
+def _check_beams(audio: Path | None, stream: bool, stats: bool, options: "DecodeOptions") -> None:
     """Raises OptionError for options that beam search does not have."""
     from headstart.runtime.errors import OptionError
 

@@ -19,7 +19,7 @@ from headstart.runtime.bundle import Bundle, Manifest
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo, built_engine
 from headstart.runtime.errors import HeadstartError
 from headstart.runtime.model import Model
-from headstart.runtime.options import GenerateOptions
+from headstart.runtime.options import DecodeOptions
 from headstart.runtime.results import Result
 from headstart.runtime.output import atomic_write
 from headstart.runtime.tuning import Tuning
@@ -232,7 +232,7 @@ def show_accuracy(report: dict[str, Any]) -> None:
 
 
 def print_generation(
-    model: Model, prompt: str, decoder_prompt: str, options: GenerateOptions, stream: bool, stats: bool
+    model: Model, prompt: str, decoder_prompt: str, options: DecodeOptions, stream: bool, stats: bool
 ) -> None:
     """The completion on standard output, the figures on standard error."""
     generation = model.start([prompt], decoder_prompt=decoder_prompt, **options)
@@ -254,7 +254,7 @@ class SpeechOptions:
     timestamps: bool | None = None
 
 
-def print_transcript(model: Model, recording: Path, speech: SpeechOptions, options: GenerateOptions, stats: bool) -> None:
+def print_transcript(model: Model, recording: Path, speech: SpeechOptions, options: DecodeOptions, stats: bool) -> None:
     """The text, or segments with their times where those were asked for; notes and figures on standard error."""
     started = time.perf_counter()
     transcript = model.transcribe(recording, speech.language, speech.task, speech.timestamps, **options)
@@ -269,7 +269,7 @@ def print_transcript(model: Model, recording: Path, speech: SpeechOptions, optio
         err.print(f"{transcript.duration_s:.2f} s of sound in {seconds:.2f} s: {factor}, opening the graphs included")
 
 
-def print_captions(model: Model, recording: Path, speech: SpeechOptions, options: GenerateOptions, stats: bool) -> None:
+def print_captions(model: Model, recording: Path, speech: SpeechOptions, options: DecodeOptions, stats: bool) -> None:
     """A recording as if it came live, a second at a time: one caption per line."""
     audio = load_audio(recording)
     _print_notes(audio.notes)

@@ -15,7 +15,7 @@ from .drafters.base import Drafter
 from .errors import BundleError, PromptError
 from .generation import Generation, Generator, Input, check_given
 from .graph import Engine
-from .options import MAX_NEW_TOKENS, GenerateOptions, sampling_options
+from .options import MAX_NEW_TOKENS, DecodeOptions, GenerateOptions, sampling_options
 from .results import Result
 from .rules import TokenRules
 from .scheduler import Scheduler
@@ -186,7 +186,7 @@ class Model:
         language: str | None = None,
         task: str = "transcribe",
         timestamps: bool | None = None,
-        **options: Unpack[GenerateOptions],
+        **options: Unpack[DecodeOptions],
     ) -> Transcript:
         """What is said in a recording of any length.
 
@@ -195,7 +195,7 @@ class Model:
             language: such as "en"; None lets a model of several languages detect it.
             task: "transcribe", or "translate" where the model can.
             timestamps: False for none, which only recordings within one window allow; None as the model can.
-            options: see GenerateOptions.
+            options: see DecodeOptions.
 
         Raises:
             AudioError: no such file, not a sound file, empty, or truncated.
@@ -210,7 +210,7 @@ class Model:
         chunks: Iterable[NDArray[Any]],
         language: str | None = None,
         task: str = "transcribe",
-        **options: Unpack[GenerateOptions],
+        **options: Unpack[DecodeOptions],
     ) -> Iterator[Caption]:
         """Live captions: one after each chunk of [samples], and a final one. Each draft is the caption before.
 

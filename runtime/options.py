@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from typing_extensions import TypedDict
 
@@ -16,8 +16,8 @@ from .sampling import SamplingOptions
 MAX_NEW_TOKENS = 128
 
 
-class GenerateOptions(TypedDict, total=False):
-    """Keywords of `Model.generate`, `stream`, `transcribe` and `stream_audio`.
+class DecodeOptions(TypedDict, total=False):
+    """Keywords of `Model.transcribe` and `stream_audio`, and most of those of `generate`.
 
     max_new_tokens: the most tokens to add; the checkpoint's own limit, else 128.
     drafter: "auto" (as tuned; n-grams where they pay, before), "none", or a name from `Model.drafters`.
@@ -28,8 +28,6 @@ class GenerateOptions(TypedDict, total=False):
         repetition_penalty and no_repeat_ngram where None.
     stop: texts that end the completion; they are not part of it.
     ignore_end: continue after the model's end token.
-    hypotheses: per prompt, the token ids decoded of an earlier, shorter input; "auto" then drafts from them.
-    timestamps: apply Whisper's rules for them; the decoder prompt must not forbid them.
     logprobs: return each token's log-probability, and those of so many alternatives.
     """
 
@@ -47,9 +45,18 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     ignore_end: bool
+    logprobs: int | None
+
+
+class GenerateOptions(DecodeOptions, total=False):
+    """Keywords of `Model.generate` and `stream`: those of DecodeOptions, and
+
+    hypotheses: per prompt, the token ids decoded of an earlier, shorter input; "auto" then drafts from them.
+    timestamps: apply Whisper's rules for them; the decoder prompt must not forbid them.
+    """
+
     hypotheses: Sequence[Sequence[int]]
     timestamps: bool
-    logprobs: int | None
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -74,10 +81,10 @@ class GenerateSettings:
 def settings(options: GenerateOptions, stated: GenerationRules) -> GenerateSettings:
     """Raises OptionError for an unknown option, or a value that an option cannot have."""
     values: Mapping[str, Any] = options
-    unknown = sorted(set(values) - set(GenerateOptions.__annotations__))
+    known = get_type_hints(GenerateOptions)
+    unknown = sorted(set(values) - set(known))
     if unknown:
-        known = ", ".join(GenerateOptions.__annotations__)
-        raise OptionError(f"unknown option {unknown[0]!r}. Options are: {known}.")
+        raise OptionError(f"unknown option {unknown[0]!r}. Options are: {', '.join(known)}.")
     ends = not options.get("ignore_end", False)
     acceptance = options.get("acceptance")
     if acceptance is not None:

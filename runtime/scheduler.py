@@ -54,8 +54,7 @@ class Scheduler:
         """`cost`: t(B, n) as tuned; learned from the passes where None. `max_batch`: sequences decoded together."""
         self._engine = engine
         self.cost: CostModel = cost or RunningCost()
-        most = min(max_batch, engine.max_batch) if engine.max_batch else max_batch
-        self._table = SlotTable(engine, most)
+        self._table = SlotTable(engine, max_batch)
         self._waiting: deque[Sequence] = deque()
         self._filling: Sequence | None = None  # the one whose prompt is being read; its row is the last
         self._sequences: dict[int, Sequence] = {}
@@ -87,6 +86,11 @@ class Scheduler:
         self._retire()
         self._sequences.pop(request_id, None)
         self._events.pop(request_id, None)
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences decoded together; an engine may have been built for fewer than were asked for."""
+        return self._table.most
 
     @property
     def idle(self) -> bool:

@@ -30,17 +30,20 @@ class SlotTable:
     """
 
     def __init__(self, engine: Engine, most: int) -> None:
-        self._graph, self.most = engine.graph("decoder"), most
+        built = engine.built[0] if engine.built else None
+        self.most = min(most, built.batch) if built and built.batch else most
+        self._fixed = bool(built and built.cache_slots)  # sizes that were chosen at build cannot grow
+        self._graph = engine.graph("decoder")
         self._state: State | None = None
         self.sequences: list[Sequence] = []
 
     def has_room(self, sequence: Sequence) -> bool:
-        """Whether it can join now. A state whose sizes were fixed at build takes only what fits it while others run."""
+        """Whether it can join now. A state whose sizes are fixed takes only what fits it while others run."""
         if len(self.sequences) >= self.most:
             return False
         state = self._state
         fits = state is None or (len(self.sequences) < state.batch and slots_of(sequence) <= state.slots)
-        return fits or not self.sequences or self._graph.resizable
+        return fits or not self.sequences or not self._fixed
 
     def reserve(self, batch: int, slots: int) -> None:
         """Make room for that many sequences of that many slots."""

@@ -17,7 +17,7 @@ from .audio import Audio, Samples, load_audio
 from .bundle import AudioInfo, GenerationRules
 from .errors import OptionError, PromptError
 from .generation import Generator, Input
-from .options import GenerateOptions
+from .options import DecodeOptions, GenerateOptions
 from .prefill import prefill
 from .results import Result
 from .segments import STEP_S, Segment, Span, split_window
@@ -78,13 +78,14 @@ class Transcriber:
         language: str | None = None,
         task: str = "transcribe",
         timestamps: bool | None = None,
-        options: GenerateOptions | None = None,
+        options: DecodeOptions | None = None,
     ) -> None:
         """Raises OptionError for a model that reads no audio, and for languages, tasks or timestamps it has no tokens for."""
         manifest = generator.bundle.manifest
         if manifest.audio is None:
             raise OptionError(f"{manifest.model.architecture} reads text, not speech. Fix: generate(prompt).")
-        self._generator, self._options = generator, options or {}
+        self._generator = generator
+        self._options: DecodeOptions = options or {}
         self._audio: AudioInfo = manifest.audio
         self._rules: GenerationRules = manifest.generation
         has_times = self._rules.no_timestamps_token_id is not None
@@ -159,7 +160,7 @@ class Transcriber:
     def decode(self, samples: Samples, timestamps: bool, hypothesis: Sequence[int] = ()) -> Result:
         """Decode one window: at most `window` samples."""
         given = self._input(samples, timestamps)
-        options: GenerateOptions = {"timestamps": timestamps} | self._options
+        options: GenerateOptions = {**self._options, "timestamps": timestamps}
         if options.get("max_new_tokens") is None:
             options["max_new_tokens"] = self._generator.engine.model.max_cache - len(given.prompt_ids)
         if hypothesis:

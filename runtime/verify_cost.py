@@ -48,7 +48,7 @@ class BatchCost:
         slope = (at_history[-1] - at_history[0]) / (self.rows[-1] - self.rows[0])
         beyond = np.arange(self.rows[-1] + 1, MAX_ROWS + 1)
         curve[beyond] = at_history[-1] + slope * (beyond - self.rows[-1])
-        return np.asarray(curve)
+        return np.asarray(curve, np.float64)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class VerifyCost:
         right = int(np.clip(np.searchsorted(sizes, batch), 1, len(sizes) - 1))
         low, high = (self.batches[i].curve(history) for i in (right - 1, right))
         share = (batch - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-        return np.asarray(low + max(0.0, share) * (high - low))
+        return np.asarray(low + max(0.0, share) * (high - low), np.float64)
 
     def observe(self, batch: int, rows: int, milliseconds: float) -> None:
         """No-op: it was measured under better conditions than a single pass."""
@@ -101,7 +101,7 @@ class RunningCost:
         """Through the running means of that batch, never falling, with the assumed slope beyond them."""
         seen = sorted((rows, mean) for (size, rows), mean in self._means.items() if size == batch)
         if not seen:
-            return 1 + SLOPE * (np.arange(MAX_ROWS + 1) - 1)
+            return np.asarray(1 + SLOPE * (np.arange(MAX_ROWS + 1) - 1), np.float64)
         rows, means = np.array([r for r, _ in seen]), np.maximum.accumulate([m for _, m in seen])
         curve = np.interp(np.arange(MAX_ROWS + 1), rows, means)
         slope = SLOPE * means[0] / (1 + SLOPE * (rows[0] - 1))
@@ -109,4 +109,4 @@ class RunningCost:
         curve[beyond] = means[-1] + slope * (beyond - rows[-1])
         below = np.arange(0, rows[0])
         curve[below] = means[0] - slope * (rows[0] - below)
-        return np.asarray(curve)
+        return np.asarray(curve, np.float64)
