@@ -19,12 +19,11 @@ from headstart.runtime.bundle import (
     Provenance,
     TensorInfo,
     WeightInfo,
-    from_json,
-    new_folder,
-    to_json,
     write_manifest,
 )
+from headstart.runtime.documents import from_json, to_json
 from headstart.runtime.errors import BundleError, OutputError
+from headstart.runtime.output import new_folder
 
 GRAPH = GraphInfo("graphs/decoder.onnx", (TensorInfo("input_ids", "int64", ("batch", "rows")),), ())
 MANIFEST = Manifest(
