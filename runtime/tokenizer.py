@@ -106,7 +106,7 @@ class TextStream:
         token_count: tokens up to and with the one that completed the stop string; all tokens while not stopped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = [text for text in stop if text]
         self._tokens: list[int] = []
