@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime.bundle import GOLDEN, Bundle
-from headstart.runtime.engine import Engine
 from headstart.runtime.engines.info import engine_folder
 from headstart.runtime.errors import OptionError
 from headstart.runtime.generation import Prompt
+from headstart.runtime.graph import Engine
 from headstart.runtime.model import Model, load
 
 from .answers import exact_share, word_error_rate

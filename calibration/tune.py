@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from headstart.runtime.budget import Standing, VerifyCost
 from headstart.runtime.bundle import Bundle, atomic_write, to_json
-from headstart.runtime.cache import KVCache
 from headstart.runtime.drafters.base import DraftRequest, TunedDrafter
-from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import OptionError, OutputError
 from headstart.runtime.generation import Prompt
+from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.loop import DecodingLoop, LoopOptions
 from headstart.runtime.model import Model, load, with_rates
-from headstart.runtime.prefill import open_cache
+from headstart.runtime.prefill import open_state, run_decoder
+from headstart.runtime.states import State
 from headstart.runtime.tree import ROOT, DraftTree
 from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint, tuning_file
 
@@ -114,27 +114,27 @@ def verify_cost(engine: Engine, progress: Progress, source: NDArray[Any] | None 
     """t(n), medians over interleaved rounds so that a noisy moment hits all sizes alike. `source`: what an encoder reads."""
     longest = max(SHORT_HISTORY, min(LONG_HISTORY, engine.model.max_cache - MAX_ROWS))
     histories = (min(SHORT_HISTORY, longest // 2), longest)
-    caches = {history: open_cache(engine, history + MAX_ROWS, source) for history in histories}
+    states = {history: open_state(engine, history + MAX_ROWS, source) for history in histories}
     seconds: dict[tuple[int, int], list[float]] = {}
     for done in range(COST_ROUNDS):
-        for history, cache in caches.items():
-            cache.lengths[:] = history
+        for history, state in states.items():
+            state.lengths[:] = history
             for rows in ROWS:
-                seconds.setdefault((history, rows), []).append(_time_forward(engine, cache, rows))
+                seconds.setdefault((history, rows), []).append(_time_forward(engine, state, rows))
         progress("verify cost", done + 1, COST_ROUNDS)
     table = np.array([[1000 * statistics.median(seconds[history, rows]) for rows in ROWS] for history in histories])
     rising = np.minimum.accumulate(table[:, ::-1], axis=1)[:, ::-1]  # more rows never cost less: what says so is noise
     return VerifyCost(ROWS, histories, tuple(tuple(map(float, line)) for line in rising))
 
 
-def _time_forward(engine: Engine, cache: KVCache, rows: int) -> float:
+def _time_forward(engine: Engine, state: State, rows: int) -> float:
     """Seconds of one forward of a chain: the median of a few behind a warm-up."""
-    positions = int(cache.lengths[0]) + np.arange(rows)[None]
+    positions = int(state.lengths[0]) + np.arange(rows)[None]
     ids, mask = np.arange(rows)[None] % engine.model.vocab_size, np.tri(rows, dtype=np.bool_)[None]
     times = []
     for _ in range(COST_WARM_UP + COST_REPEATS):
         started = time.perf_counter()
-        engine.forward(cache, ids, positions, mask, np.arange(rows)[None]).wait()
+        run_decoder(engine, state, ids, positions, mask, np.arange(rows)[None]).wait()
         times.append(time.perf_counter() - started)
     return statistics.median(times[COST_WARM_UP:])
 

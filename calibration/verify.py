@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from headstart.exporter.build import LIMITS
 from headstart.runtime.bundle import GOLDEN, Bundle
-from headstart.runtime.engine import MAX_ROWS, Engine
+from headstart.runtime.contract import LOGITS
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 from headstart.runtime.generation import Prompt
+from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.model import ARRAYS, Model, load
-from headstart.runtime.prefill import open_cache, prefill
+from headstart.runtime.prefill import last_logits, open_state, prefill, run_decoder
 from headstart.runtime.tree import ROOT, DraftTree, chain
 
 # Largest |Δlogit| allowed, relative to the row's logit range (max - min), where only the order of summation differs.
@@ -241,40 +242,40 @@ def _behind(
     engine: Engine, history: NDArray[np.int64], tree: DraftTree, root: int, source: NDArray[Any] | None
 ) -> NDArray[np.float32]:
     """[1 + nodes, V] logits of a root and its tree behind some history."""
-    cache = open_cache(engine, len(history) + MAX_ROWS, source)
-    prefill(engine, cache, history.tolist())
+    state = open_state(engine, len(history) + MAX_ROWS, source)
+    prefill(engine, state, history.tolist())
     rows = np.arange(len(tree) + 1)[None]
     ids = np.array([[root, *tree.token_ids]], np.int64)
     mask = tree.ancestor_mask()[None]
-    return np.array(engine.forward(cache, ids, len(history) + tree.depths()[None], mask, rows).logits[0])
+    return np.array(run_decoder(engine, state, ids, len(history) + tree.depths()[None], mask, rows)[LOGITS][0])
 
 
 def all_logits(engine: Engine, token_ids: NDArray[np.int64], source: NDArray[Any] | None = None) -> NDArray[np.float32]:
     """[T, V] logits of every row of one text, in one forward."""
     count = len(token_ids)
-    cache = open_cache(engine, count, source)
+    state = open_state(engine, count, source)
     rows = np.arange(count)[None]
-    output = engine.forward(cache, token_ids[None], rows, np.tri(count, dtype=np.bool_)[None], rows)
-    return np.array(output.logits[0])
+    output = run_decoder(engine, state, token_ids[None], rows, np.tri(count, dtype=np.bool_)[None], rows)
+    return np.array(output[LOGITS][0])
 
 
 def greedy_tokens(engine: Engine, prompt: list[int], count: int, source: NDArray[Any] | None = None) -> NDArray[np.int64]:
     """[count] tokens of plain greedy decoding, one row at a time, without end tokens or logit rules."""
-    cache = open_cache(engine, len(prompt) + count, source)
-    tokens = [int(prefill(engine, cache, prompt).logits[0, 0].argmax())]
+    state = open_state(engine, len(prompt) + count, source)
+    tokens = [int(last_logits(prefill(engine, state, prompt)).argmax())]
     while len(tokens) < count:
-        tokens.append(int(prefill(engine, cache, tokens[-1:]).logits[0, 0].argmax()))
+        tokens.append(int(last_logits(prefill(engine, state, tokens[-1:])).argmax()))
     return np.array(tokens, np.int64)
 
 
 def compare_greedy(engine: Engine, prompt: list[int], wanted: list[int], source: NDArray[Any] | None = None) -> float | None:
     """None when the engine's greedy tokens equal `wanted`, else the relative top-2 margin where they first differ."""
-    cache = open_cache(engine, len(prompt) + len(wanted), source)
-    logits = prefill(engine, cache, prompt).logits[0, 0]
+    state = open_state(engine, len(prompt) + len(wanted), source)
+    logits = last_logits(prefill(engine, state, prompt))
     for token in wanted:
         if int(logits.argmax()) != token:
             return top_two_margin(logits) / float(logits.max() - logits.min())
-        logits = prefill(engine, cache, [token]).logits[0, 0]
+        logits = last_logits(prefill(engine, state, [token]))
     return None
 
 
@@ -321,7 +322,7 @@ def _divergence(
     first = next((i for i, (a, b) in enumerate(both) if a != b), min(len(plain), len(speculative)))
     source, start = model.inputs(prompt)
     token_ids = start + plain[:first]
-    logits = prefill(model.engine, open_cache(model.engine, len(token_ids), source), token_ids).logits[0, 0]
+    logits = last_logits(prefill(model.engine, open_state(model.engine, len(token_ids), source), token_ids))
     margin = top_two_margin(logits)
     tie = margin <= 2 * tolerance * float(logits.max() - logits.min())  # both of the two best logits may have moved
     one_ended = first >= min(len(plain), len(speculative))

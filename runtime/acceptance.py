@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine import Scores
+from .graph import Scores
 from .sampling import LogitRules
 from .tree import DraftTree
 

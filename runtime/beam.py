@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import KVCache
-from .engine import Engine
+from .contract import LOGITS
 from .errors import OptionError
-from .prefill import check_prompts, prefill
+from .graph import Engine
+from .prefill import check_prompts, last_logits, prefill, run_decoder
 from .rules import TokenRules
 from .sampling import LogitRules, SamplingOptions
+from .states import State
 
 NO_BEAM = -1e9  # score of a beam that is not there yet: all begin as copies of one prompt
 
@@ -129,9 +130,10 @@ def beam_search(
     count = options.num_beams
     longest = min(engine.model.max_cache, len(prompt) + options.max_new_tokens)
     rules = LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens, _ids(engine, source)))
-    cache = engine.new_cache(count, longest, None if source is None else engine.encode([source]).repeated(count))
-    logits = np.repeat(prefill(engine, cache.row(0), prompt).logits[0], count, axis=0)
-    cache.gather([0] * count)
+    sources = None if source is None else engine.encode([source]).repeated(count)
+    state = engine.graph("decoder").new_state(count, longest, sources)
+    logits = np.repeat(last_logits(prefill(engine, state.row(0), prompt))[None], count, axis=0)
+    state.gather([0] * count)
     beams = Beams(options, longest - len(prompt))
     while True:
         texts = [[*prompt, *output] for output in beams.outputs]
@@ -139,8 +141,8 @@ def beam_search(
         moves = beams.advance(np.stack(rows))
         if beams.done:
             return beams.finished
-        cache.gather(moves)
-        logits = _step(engine, cache, [output[-1] for output in beams.outputs])
+        state.gather(moves)
+        logits = _step(engine, state, [output[-1] for output in beams.outputs])
 
 
 def _ids(engine: Engine, source: NDArray[Any] | None) -> list[int]:
@@ -149,14 +151,15 @@ def _ids(engine: Engine, source: NDArray[Any] | None) -> list[int]:
     return token_ids
 
 
-def _step(engine: Engine, cache: KVCache, token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """[beams, V] logits behind one more token in each row, which is committed."""
+def _step(engine: Engine, state: State, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """[beams, V] logits after one more token in each row, which is committed."""
     one = np.ones((len(token_ids), 1, 1), np.bool_)
-    positions = cache.lengths[:, None].copy()
-    output = engine.forward(cache, np.array(token_ids, np.int64)[:, None], positions, one, np.zeros_like(positions))
+    positions = state.lengths[:, None].copy()
+    output = run_decoder(engine, state, np.array(token_ids, np.int64)[:, None], positions, one, np.zeros_like(positions))
     for row in range(len(token_ids)):
-        cache.commit(row, [0])
-    return output.logits[:, 0]
+        state.commit(row, [0])
+    logits: NDArray[np.float32] = output[LOGITS][:, 0]
+    return logits
 
 
 def _log_probs(logits: NDArray[np.float32], rules: LogitRules, text: Sequence[int], renormalize: bool) -> NDArray[np.float64]:

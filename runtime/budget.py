@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine import MAX_ROWS
+from .graph import MAX_ROWS
 from .tree import DraftTree, empty_tree
 
 HISTORY_STEP = 64  # tokens of history over which a cost curve is reused

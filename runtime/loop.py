@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from .acceptance import Accepted, RandomChance, accept
 from .budget import Budget
-from .cache import KVCache
+from .contract import HIDDEN
 from .drafters.base import NO_HIDDEN, Drafter, DraftRequest, SourceReader
-from .engine import MAX_ROWS, SLOT_STEP, Engine, StepOutput
 from .errors import OptionError
-from .prefill import check_prompts, prefill
+from .graph import MAX_ROWS, SLOT_STEP, Engine, Outputs
+from .prefill import check_prompts, prefill, run_decoder
 from .rules import TokenRules
 from .sampling import LogitRules, SamplingOptions
+from .states import CrossState, State
 from .tree import DraftTree, empty_tree
 
 FinishReason = Literal["end_token", "stop_string", "length", "cache_full"]
@@ -103,24 +104,23 @@ class DecodingLoop:
         self.clock = Clock()
         self.sequences: list[Text] = []
         self._limit = engine.model.max_cache
-        self._cache = self._new_cache()
+        self._state = self._new_state()
 
-    def _new_cache(self) -> KVCache:
+    def _new_state(self) -> State:
         """Sized by prompts and options alone, so that plain and speculative decoding compute in equal shapes."""
         check_prompts(self._prompts, self._limit)
         longest = max(map(len, self._prompts))
         slots = min(self._limit, longest + self._options.max_new_tokens) + MAX_ROWS
-        return self._engine.new_cache(len(self._prompts), -(-slots // SLOT_STEP) * SLOT_STEP)
+        return self._engine.graph("decoder").new_state(len(self._prompts), -(-slots // SLOT_STEP) * SLOT_STEP)
 
     def rounds(self) -> Iterator[list[list[int]]]:
         """New token ids per sequence: first those the prompts decide, then those of each verify pass."""
         if self._drafter is not None:
             self._drafter.open(len(self._prompts))
         started = time.perf_counter()
-        if self._sources:
-            self._cache.cross = self._engine.encode(self._sources)
+        cross = self._encode() if self._sources else None
         if isinstance(self._drafter, SourceReader):
-            self._drafter.read(self._sources, self._cache.cross)
+            self._drafter.read(self._sources, cross)
         self.sequences = [self._start(row, list(prompt)) for row, prompt in enumerate(self._prompts)]
         self.clock.prefill_s = time.perf_counter() - started
         yield [s.token_ids[s.prompt_tokens :] for s in self.sequences]
@@ -130,9 +130,15 @@ class DecodingLoop:
             self.clock.decode_s += time.perf_counter() - started
             yield emitted
 
+    def _encode(self) -> CrossState:
+        cross = self._engine.encode(self._sources)
+        for row in range(len(self._prompts)):
+            self._state.put_sources(row, cross.row(row))
+        return cross
+
     def _start(self, row: int, prompt: list[int]) -> Text:
         """Prefill one prompt and decide its first token. One at a time: prompts differ in length."""
-        output = prefill(self._engine, self._cache.row(row), prompt)
+        output = prefill(self._engine, self._state.row(row), prompt)
         seed = self._options.sampling.seed
         seed = None if seed is None else seed + row
         budget = self._options.budgets() if self._options.draft_nodes is None else None
@@ -196,7 +202,7 @@ class DecodingLoop:
             hypothesis_ids=hypotheses[row] if hypotheses else (),
         )
 
-    def _verify(self, trees: list[DraftTree]) -> StepOutput:
+    def _verify(self, trees: list[DraftTree]) -> Outputs:
         """One forward over every root and its tree; short trees are padded with rows that see only themselves."""
         rows = 1 + max(map(len, trees))
         token_ids = np.zeros((len(trees), rows), np.int64)
@@ -208,30 +214,30 @@ class DecodingLoop:
             token_ids[i, 1:used] = tree.token_ids
             depths[i, :used] = tree.depths()
             mask[i, :used, :used] = tree.ancestor_mask()
-        position_ids = np.minimum(self._cache.lengths[:, None] + depths, self._limit - 1)
+        position_ids = np.minimum(self._state.lengths[:, None] + depths, self._limit - 1)
         output_rows = np.broadcast_to(np.arange(rows), (len(trees), rows))
         started = time.perf_counter()
-        output = self._engine.forward(self._cache, token_ids, position_ids, mask, output_rows)
+        output = run_decoder(self._engine, self._state, token_ids, position_ids, mask, output_rows)
         output.wait()
         self.clock.verify_s += time.perf_counter() - started
         return output
 
-    def _take(self, sequence: Text, tree: DraftTree, path: Accepted, output: StepOutput) -> list[int]:
+    def _take(self, sequence: Text, tree: DraftTree, path: Accepted, output: Outputs) -> list[int]:
         """Commit the accepted rows and append their tokens; returns the tokens that were appended."""
         rows = [0, *(node + 1 for node in path.nodes)]
         if sequence.budget is not None:
             drafted = not sequence.budget.resting
             sequence.budget.observe(len(path.token_ids), len(tree), len(sequence.token_ids), drafted)
-        self._cache.commit(sequence.row, rows)
+        self._state.commit(sequence.row, rows)
         sequence.hidden = self._hidden(output, sequence.row, rows[-1])
         sequence.verify_calls += 1
         sequence.drafted_tokens += len(tree)
         return self._append(sequence, path.token_ids)
 
-    def _hidden(self, output: StepOutput, sequence: int, row: int) -> NDArray[np.float32]:
+    def _hidden(self, output: Outputs, sequence: int, row: int) -> NDArray[np.float32]:
         """The state that decided a root; not fetched for a drafter that has no use for it."""
         wanted = self._drafter is not None and self._drafter.reads_hidden
-        return output.hidden_row(sequence, row) if wanted else NO_HIDDEN
+        return output.rows(HIDDEN, sequence, [row])[0] if wanted else NO_HIDDEN
 
     def _append(self, sequence: Text, token_ids: list[int]) -> list[int]:
         """Append up to the first limit that is met, and note which one it was."""

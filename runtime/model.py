@@ -17,17 +17,17 @@ from .drafters.draft_model import DraftModelDrafter
 from .drafters.first_that_pays import FirstThatPays
 from .drafters.medusa import MedusaDrafter
 from .drafters.ngram import NGramDrafter
-from .engines.onnxruntime import CUDA_DEVICES, DRAFT_THREADS, OnnxRuntimeEngine
-from .engines.tensorrt import TENSORRT_DEVICES, TensorRtEngine
+from .engines.ort_engine import CUDA_DEVICES, DRAFT_THREADS, OnnxRuntimeEngine
+from .engines.trt_engine import TENSORRT_DEVICES, TensorRtEngine
 from .errors import BundleError, OptionError, PromptError
 from .generation import Generation, Prompt, Result, check_given, sampling_options
+from .graph import Engine
 from .rules import TokenRules
 from .tokenizer import Tokenizer
 from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
 from .tuning import DrafterTuning, Tuning, read_tuning
 
 DEVICES = ("cpu", *CUDA_DEVICES, "trt-rtx:sm89 (as it was built)", "tensorrt")
-BuiltEngine = OnnxRuntimeEngine | TensorRtEngine
 # Sources that are no text.
 ARRAYS = {"audio": "audio features", "states": "encoder states of the target whose assistant it is (load it as draft model)"}
 
@@ -47,7 +47,7 @@ class Model:
     def __init__(
         self,
         bundle: Bundle,
-        engine: BuiltEngine,
+        engine: Engine,
         tokenizer: Tokenizer,
         drafters: dict[str, Drafter],
         tuning: Tuning | None = None,
@@ -284,13 +284,13 @@ def load(
 
 
 def _drafters(
-    bundle: Bundle, engine: BuiltEngine, draft_engine: OnnxRuntimeEngine | None, tuning: Tuning | None
+    bundle: Bundle, engine: Engine, draft_engine: OnnxRuntimeEngine | None, tuning: Tuning | None
 ) -> dict[str, Drafter]:
     """The bundle's heads, n-grams, the draft model, and the pairs that tuning measured; each believing its measured rates."""
     tuned: dict[str, TunedDrafter] = {}
     for name in bundle.manifest.heads:
         info = bundle.head(name)
-        tuned[name] = MedusaDrafter(name, engine.head(info), info.heads)
+        tuned[name] = MedusaDrafter(name, engine.graph(f"heads/{name}"), info.heads)
     tuned["ngram"] = NGramDrafter()
     if bundle.manifest.model.source == "text":
         tuned["source_copy"] = source_copy()

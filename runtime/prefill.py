@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import KVCache
-from .engine import Engine, StepOutput
+from . import contract
 from .errors import PromptError
+from .graph import Engine, Outputs
+from .states import State
 
 CHUNK = 256  # rows per forward; larger ones cost memory (rows x slots of attention) and save little
 
@@ -25,26 +26,46 @@ def check_prompts(prompts: Sequence[Sequence[int]], limit: int) -> None:
         )
 
 
-def open_cache(engine: Engine, slots: int, source: NDArray[Any] | None = None) -> KVCache:
-    """An empty cache for one sequence, and its source encoded when the model has an encoder."""
-    return engine.new_cache(1, slots, None if source is None else engine.encode([source]))
+def open_state(engine: Engine, slots: int, source: NDArray[Any] | None = None) -> State:
+    """The decoder's empty state for one sequence, and its source encoded when the model has an encoder."""
+    return engine.graph("decoder").new_state(1, slots, None if source is None else engine.encode([source]))
 
 
-def prefill(engine: Engine, cache: KVCache, token_ids: Sequence[int]) -> StepOutput:
-    """Write and commit `token_ids` behind the cache of one sequence, in chunks.
+def run_decoder(
+    engine: Engine,
+    state: State,
+    token_ids: NDArray[np.int64],  # [B, T]
+    position_ids: NDArray[np.int64],  # [B, T]
+    row_mask: NDArray[np.bool_],  # [B, T, T], which of the new rows each new row sees
+    output_rows: NDArray[np.int64],  # [B, R]
+) -> Outputs:
+    """One pass of the decoder over new rows; commits nothing."""
+    inputs = {contract.INPUT_IDS: token_ids, contract.POSITION_IDS: position_ids, contract.OUTPUT_ROWS: output_rows}
+    return engine.graph("decoder").run(inputs, state, row_mask)
 
-    Returns the last chunk's output: logits [1, 1, V] of the last token, hidden [1, T, H].
+
+def prefill(engine: Engine, state: State, token_ids: Sequence[int]) -> Outputs:
+    """Write and commit `token_ids` after the state of one sequence, in chunks.
+
+    Returns the last chunk's outputs: logits [1, 1, V] of the last token, hidden [1, T, H].
     """
-    assert cache.batch == 1 and len(token_ids) > 0
+    assert state.batch == 1 and len(token_ids) > 0
     for begin in range(0, len(token_ids), CHUNK):
         chunk = token_ids[begin : begin + CHUNK]
-        count, start = len(chunk), int(cache.lengths[0])
-        output = engine.forward(
-            cache,
+        count, start = len(chunk), int(state.lengths[0])
+        outputs = run_decoder(
+            engine,
+            state,
             np.array(chunk, np.int64)[None],
             np.arange(start, start + count, dtype=np.int64)[None],
             np.tri(count, dtype=np.bool_)[None],
             np.array([[count - 1]], np.int64),
         )
-        cache.commit(0, range(count))
-    return output
+        state.commit(0, range(count))
+    return outputs
+
+
+def last_logits(outputs: Outputs) -> NDArray[np.float32]:
+    """[V] of the row that `prefill` returned, copied."""
+    logits: NDArray[np.float32] = outputs.rows(contract.LOGITS, 0, [0])[0]
+    return logits

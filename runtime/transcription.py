@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .audio import Audio, Samples, load_audio
 from .bundle import AudioInfo, GenerationRules
 from .errors import OptionError, PromptError
-from .prefill import prefill
+from .prefill import last_logits, open_state, prefill
 from .segments import STEP_S, Segment, Span, split_window
 
 if TYPE_CHECKING:
@@ -170,8 +170,8 @@ class Transcriber:
         if self.language or not known:
             return
         assert start is not None
-        cache = engine.new_cache(1, 64, engine.encode([features]))
-        logits = prefill(engine, cache, [start]).logits[0, 0]
+        state = open_state(engine, 64, features)
+        logits = last_logits(prefill(engine, state, [start]))
         self.language = max(known, key=lambda token: float(logits[known[token]]))
 
     def seek(self, samples: Samples) -> "Iterator[tuple[list[Segment], Result]]":

@@ -12,7 +12,7 @@ from architectures import ARCHITECTURES, ENCODER_DECODERS, save_checkpoint, tiny
 from headstart.calibration.verify import all_logits, compare_greedy, read_golden
 from headstart.exporter.export import export
 from headstart.exporter.golden import decoder_start, reference_greedy, reference_logits
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 
 
 def row(name: str, folder: Path) -> str:

@@ -7,9 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.cache import CrossState
 from headstart.runtime.rules import LogitRule
 from headstart.runtime.sampling import SamplingOptions
+from headstart.runtime.states import CrossState
 from headstart.runtime.tree import DraftTree
 
 NO_HIDDEN: NDArray[np.float32] = np.zeros(0, np.float32)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.cache import CrossState, KVCache
-from headstart.runtime.engine import MAX_ROWS, Engine
-from headstart.runtime.prefill import prefill
+from headstart.runtime.graph import MAX_ROWS, Engine
+from headstart.runtime.prefill import last_logits, prefill
 from headstart.runtime.sampling import LogitRules
+from headstart.runtime.states import CrossState, State
 from headstart.runtime.tree import DraftTree, chain, empty_tree
 
 from .base import DraftRequest
@@ -38,9 +38,9 @@ class DraftModelDrafter:
         self.name = name
         self._engine = engine
         self._generators: dict[int, np.random.Generator] = {}
-        self._caches: dict[int, KVCache] = {}
+        self._states: dict[int, State] = {}
         self._cross: list[CrossState] = []  # of each row, where sources are read
-        self._fed: dict[int, list[int]] = {}  # tokens whose keys and values stand in each row's cache
+        self._fed: dict[int, list[int]] = {}  # tokens whose keys and values are in each row's state
         self._deepest = self.class_count
 
     def prior_rates(self) -> list[float]:
@@ -50,7 +50,7 @@ class DraftModelDrafter:
         self._deepest = sum(rate > 0 for rate in rates)
 
     def open(self, batch: int) -> None:
-        self._caches = {}
+        self._states = {}
         self._generators = {}
         self._fed = {row: [] for row in range(batch)}
         self._cross = []
@@ -99,27 +99,22 @@ class DraftModelDrafter:
         common = 0
         while common < min(len(fed), len(tokens) - 1) and fed[common] == tokens[common]:
             common += 1
-        cache = self._cache(row, len(tokens))
-        cache.rewind(0, common)
+        self._state(row, len(tokens)).rewind(0, common)
         del fed[common:]
         return self._feed(row, tokens[common:])
 
-    def _cache(self, row: int, tokens: int) -> KVCache:
-        """The row's cache with room for the text and a draft behind it; grown by copying."""
+    def _state(self, row: int, tokens: int) -> State:
+        """The row's state with room for the text and a draft after it; grown by copying."""
         needed = tokens + MAX_ROWS + SLOT_STEP
-        cache = self._caches.get(row)
-        if cache is None or cache.slots < tokens + MAX_ROWS:
+        state = self._states.get(row)
+        if state is None or state.slots < tokens + MAX_ROWS:
+            slots = min(-(-needed // SLOT_STEP) * SLOT_STEP, self._engine.model.max_cache + MAX_ROWS)
             cross = self._cross[row] if self._cross else None
-            most = self._engine.model.max_cache + MAX_ROWS
-            grown = self._engine.new_cache(1, min(-(-needed // SLOT_STEP) * SLOT_STEP, most), cross)
-            if cache is not None:
-                for old, new in zip(cache.buffers, grown.buffers, strict=True):
-                    new[:, :, : old.shape[2]] = old
-                grown.lengths[:] = cache.lengths
-            self._caches[row] = grown
-        return self._caches[row]
+            new = self._engine.graph("decoder").new_state
+            self._states[row] = new(1, slots, cross) if state is None else state.resized(1, slots)
+        return self._states[row]
 
     def _feed(self, row: int, tokens: list[int]) -> NDArray[np.float32]:
-        output = prefill(self._engine, self._caches[row], tokens)
+        logits = last_logits(prefill(self._engine, self._states[row], tokens))
         self._fed[row].extend(tokens)
-        return np.array(output.logits[0, 0])
+        return logits

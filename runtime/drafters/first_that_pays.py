@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.cache import CrossState
+from headstart.runtime.states import CrossState
 from headstart.runtime.tree import DraftTree
 
 from .base import DraftRequest, SourceReader, TunedDrafter

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.engine import Head
+from headstart.runtime.contract import HIDDEN
+from headstart.runtime.graph import Graph
 from headstart.runtime.tree import DraftTree, tree_from_independent_levels
 
 from .base import DraftRequest
@@ -25,7 +26,7 @@ class MedusaDrafter:
     default_nodes = 12
     reads_hidden = True
 
-    def __init__(self, name: str, head: Head, heads: int) -> None:
+    def __init__(self, name: str, head: Graph, heads: int) -> None:
         self.name = name
         self._head = head
         self.class_count = heads * BANDS
@@ -46,7 +47,8 @@ class MedusaDrafter:
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         hidden = np.stack([request.hidden for request in requests])[:, None]
-        ids, log_probs = self._head.propose(hidden)
+        outputs = self._head.run({HIDDEN: hidden})
+        ids, log_probs = outputs["topk_ids"], outputs["topk_log_probs"]
         return [self._tree(ids[i, : r.max_depth], log_probs[i, : r.max_depth], r) for i, r in enumerate(requests)]
 
     def _tree(self, ids: NDArray[np.int64], log_probs: NDArray[np.float32], request: DraftRequest) -> DraftTree:

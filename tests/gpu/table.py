@@ -18,7 +18,7 @@ from headstart.calibration.verify import check_golden, read_golden
 from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.exporter.tensorrt.library import ELSEWHERE
-from headstart.runtime.engines.cuda import Cuda
+from headstart.runtime.engines.trt_cuda import Cuda
 from headstart.runtime.errors import HeadstartError
 from headstart.runtime.generation import Prompt
 from headstart.runtime.model import Model, load

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from headstart.runtime.acceptance import Accepted, RandomChance, accept, accept_block, accept_without_replacement
-from headstart.runtime.engine import ArrayScores
+from headstart.runtime.graph import HostScores
 from headstart.runtime.rules import (
     ForcedTokens,
     LogitRule,
@@ -80,11 +80,11 @@ class Target:
             self.table[path] = np.log(self.generator.dirichlet(np.full(self.vocabulary, 0.7)) + 1e-6)
         return self.table[path].astype(np.float32)
 
-    def rows(self, tree: DraftTree) -> ArrayScores:
+    def rows(self, tree: DraftTree) -> HostScores:
         paths: list[tuple[int, ...]] = [()]
         for node, parent in enumerate(tree.parents.tolist()):
             paths.append((*paths[parent + 1], int(tree.token_ids[node])))
-        return ArrayScores(np.stack([self.logits(path) for path in paths]))
+        return HostScores(np.stack([self.logits(path) for path in paths]))
 
     def law(self, rules: LogitRules, length: int, prefix: tuple[int, ...] = ()) -> Law:
         """The exact law of the next `length` tokens."""
@@ -288,7 +288,7 @@ def test_greedy_is_the_target_s_own_path(name: str, seed: int) -> None:
 class BestOnly:
     """Scores on a device far away: the best token of each row, and logits only of the rows that may be asked for."""
 
-    def __init__(self, scores: ArrayScores) -> None:
+    def __init__(self, scores: HostScores) -> None:
         self._scores, self.fetched = scores, list[int]()
 
     def best(self, row: int) -> int:
@@ -306,7 +306,7 @@ def test_logits_are_fetched_for_rules_and_sampling_alone(options: dict[str, Any]
     """And of the rows along the path alone: the chain is rejected at its third node."""
     logits = np.full((5, 4), -40.0, np.float32)
     logits[[0, 1, 2, 3, 4], [1, 2, 3, 1, 1]] = 40.0
-    scores, tree = BestOnly(ArrayScores(logits)), chain([1, 2, 0, 1], [0.0] * 4)
+    scores, tree = BestOnly(HostScores(logits)), chain([1, 2, 0, 1], [0.0] * 4)
     accepted = accept(tree, scores, LogitRules(SamplingOptions(**options)), [0], RandomChance(0))
     assert accepted == Accepted([0, 1], [1, 2, 3]) and scores.fetched == fetched
 
@@ -320,13 +320,13 @@ def test_nothing_stands_behind_an_end_token(temperature: float, drawn: bool) -> 
     tokens = np.array([1, 2, 1])
     probs = np.eye(3, dtype=np.float32)[tokens] if drawn else None
     tree = DraftTree(tokens, np.arange(3) - 1, np.zeros(3, np.float32), probs)
-    accepted = accept(tree, ArrayScores(logits), rules, CONTEXT, RandomChance(0), frozenset({2}))
+    accepted = accept(tree, HostScores(logits), rules, CONTEXT, RandomChance(0), frozenset({2}))
     assert accepted == Accepted([0, 1], [1, 2])
-    assert accept(tree, ArrayScores(logits), rules, CONTEXT, RandomChance(0)) == Accepted([0, 1, 2], [1, 2, 1, 1])
+    assert accept(tree, HostScores(logits), rules, CONTEXT, RandomChance(0)) == Accepted([0, 1, 2], [1, 2, 1, 1])
 
 
 def test_an_empty_tree_is_plain_decoding() -> None:
-    scores = ArrayScores(np.array([[0.0, 3.0, 1.0]], np.float32))
+    scores = HostScores(np.array([[0.0, 3.0, 1.0]], np.float32))
     assert accept(empty_tree(), scores, LogitRules(SamplingOptions()), CONTEXT, RandomChance()) == Accepted([], [1])
 
 

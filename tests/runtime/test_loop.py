@@ -10,7 +10,7 @@ from headstart.runtime.drafters.aligned_copy import AlignedCopyDrafter
 from headstart.runtime.drafters.base import DraftRequest
 from headstart.runtime.drafters.draft_model import DraftModelDrafter
 from headstart.runtime.drafters.ngram import NGramDrafter
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.loop import DecodingLoop, LoopOptions
 from headstart.runtime.rules import TokenRules
