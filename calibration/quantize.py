@@ -17,21 +17,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.exporter.golden import GREEDY, save_golden
+from headstart.exporter.comparison import all_logits, greedy_tokens
+from headstart.exporter.golden import GREEDY, Texts, read_golden, save_golden
 from headstart.exporter.graph import graph_info, save_beside, save_graph, weight_infos
-from headstart.exporter.heads.builder import load_head, reference, save_head
+from headstart.exporter.heads.storage import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
-from headstart.exporter.passes.surgery import Writer, clean, put_in_place
-from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, new_folder, to_json, write_manifest
+from headstart.exporter.passes.surgery import Writer, clean, replace_value
+from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, write_manifest
+from headstart.runtime.documents import to_json
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
+from headstart.runtime.output import new_folder
 
 from .feeds import EncoderFeeds, Feeds, decoder_feeds
 from .integers import cache_ranges, quantize_caches, quantize_inputs
 from .passages import Passage, calibration_passages
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
-from .verify import Texts, all_logits, greedy_tokens, read_golden
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
@@ -282,7 +284,7 @@ def _replace_embedding(model: Any, gather: Any, table: Any) -> None:
     ids, result = gather.inputs[1], gather.outputs[0]
     rows = write.node("Cast", [write.node("Gather", [values, ids], axis=0)], to=ir.DataType.FLOAT)
     scale = write.node("Unsqueeze", [write.node("Gather", [scales, ids], axis=0), write.ints([-1])])
-    put_in_place(result, write.node("Mul", [rows, scale]))
+    replace_value(result, write.node("Mul", [rows, scale]))
 
 
 def _write_head(bundle: Bundle, folder: Path, manifest: Manifest, name: str, options: QuantizeOptions) -> None:

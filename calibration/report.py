@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.exporter.comparison import all_logits
 from headstart.runtime.bundle import GOLDEN, Bundle
 from headstart.runtime.engines.info import engine_folder
 from headstart.runtime.errors import OptionError
@@ -27,7 +28,6 @@ from headstart.runtime.model import Model, load
 from .answers import exact_share, word_error_rate
 from .passages import WINDOW, Answers, Passage, of_windows, read_answered, read_texts
 from .picture import load_pyplot
-from .verify import all_logits
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 

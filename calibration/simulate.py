@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 
 from headstart.exporter.devices import Device, device_named
-from headstart.exporter.heads.builder import load_head
+from headstart.exporter.heads.storage import load_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import linears
 from headstart.runtime.budget import Budget, Standing, VerifyCost
-from headstart.runtime.bundle import Bundle, atomic_write, to_json
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.documents import to_json
 from headstart.runtime.errors import missing_extra
 from headstart.runtime.generation import Prompt
 from headstart.runtime.loop import LoopOptions
 from headstart.runtime.model import Model, load, with_rates
+from headstart.runtime.output import atomic_write
 from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint
 
 from .roofline import FITTED, Coefficients, Work, pass_ms

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from headstart.exporter.checkpoint import Checkpoint, load_checkpoint
-from headstart.runtime.bundle import new_folder
 from headstart.runtime.errors import OptionError
+from headstart.runtime.output import new_folder
 
 from .distill import IGNORED, DistillOptions, HiddenData, Progress, check_memory, distill, read_tokens
 from .files import training_files

@@ -18,13 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime.budget import Standing, VerifyCost
-from headstart.runtime.bundle import Bundle, atomic_write, to_json
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.documents import to_json
 from headstart.runtime.drafters.base import DraftRequest, TunedDrafter
 from headstart.runtime.errors import OptionError, OutputError
 from headstart.runtime.generation import Prompt
 from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.loop import DecodingLoop, LoopOptions
 from headstart.runtime.model import Model, load, with_rates
+from headstart.runtime.output import atomic_write
 from headstart.runtime.prefill import open_state, run_decoder
 from headstart.runtime.states import State
 from headstart.runtime.tree import ROOT, DraftTree

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.exporter.build import LIMITS
-from headstart.runtime.bundle import GOLDEN, Bundle
+from headstart.exporter.comparison import all_logits, compare_greedy, top_two_margin
+from headstart.exporter.golden import Texts, read_golden
 from headstart.runtime.contract import LOGITS
-from headstart.runtime.errors import BundleError, OptionError, missing_extra
+from headstart.runtime.errors import OptionError, missing_extra
 from headstart.runtime.generation import Prompt
 from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.model import ARRAYS, Model, load
@@ -32,18 +33,6 @@ from headstart.runtime.tree import ROOT, DraftTree, chain
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
 DECOYS = (1, 2, 4, 8)  # sizes of the branch that stands before the right one when a tree's noise is measured
 Progress = Callable[[str, int, int], None]  # what, done, of
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Decoder inputs [N, T], and what the encoder reads beside each when the model has one."""
-
-    input_ids: NDArray[np.int64]
-    sources: NDArray[Any] | None
-
-    def pairs(self) -> list[tuple[NDArray[np.int64], NDArray[Any] | None]]:
-        sources = [None] * len(self.input_ids) if self.sources is None else self.sources
-        return list(zip(self.input_ids, sources, strict=True))
 
 
 @dataclass(frozen=True)
@@ -151,14 +140,6 @@ def golden_prompts(model: Model, golden: dict[str, NDArray[Any]]) -> list[Prompt
     return [model.tokenizer.decode(ids) for ids in golden.get("sources", golden["input_ids"]).tolist()]
 
 
-def read_golden(bundle: Bundle) -> dict[str, NDArray[Any]]:
-    file = bundle.path / GOLDEN
-    if not file.is_file():
-        raise BundleError(f"{file} is missing. Fix: export the bundle again.")
-    with np.load(file) as arrays:
-        return dict(arrays)
-
-
 def check_golden(engine: Engine, golden: dict[str, NDArray[Any]]) -> LogitCheck:
     """All rows' top logits, and greedy continuations, against those recorded at export."""
     differences = []
@@ -198,7 +179,7 @@ def _logit_check(
     engine: Engine,
     differences: NDArray[np.float32],  # [N, T]
     spread: NDArray[np.float32],  # [N, T]
-    texts: "Texts",
+    texts: Texts,
     greedy: NDArray[np.int64],  # [N, tokens]
 ) -> LogitCheck:
     relative = float((differences / spread).max())
@@ -248,40 +229,6 @@ def _behind(
     ids = np.array([[root, *tree.token_ids]], np.int64)
     mask = tree.ancestor_mask()[None]
     return np.array(run_decoder(engine, state, ids, len(history) + tree.depths()[None], mask, rows)[LOGITS][0])
-
-
-def all_logits(engine: Engine, token_ids: NDArray[np.int64], source: NDArray[Any] | None = None) -> NDArray[np.float32]:
-    """[T, V] logits of every row of one text, in one forward."""
-    count = len(token_ids)
-    state = open_state(engine, count, source)
-    rows = np.arange(count)[None]
-    output = run_decoder(engine, state, token_ids[None], rows, np.tri(count, dtype=np.bool_)[None], rows)
-    return np.array(output[LOGITS][0])
-
-
-def greedy_tokens(engine: Engine, prompt: list[int], count: int, source: NDArray[Any] | None = None) -> NDArray[np.int64]:
-    """[count] tokens of plain greedy decoding, one row at a time, without end tokens or logit rules."""
-    state = open_state(engine, len(prompt) + count, source)
-    tokens = [int(last_logits(prefill(engine, state, prompt)).argmax())]
-    while len(tokens) < count:
-        tokens.append(int(last_logits(prefill(engine, state, tokens[-1:])).argmax()))
-    return np.array(tokens, np.int64)
-
-
-def compare_greedy(engine: Engine, prompt: list[int], wanted: list[int], source: NDArray[Any] | None = None) -> float | None:
-    """None when the engine's greedy tokens equal `wanted`, else the relative top-2 margin where they first differ."""
-    state = open_state(engine, len(prompt) + len(wanted), source)
-    logits = last_logits(prefill(engine, state, prompt))
-    for token in wanted:
-        if int(logits.argmax()) != token:
-            return top_two_margin(logits) / float(logits.max() - logits.min())
-        logits = last_logits(prefill(engine, state, [token]))
-    return None
-
-
-def top_two_margin(logits: NDArray[np.float32]) -> float:
-    best = np.partition(logits, -2)[-2:]
-    return float(best[1] - best[0])
 
 
 def check_drafters(

@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from headstart.runtime.bundle import sha256_of
 from headstart.runtime.errors import CheckpointError
+from headstart.runtime.output import sha256_of
 
 TASK = "text-generation"
 # Classes whose encoder reads text or speech. optimum's tasks name some of them after other things they can do.

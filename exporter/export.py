@@ -18,10 +18,10 @@ from headstart.runtime.bundle import (
     Manifest,
     ModelInfo,
     Provenance,
-    new_folder,
     write_manifest,
 )
 from headstart.runtime.errors import CheckpointError, EngineError, MissingExtraError, OptionError, missing_extra
+from headstart.runtime.output import new_folder
 
 Progress = Callable[[str], None]  # called with the name of each stage as it begins
 DTYPES = ("float32", "float16", "bfloat16")

@@ -4,19 +4,41 @@ They let a device without torch prove that its engine still computes the exporte
 tokens, since every vocabulary has those. Recorded by transformers' own attention, not by ours.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.bundle import GOLDEN
-from headstart.runtime.errors import CheckpointError
+from headstart.runtime.bundle import GOLDEN, Bundle
+from headstart.runtime.errors import BundleError, CheckpointError
 
 SEQUENCES = 3
 LENGTH = 24  # tokens
 TOP = 64  # logits kept per row: a whole vocabulary of every row would outweigh small models
 GREEDY = 32  # tokens generated from each sequence
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Decoder inputs [N, T], and what the encoder reads beside each when the model has one."""
+
+    input_ids: NDArray[np.int64]
+    sources: NDArray[Any] | None
+
+    def pairs(self) -> list[tuple[NDArray[np.int64], NDArray[Any] | None]]:
+        sources = [None] * len(self.input_ids) if self.sources is None else self.sources
+        return list(zip(self.input_ids, sources, strict=True))
+
+
+def read_golden(bundle: Bundle) -> dict[str, NDArray[Any]]:
+    """The arrays of `golden.npz`, see `write_golden`. Raises BundleError when it is missing."""
+    file = bundle.path / GOLDEN
+    if not file.is_file():
+        raise BundleError(f"{file} is missing. Fix: export the bundle again.")
+    with np.load(file) as arrays:
+        return dict(arrays)
 
 
 def write_golden(

@@ -15,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from headstart.runtime.audio import load_audio
-from headstart.runtime.bundle import Bundle, Manifest, atomic_write
+from headstart.runtime.bundle import Bundle, Manifest
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo, built_engine
 from headstart.runtime.errors import HeadstartError
 from headstart.runtime.generation import Generation, Result
 from headstart.runtime.model import Model
+from headstart.runtime.output import atomic_write
 from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _engines(bundle: Bundle) -> Iterator[str]:
 def _exceptions(info: EngineInfo) -> Iterator[str]:
     """The layers that an engine computes otherwise than the rest."""
     for name, plan in info.plans.items():
-        for layers, what in ((plan.written_out_attention, "written out"), (plan.float32_layers, "in float32")):
+        for layers, what in ((plan.decomposed_attention, "decomposed"), (plan.float32_layers, "in float32")):
             if layers:
                 yield f"{name} {what}: {', '.join(layers)}"
 
@@ -149,7 +150,7 @@ def describe_plan(plan: PlanInfo) -> str:
     if plan.kernels and fused < layers_of_its_own:
         parts += [f"{layers_of_its_own - fused} attention layers that no kernel fuses, computed in parts by TensorRT"]
     parts += [stored]
-    parts += [f"attention written out: {', '.join(plan.written_out_attention)}"] if plan.written_out_attention else []
+    parts += [f"attention decomposed: {', '.join(plan.decomposed_attention)}"] if plan.decomposed_attention else []
     parts += [f"float32, for what leaves float16's range: {', '.join(plan.float32_layers)}"] if plan.float32_layers else []
     return "; ".join(part for part in parts if part)
 

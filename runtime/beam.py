@@ -17,7 +17,7 @@ from .errors import OptionError
 from .graph import Engine
 from .prefill import check_prompts, last_logits, prefill, run_decoder
 from .rules import TokenRules
-from .sampling import LogitRules, SamplingOptions
+from .sampling import LogitRules, LogitState, SamplingOptions
 from .states import State
 
 NO_BEAM = -1e9  # score of a beam that is not there yet: all begin as copies of one prompt
@@ -135,12 +135,16 @@ def beam_search(
     logits = np.repeat(last_logits(prefill(engine, state.row(0), prompt))[None], count, axis=0)
     state.gather([0] * count)
     beams = Beams(options, longest - len(prompt))
+    rule_states = [rules.start(prompt)] * count
     while True:
-        texts = [[*prompt, *output] for output in beams.outputs]
-        rows = [_log_probs(row, rules, text, options.renormalize) for row, text in zip(logits, texts, strict=True)]
-        moves = beams.advance(np.stack(rows))
+        moves = beams.advance(
+            np.stack([_log_probs(*row, options.renormalize) for row in zip(logits, rule_states, strict=True)])
+        )
         if beams.done:
             return beams.finished
+        rule_states = [rule_states[move].fork() for move in moves]
+        for rule_state, output in zip(rule_states, beams.outputs, strict=True):
+            rule_state.advance(output[-1])
         state.gather(moves)
         logits = _step(engine, state, [output[-1] for output in beams.outputs])
 
@@ -162,9 +166,9 @@ def _step(engine: Engine, state: State, token_ids: Sequence[int]) -> NDArray[np.
     return logits
 
 
-def _log_probs(logits: NDArray[np.float32], rules: LogitRules, text: Sequence[int], renormalize: bool) -> NDArray[np.float64]:
+def _log_probs(logits: NDArray[np.float32], state: LogitState, renormalize: bool) -> NDArray[np.float64]:
     """[V] log-probabilities after the rules, which see log-probabilities as they do in transformers' beam search."""
-    ruled = rules.process(_log_softmax(logits.astype(np.float64)).astype(np.float32), text).astype(np.float64)
+    ruled = state.process(_log_softmax(logits.astype(np.float64)).astype(np.float32)).astype(np.float64)
     return _log_softmax(ruled) if renormalize else ruled
 
 

@@ -1,28 +1,22 @@
 """The bundle: one folder that holds everything decoding needs, explained by `manifest.json`.
 
-Knows the manifest's schema, the files' hashes, and how to write both so that a crash leaves nothing half-written.
-Knows nothing of graphs' contents or of engines. Schema: frozen dataclasses below, one JSON object each.
+Knows the manifest's schema and which files are hashed. Knows nothing of graphs' contents or of engines.
+Schema: frozen dataclasses below, one JSON object each.
 """
 
 import dataclasses
-import hashlib
 import json
-import shutil
-import tempfile
-import types
-import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
-from .errors import BundleError, OutputError
+from .documents import from_document, from_json, to_json
+from .errors import BundleError
+from .output import atomic_write, check_files, hash_files, interrupted
 
 SCHEMA_VERSION = 2  # 1 kept the decoder's caches apart from its graph
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"  # what the checkpoint itself says on a few inputs
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -259,7 +253,9 @@ def read_manifest(path: Path) -> Manifest:
     """Raises BundleError when the folder holds no manifest this version can read."""
     file = path / MANIFEST
     if not file.is_file():
-        raise BundleError(f"{path} is not a bundle: it holds no {MANIFEST}. Fix: headstart export CHECKPOINT -o {path}.")
+        old = interrupted(path)
+        fix = f"mv {old} {path}, the bundle that was being replaced" if old else f"headstart export CHECKPOINT -o {path}"
+        raise BundleError(f"{path} is not a bundle: it holds no {MANIFEST}. Fix: {fix}.")
     try:
         document = json.loads(file.read_text("utf-8"))
         version = document["schema_version"]
@@ -274,7 +270,7 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{file} has schema version {version}, this Headstart reads {SCHEMA_VERSION}. Fix: export again with this version."
         )
-    return typing.cast(Manifest, _decode(Manifest, document, str(file)))
+    return from_document(Manifest, document, str(file))
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -284,103 +280,6 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def _is_hashed(relative: Path) -> bool:
-    """Not the manifest, nor one half-written; nor engines and tunings, which are rebuilt freely and carry fingerprints."""
-    return relative.parts[0] not in ("engines", "tuning", MANIFEST, f".{MANIFEST}.partial")
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(dataclasses.asdict(value), indent=2) + "\n"
-
-
-def from_json(kind: type[T], text: str) -> T:
-    """The inverse of `to_json`. Raises BundleError on missing or unknown keys."""
-    return typing.cast(T, _decode(kind, json.loads(text), kind.__name__))
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Rebuild dataclasses, tuples, dicts and unions of scalars from plain JSON."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        optional = {
-            n for n, f in fields.items() if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        }
-        wrong = (set(value) - set(fields)) | (set(fields) - optional - set(value))
-        if wrong:
-            raise BundleError(f"{where}: unknown or missing keys {sorted(wrong)}. Fix: export again with this version.")
-        return kind(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        return tuple(_decode(args[0], item, where) for item in value)
-    if origin is dict:
-        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, dict) and args:
-        return _decode(args[0], value, where)  # an optional dataclass
-    scalars = args if origin in (typing.Union, types.UnionType) else (kind,)
-    if not isinstance(value, scalars):
-        raise BundleError(f"{where}: expected {kind}, found {value!r}. Fix: export or copy the bundle again.")
-    return value
-
-
-def check_files(folder: Path, hashes: Mapping[str, str], listing: str, fix: str) -> None:
-    """Compare files with the sha256 that `listing` gives them. Raises BundleError for one that is missing or was edited."""
-    for name, expected in hashes.items():
-        file = folder / name
-        if not file.is_file():
-            raise BundleError(f"{file} is missing: {listing} lists it. Fix: {fix}.")
-        found = sha256_of(file)
-        if found != expected:
-            raise BundleError(
-                f"{file} was changed after it was written: {listing} says sha256 {expected[:16]}…, "
-                f"the file has {found[:16]}…. Fix: {fix}."
-            )
-
-
-def hash_files(folder: Path, chosen: Callable[[Path], bool] = lambda relative: True) -> dict[str, str]:
-    """sha256 of the files below `folder`, by path relative to it; of those that are `chosen`."""
-    files = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    return {relative.as_posix(): sha256_of(file) for relative, file in files.items() if chosen(relative)}
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_by_block(stream)
-        )
-
-
-def _sha256_by_block(stream: typing.BinaryIO) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def atomic_write(file: Path, text: str) -> None:
-    """Write beside the file, then rename over it."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)
-
-
-@contextmanager
-def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well, and is removed otherwise.
-
-    Raises OutputError when `target` exists (unless `force`) or its parent cannot be written.
-    """
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists and is not overwritten. Fix: another folder, or --force.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror}. Fix: choose a folder you can write to.") from error
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if target.exists():
-            shutil.rmtree(target)
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing left after a rename; also runs on Ctrl-C
+    """Not the manifest, complete or partial; nor engines and tunings, which are rebuilt freely and carry fingerprints."""
+    first = relative.parts[0]
+    return first not in ("engines", "tuning", MANIFEST) and not first.startswith(f".{MANIFEST}.partial")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .budget import Budget, Standing, VerifyCost
-from .bundle import Bundle, from_json
+from .bundle import Bundle
+from .documents import from_json
 from .engines.info import EngineInfo
 from .errors import BundleError, EngineError
 

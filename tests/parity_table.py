@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from architectures import ARCHITECTURES, ENCODER_DECODERS, save_checkpoint, tiny_model
 
-from headstart.calibration.verify import all_logits, compare_greedy, read_golden
+from headstart.exporter.comparison import all_logits, compare_greedy
 from headstart.exporter.export import export
-from headstart.exporter.golden import decoder_start, reference_greedy, reference_logits
+from headstart.exporter.golden import decoder_start, read_golden, reference_greedy, reference_logits
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 
 

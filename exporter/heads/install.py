@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headstart.runtime.bundle import MANIFEST, Bundle, HeadInfo, Manifest, atomic_write, write_manifest
+from headstart.runtime.bundle import MANIFEST, Bundle, HeadInfo, Manifest, write_manifest
 from headstart.runtime.errors import OptionError, OutputError, missing_extra
+from headstart.runtime.output import atomic_write
 
 RESERVED = ("auto", "none", "ngram", "draft_model")  # what --drafter calls other things
 
@@ -41,7 +42,7 @@ def import_head(
     others = dataclasses.replace(opened.manifest, heads=tuple(h for h in opened.manifest.heads if h != name))
     with _workplace(opened.path) as workplace:
         manifest = add_head(workplace, others, Path(folder), name, top_k, lossy)
-        _put_in_place(workplace, opened.path, name, manifest)
+        _replace_value(workplace, opened.path, name, manifest)
     return Bundle(opened.path, manifest).head(name)
 
 
@@ -69,7 +70,7 @@ def _workplace(bundle: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _put_in_place(workplace: Path, bundle: Path, name: str, manifest: Manifest) -> None:
+def _replace_value(workplace: Path, bundle: Path, name: str, manifest: Manifest) -> None:
     """Swap `heads/<name>` and rewrite the manifest; put both back when anything, Ctrl-C included, comes between."""
     new, target, old = workplace / "heads" / name, bundle / "heads" / name, workplace / "old"
     before = (bundle / MANIFEST).read_text("utf-8")

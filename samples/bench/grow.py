@@ -34,8 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from headstart.runtime.bundle import new_folder
 from headstart.runtime.errors import CheckpointError, HeadError, HeadstartError, OptionError
+from headstart.runtime.output import new_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",

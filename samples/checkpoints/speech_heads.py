@@ -18,7 +18,7 @@ from windows import Windows
 from headstart.calibration.distill import DistillOptions
 from headstart.calibration.outputs import distill_outputs
 from headstart.calibration.train import TrainOptions, train_on
-from headstart.runtime.bundle import new_folder
+from headstart.runtime.output import new_folder
 
 FIRST = 10**7  # windows from here on are new to the base
 BATCH = 32

@@ -8,8 +8,9 @@ import onnx_ir as ir
 import pytest
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
-from headstart.calibration.verify import all_logits, verify
+from headstart.calibration.verify import verify
 from headstart.exporter.build import build
+from headstart.exporter.comparison import all_logits
 from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.surgery import constant_of, producer
 from headstart.runtime.bundle import Bundle

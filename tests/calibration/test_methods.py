@@ -25,7 +25,7 @@ from headstart.calibration.observers import Statistics, observe
 from headstart.calibration.passages import WINDOW, calibration_windows, of_windows
 from headstart.calibration.quantize import DECODER, QuantizeOptions, quantize
 from headstart.calibration.rounding import WeightScheme, round_to_nearest
-from headstart.calibration.verify import all_logits
+from headstart.exporter.comparison import all_logits
 from headstart.exporter.graph import save_graph
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, is_lm_head, linears

@@ -9,8 +9,9 @@ import pytest
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.rounding import WeightScheme, round_to_nearest
-from headstart.calibration.verify import all_logits, verify
+from headstart.calibration.verify import verify
 from headstart.exporter.build import build
+from headstart.exporter.comparison import all_logits
 from headstart.exporter.export import export
 from headstart.exporter.passes.linear import linears
 from headstart.runtime.bundle import Bundle

@@ -13,7 +13,7 @@ from speech import RATE, recording
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.report import QuantizationReport, compare, draw
-from headstart.calibration.verify import all_logits
+from headstart.exporter.comparison import all_logits
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import MissingExtraError, OptionError

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, EncoderDecoderCache
 from trees import random_tree
 
-from headstart.calibration.verify import all_logits, verify
+from headstart.calibration.verify import verify
+from headstart.exporter.comparison import all_logits
 from headstart.exporter.export import export
 from headstart.exporter.golden import decoder_start, reference_greedy
 from headstart.exporter.seq2seq import cache_infos, encoder_input, feature_shape

@@ -7,8 +7,9 @@ import pytest
 from architectures import ARCHITECTURES, tiny_model
 from trees import random_tree
 
-from headstart.calibration.verify import all_logits, check_golden, read_golden
-from headstart.exporter.golden import reference_greedy, reference_logits
+from headstart.calibration.verify import check_golden
+from headstart.exporter.comparison import all_logits
+from headstart.exporter.golden import read_golden, reference_greedy, reference_logits
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.contract import LOGITS
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine

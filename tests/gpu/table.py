@@ -14,9 +14,10 @@ from pathlib import Path
 from headstart.calibration.bench import bench
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.tune import tune
-from headstart.calibration.verify import check_golden, read_golden
+from headstart.calibration.verify import check_golden
 from headstart.exporter.build import build
 from headstart.exporter.export import export
+from headstart.exporter.golden import read_golden
 from headstart.exporter.tensorrt.library import ELSEWHERE
 from headstart.runtime.engines.trt_cuda import Cuda
 from headstart.runtime.errors import HeadstartError

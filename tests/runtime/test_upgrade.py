@@ -22,9 +22,7 @@ def document() -> dict[str, Any]:
 
 def test_schema_1_is_refused_with_both_ways_out(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(SCHEMA_1.read_text("utf-8"), "utf-8")
-    with pytest.raises(
-        BundleError, match=r"schema version 1, .* this one reads 2\. Fix: headstart upgrade .*, or export"
-    ):
+    with pytest.raises(BundleError, match=r"schema version 1, .* this one reads 2\. Fix: headstart upgrade .*, or export"):
         read_manifest(tmp_path)
 
 
