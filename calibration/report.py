@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from headstart.exporter.comparison import all_logits
 from headstart.runtime.bundle import GOLDEN, Bundle
-from headstart.runtime.engine import Engine
 from headstart.runtime.engines.info import engine_folder
 from headstart.runtime.errors import OptionError
 from headstart.runtime.model import Prompt
+from headstart.runtime.graph import Engine
 from headstart.runtime.loading import load
 from headstart.runtime.model import Model
 

@@ -93,9 +93,9 @@ def predicted_cost(bundle: Bundle, device: Device, slots: int, fitted: Coefficie
     """t(n) of a TensorRT engine of the bundle. An engine attends over its whole cache, so history changes nothing."""
     import onnx_ir as ir
 
-    model = bundle.manifest.model
-    weights = matrix_millions(ir.load(bundle.path / bundle.manifest.graphs["decoder"].file), model.dtype)
-    per_slot = 2 * sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in bundle.manifest.caches)
+    model, decoder = bundle.manifest.model, bundle.manifest.graphs["decoder"]
+    weights = matrix_millions(ir.load(bundle.path / decoder.file), model.dtype)
+    per_slot = 2 * sum(pair.kv_heads * (pair.key_size + pair.value_size) for pair in decoder.slots)
     line = tuple(pass_ms(Work(weights, rows, model.layers, CACHE_PASSES * slots * per_slot), device, fitted) for rows in ROWS)
     return VerifyCost((BatchCost(1, ROWS, (0, slots), (line, line)),))
 

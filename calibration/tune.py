@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime import contract
 from headstart.runtime.budget import Budget, DrafterStats
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.documents import to_json
@@ -28,6 +27,7 @@ from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.loading import load, with_rates
 from headstart.runtime.model import Model, Prompt
 from headstart.runtime.output import atomic_write
+from headstart.runtime.prefill import run_decoder
 from headstart.runtime.scheduler import Scheduler, decode_alone
 from headstart.runtime.sequence import Request, Sequence
 from headstart.runtime.states import State
@@ -152,16 +152,12 @@ def _state_for(engine: Engine, batch: int, history: int, source: NDArray[Any] | 
 def _time_pass(engine: Engine, state: State, rows: int) -> float:
     """Seconds of one pass over chains: the median of a few after a warm-up."""
     shape = state.batch, rows
-    inputs = {
-        contract.INPUT_IDS: np.broadcast_to(np.arange(rows) % engine.model.vocab_size, shape),
-        contract.POSITION_IDS: state.lengths[:, None] + np.arange(rows),
-        contract.OUTPUT_ROWS: np.broadcast_to(np.arange(rows), shape),
-    }
-    mask, decoder = np.broadcast_to(np.tri(rows, dtype=np.bool_), (*shape, rows)), engine.graph("decoder")
+    ids, chosen = np.broadcast_to(np.arange(rows) % engine.model.vocab_size, shape), np.broadcast_to(np.arange(rows), shape)
+    positions, mask = state.lengths[:, None] + np.arange(rows), np.broadcast_to(np.tri(rows, dtype=np.bool_), (*shape, rows))
     times = []
     for _ in range(COST_WARM_UP + COST_REPEATS):
         started = time.perf_counter()
-        decoder.run(inputs, state, mask).wait()
+        run_decoder(engine, state, ids, positions, mask, chosen).wait()
         times.append(time.perf_counter() - started)
     return statistics.median(times[COST_WARM_UP:])
 

@@ -69,7 +69,7 @@ def table(title: str, *columns: str) -> Table:
 def show_bundle(bundle: Bundle) -> None:
     manifest, model = bundle.manifest, bundle.manifest.model
     size = sum((bundle.path / name).stat().st_size for name in manifest.files)
-    cache = sum(c.kv_heads * (c.key_size + c.value_size) for c in manifest.caches)
+    cache = sum(c.kv_heads * (c.key_size + c.value_size) for c in manifest.graphs["decoder"].slots)
     grid = table(f"{bundle.path}", "what", "value")
     bytes_each = 2 if model.dtype in ("float16", "bfloat16") else 4
     rows = {
@@ -114,7 +114,8 @@ def _exceptions(info: EngineInfo) -> Iterator[str]:
 def _source(manifest: Manifest) -> str:
     shape = manifest.graphs["encoder"].inputs[0].shape
     longest = f"at most {manifest.model.max_source}" if manifest.model.max_source else "of any length"
-    return f"{manifest.model.source} {list(shape[1:])}, {longest}; cross-attention of {len(manifest.cross_caches)} layers"
+    layers = len(manifest.graphs["decoder"].reads)
+    return f"{manifest.model.source} {list(shape[1:])}, {longest}; cross-attention of {layers} layers"
 
 
 def show_engine(bundle: Path, info: EngineInfo) -> None:

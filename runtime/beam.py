@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from . import contract
 from .errors import OptionError
-from .graph import Engine, Graph
-from .prefill import check_prompt, prefill
+from .graph import Engine
+from .prefill import check_prompt, last_logits, prefill, run_decoder
 from .rules import TokenRules
 from .sampling import LogitRules, LogitState, SamplingOptions
 from .states import State
@@ -126,25 +126,26 @@ def beam_search(
 
     Raises PromptError when the prompt is empty or too long for the cache, or for a source that the encoder cannot take.
     """
-    check_prompt(prompt, engine.model.max_cache, engine.model.vocab_size)
-    count, decoder = options.num_beams, engine.graph("decoder")
+    check_prompt(prompt, engine.model)
+    count = options.num_beams
     longest = min(engine.model.max_cache, len(prompt) + options.max_new_tokens)
     ids = _ids(engine, source)
     rules = LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens, ids))
     sources = None if source is None else engine.encode([source]).repeated(count)
-    state = decoder.new_state(count, longest, sources)
-    logits = np.repeat(prefill(decoder, state.row(0), prompt).scores(0)[0][None], count, axis=0)
+    state = engine.graph("decoder").new_state(count, longest, sources)
+    logits = np.repeat(last_logits(prefill(engine, state.row(0), prompt))[None], count, axis=0)
     state.gather([0] * count)
     beams, texts = Beams(options, longest - len(prompt)), [rules.start(prompt) for _ in range(count)]
     while True:
-        moves = beams.advance(np.stack([_log_probs(row, text, options.renormalize) for row, text in zip(logits, texts, strict=True)]))
+        rows = [_log_probs(row, text, options.renormalize) for row, text in zip(logits, texts, strict=True)]
+        moves = beams.advance(np.stack(rows))
         if beams.done:
             return beams.finished
         state.gather(moves)
         texts = [texts[move].fork() for move in moves]
         for text, output in zip(texts, beams.outputs, strict=True):
             text.advance(output[-1])
-        logits = _step(decoder, state, [output[-1] for output in beams.outputs])
+        logits = _step(engine, state, [output[-1] for output in beams.outputs])
 
 
 def _ids(engine: Engine, source: NDArray[Any] | None) -> list[int]:
@@ -153,16 +154,11 @@ def _ids(engine: Engine, source: NDArray[Any] | None) -> list[int]:
     return token_ids
 
 
-def _step(decoder: Graph, state: State, token_ids: Sequence[int]) -> NDArray[np.float32]:
+def _step(engine: Engine, state: State, token_ids: Sequence[int]) -> NDArray[np.float32]:
     """[beams, V] logits after one more token in each row, which is committed."""
     one = np.ones((len(token_ids), 1, 1), np.bool_)
     positions = state.lengths[:, None].copy()
-    inputs = {
-        contract.INPUT_IDS: np.array(token_ids, np.int64)[:, None],
-        contract.POSITION_IDS: positions,
-        contract.OUTPUT_ROWS: np.zeros_like(positions),
-    }
-    outputs = decoder.run(inputs, state, one)
+    outputs = run_decoder(engine, state, np.array(token_ids, np.int64)[:, None], positions, one, np.zeros_like(positions))
     for row in range(len(token_ids)):
         state.commit(row, [0])
     return np.asarray(outputs[contract.LOGITS][:, 0])

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from . import contract
 from .acceptance import Accepted, accept, prune
 from .budget import Draft, share
 from .drafters.base import Drafter, DraftRequest, Target
 from .errors import HeadstartError
 from .graph import Engine, Outputs, Scores
-from .prefill import CHUNK, check_prompt, prompt_chunk
+from .prefill import CHUNK, check_prompt, prompt_chunk, run_decoder
 from .sequence import FinishReason, Request, Sequence, TokenLogProbs
 from .slots import SlotTable, slots_of
 from .tree import DraftTree, empty_tree
@@ -63,9 +62,8 @@ class Scheduler:
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id. Raises PromptError for a prompt that is empty or does not fit the cache."""
-        limit = self._engine.model.max_cache
-        check_prompt(request.prompt_ids, limit, self._engine.model.vocab_size)
-        sequence = Sequence(next(self._ids), request, limit)
+        check_prompt(request.prompt_ids, self._engine.model)
+        sequence = Sequence(next(self._ids), request, self._engine.model.max_cache)
         self._sequences[sequence.id] = sequence
         self._waiting.append(sequence)
         return sequence.id
@@ -181,7 +179,7 @@ class Scheduler:
         started = time.perf_counter()
         state = self._table.state.row(self._table.row_of(sequence))
         chunk = sequence.token_ids[sequence.prefilled : sequence.prefilled + CHUNK]
-        outputs = prompt_chunk(self._engine.graph("decoder"), state, chunk)
+        outputs = prompt_chunk(self._engine, state, chunk)
         self._observe(sequence, outputs, 0, range(len(chunk)), chunk)
         sequence.prefilled += len(chunk)
         if sequence.prefilled == sequence.prompt_tokens:
@@ -256,12 +254,9 @@ class Scheduler:
             depths[i, :used] = tree.depths()
             mask[i, :used, :used] = tree.ancestor_mask()
         lengths = self._table.state.lengths[: len(running), None]
-        inputs = {
-            contract.INPUT_IDS: token_ids,
-            contract.POSITION_IDS: np.minimum(lengths + depths, self._engine.model.max_cache - 1),
-            contract.OUTPUT_ROWS: np.broadcast_to(np.arange(rows), (len(trees), rows)),
-        }
-        outputs = self._table.run(len(running), inputs, mask)
+        positions = np.minimum(lengths + depths, self._engine.model.max_cache - 1)
+        chosen = np.broadcast_to(np.arange(rows), (len(trees), rows))
+        outputs = run_decoder(self._engine, self._table.state.first(len(running)), token_ids, positions, mask, chosen)
         outputs.wait()
         return outputs
 

@@ -4,16 +4,10 @@ Sequences join and leave between passes. A pass over the first n rows reads noth
 nothing; the last row moves into the gap that one leaves.
 """
 
-from collections.abc import Mapping
-
-import numpy as np
-from numpy.typing import NDArray
-
-from .graph import MAX_ROWS, Engine, Outputs
+from .graph import MAX_ROWS, SLOT_STEP, Engine
 from .sequence import Sequence
 from .states import CrossState, State
 
-SLOT_STEP = 64  # capacities are multiples of this, so that similar requests get equal shapes
 
 
 def slots_of(sequence: Sequence) -> int:
@@ -84,7 +78,3 @@ class SlotTable:
 
     def row_of(self, sequence: Sequence) -> int:
         return next(row for row, other in enumerate(self.sequences) if other is sequence)
-
-    def run(self, count: int, inputs: Mapping[str, NDArray[np.int64]], row_mask: NDArray[np.bool_]) -> Outputs:
-        """One pass of the target over the first `count` sequences; see Graph.run."""
-        return self._graph.run(inputs, self.state.first(count), row_mask)

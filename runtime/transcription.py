@@ -18,7 +18,8 @@ from .bundle import AudioInfo, GenerationRules
 from .errors import OptionError, PromptError
 from .generation import Generator, Input
 from .options import DecodeOptions, GenerateOptions
-from .prefill import prefill
+from .graph import SLOT_STEP
+from .prefill import last_logits, open_state, prefill
 from .results import Result
 from .segments import STEP_S, Segment, Span, split_window
 
@@ -183,9 +184,7 @@ class Transcriber:
         if self.language or not known:
             return
         with self._generator.exclusive() as engine:
-            decoder = engine.graph("decoder")
-            state = decoder.new_state(1, 64, engine.encode([features]))
-            logits = prefill(decoder, state, [self._start]).scores(0)[0]
+            logits = last_logits(prefill(engine, open_state(engine, SLOT_STEP, features), [self._start]))
             self.language = max(known, key=lambda token: float(logits[known[token]]))
 
     def seek(self, samples: Samples) -> Iterator[tuple[list[Segment], Result]]:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from headstart.exporter.graph import tensor_infos
+from headstart.exporter.graph import described_graph, tensor_infos
 from headstart.exporter.graph_builder import GraphBuilder
 from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, WeightInfo
 from headstart.runtime.documents import to_json
@@ -250,7 +250,7 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
         _output(values, "topk_log_probs", ir.DataType.FLOAT, heads, top_k),
     ]
     save_head(graph.model([source], outputs, "head"), file)
-    return GraphInfo(name, tensor_infos([source]), tensor_infos(outputs))
+    return described_graph(name, tensor_infos([source]), tensor_infos(outputs))
 
 
 def _first_block(graph: GraphBuilder, weights: MedusaWeights, source: Any) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from headstart.runtime.acceptance import NumpyRng
 from headstart.runtime.graph import MAX_ROWS, Engine
-from headstart.runtime.prefill import prefill
+from headstart.runtime.prefill import last_logits, prefill
 from headstart.runtime.states import CrossState, State
 from headstart.runtime.tree import DraftTree, chain, empty_tree
 
@@ -140,6 +140,6 @@ class DraftModelDrafter:
 
     def _feed(self, follower: _Follower, tokens: Sequence[int]) -> NDArray[np.float32]:
         assert follower.state is not None
-        outputs = prefill(self._engine.graph("decoder"), follower.state, tokens)
+        outputs = prefill(self._engine, follower.state, tokens)
         follower.fed.extend(tokens)
-        return np.array(outputs.scores(0)[0])
+        return last_logits(outputs)

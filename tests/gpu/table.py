@@ -19,7 +19,7 @@ from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.exporter.golden import read_golden
 from headstart.exporter.tensorrt.library import ELSEWHERE
-from headstart.runtime.engines.cuda import Cuda
+from headstart.runtime.engines.trt_cuda import Cuda
 from headstart.runtime.errors import HeadstartError
 from headstart.runtime.model import Prompt
 from headstart.runtime.loading import load
