@@ -12,13 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from headstart.runtime.verify_cost import VerifyCost
 from headstart.runtime.errors import OptionError
 from headstart.runtime.generation import Generation
-from headstart.runtime.model import Prompt
 from headstart.runtime.memory import peak_memory_mb
-from headstart.runtime.model import Model
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.tuning import processor
+from headstart.runtime.verify_cost import VerifyCost
 
 from .picture import load_pyplot
 from .tune import verify_cost

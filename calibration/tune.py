@@ -1,7 +1,7 @@
 """Tuning: measure the engine and the drafters on this machine, and keep what pays.
 
 1. t(B, n): the time of a verify pass over 1 … 64 rows, after a short and a long history, for one sequence and for batches.
-2. Acceptance: each drafter proposes generous trees on the user's prompts; of the nodes whose parent was accepted, how many were?
+2. Acceptance: each drafter proposes generous trees on the user's prompts; how many nodes are accepted, given their parents?
 3. Proof: each drafter decodes the prompts with its budget, interleaved with plain decoding. The fastest is chosen; where
    none beats plain decoding the choice is "none", with the figures that say so.
 """
@@ -88,7 +88,7 @@ def tune(
     made = Tuning(
         schema_version=TUNING_SCHEMA,
         device=device,
-        fingerprint=fingerprint(opened, engine.built, engine.threads),
+        fingerprint=fingerprint(opened, engine.built[0] if engine.built else None, engine.threads),
         verify=cost,
         drafters=drafters,
         chosen="none",
@@ -117,7 +117,7 @@ def new_tuning(bundle: str | Path, device: str, prompts: Items[Prompt], force: b
 
 
 def verify_cost(engine: Engine, progress: Progress, source: NDArray[Any] | None = None) -> VerifyCost:
-    """t(B, n), medians over interleaved rounds so that a noisy moment affects all sizes alike. `source`: what an encoder reads."""
+    """t(B, n), medians over interleaved rounds so that noise affects all sizes alike. `source`: what an encoder reads."""
     batches = [1, *(batch for batch in BATCHES if batch <= Scheduler(engine).max_batch)]
     return VerifyCost(tuple(_batch_cost(engine, batch, progress, source) for batch in batches))
 
@@ -170,8 +170,9 @@ class Recorder:
     """
 
     def __init__(self, inner: Drafter) -> None:
-        self.name, self.default_nodes, self.reads, self.class_count = inner.name, inner.default_nodes, inner.reads, inner.class_count
-        self.prior_rates, self.use_rates, self.price = inner.prior_rates, inner.use_rates, inner.price
+        self.name, self.default_nodes, self.class_count = inner.name, inner.default_nodes, inner.class_count
+        self.reads, self.price = inner.reads, inner.price
+        self.prior_rates, self.use_rates = inner.prior_rates, inner.use_rates
         self._inner = inner
         self.seen = np.zeros(inner.class_count)
         self.accepted = np.zeros(inner.class_count)

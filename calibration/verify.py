@@ -23,10 +23,9 @@ from headstart.exporter.comparison import all_logits, compare_greedy, top_two_ma
 from headstart.exporter.golden import Texts, read_golden
 from headstart.runtime.contract import LOGITS
 from headstart.runtime.errors import OptionError, missing_extra
-from headstart.runtime.model import Prompt
 from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.loading import load
-from headstart.runtime.model import ARRAYS, Model
+from headstart.runtime.model import ARRAYS, Model, Prompt
 from headstart.runtime.prefill import last_logits, open_state, prefill, run_decoder
 from headstart.runtime.tree import ROOT, DraftTree, chain
 

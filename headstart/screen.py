@@ -20,8 +20,8 @@ from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo, bu
 from headstart.runtime.errors import HeadstartError
 from headstart.runtime.model import Model
 from headstart.runtime.options import DecodeOptions
-from headstart.runtime.results import Result
 from headstart.runtime.output import atomic_write
+from headstart.runtime.results import Result
 from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -232,9 +232,7 @@ def show_accuracy(report: dict[str, Any]) -> None:
     out.print(grid)
 
 
-def print_generation(
-    model: Model, prompt: str, decoder_prompt: str, options: DecodeOptions, stream: bool, stats: bool
-) -> None:
+def print_generation(model: Model, prompt: str, decoder_prompt: str, options: DecodeOptions, stream: bool, stats: bool) -> None:
     """The completion on standard output, the figures on standard error."""
     generation = model.start([prompt], decoder_prompt=decoder_prompt, **options)
     for pieces in generation.pieces():

@@ -2,10 +2,10 @@
 
 A verify pass over n rows for each of B sequences costs t(B, n); the tokens it brings are 1 + Σ path probability for each of
 them. Nodes are taken in falling probability, so the best part of a tree is a prefix of that order (OPT-Tree, arXiv 2406.17276;
-Sequoia, arXiv 2402.12374). Probabilities were measured on other texts, and greedily, so promised tokens are compared with accepted
-ones and scaled. Where the accepted tokens do not pay for the drafting, the drafter rests; while it rests, an inexpensive one is
-followed in the *shadow*: it proposes, nothing is verified, and the target's own tokens tell what would have been accepted.
-An untuned drafter starts in the shadow, so that it costs nothing until it has shown that it pays.
+Sequoia, arXiv 2402.12374). Probabilities were measured on other texts, and greedily, so promised tokens are compared with
+accepted ones and scaled. Where the accepted tokens do not pay for the drafting, the drafter rests; while it rests, an
+inexpensive one is followed in the *shadow*: it proposes, nothing is verified, and the target's own tokens tell what would
+have been accepted. An untuned drafter starts in the shadow, so that it costs nothing until it has shown that it pays.
 """
 
 from collections.abc import Callable, Sequence
@@ -170,7 +170,8 @@ class Budget:
     def observe(self, tokens: int, milliseconds: float, plain_milliseconds: float, drafted: bool) -> None:
         """One round brought `tokens`.
 
-        `milliseconds`: of the verify pass, this sequence's share; `plain_milliseconds`: of a plain one. `drafted`: a draft was asked for.
+        `milliseconds`: of a verify pass of the tree's size; `plain_milliseconds`: of a plain one. `drafted`: a draft was
+        asked for.
         """
         if not drafted:
             self.stats.rested()
@@ -214,7 +215,7 @@ def share(drafts: Sequence[Draft], curve: Curve) -> list[DraftTree]:
 
 
 def _best_size(limited: Sequence[Draft], least: int, sequences: int, curve: Curve) -> int:
-    """Nodes a sequence with the highest (tokens / time); the nodes that fixed trees take anyway unless more is clearly better."""
+    """Nodes per sequence with the most tokens per millisecond; those that fixed trees take unless more are clearly better."""
     most = max(least, min(MAX_ROWS - 1, max(len(draft.tree) for draft in limited)))
     tokens = np.full(most + 1, float(sequences))
     for draft in limited:

@@ -46,7 +46,8 @@ def load(
     bundle = Bundle.load(path, check_hashes=False)  # the engine checks what it reads
     engine = open_engine(bundle, device, threads)
     _warn_if_slow(engine)
-    tuning = read_tuning(bundle, device, engine.built, engine.threads) if tuned else None
+    built = engine.built[0] if engine.built else None
+    tuning = read_tuning(bundle, device, built, engine.threads) if tuned else None
     draft_engine = None if draft_model is None else _draft_engine(draft_model, bundle)
     drafters = _drafters(engine, draft_engine, tuning)
     return Model(bundle, engine, Tokenizer.load(bundle.path / "tokenizer"), drafters, tuning)
@@ -57,7 +58,7 @@ def _warn_if_slow(engine: Engine) -> None:
     bundle = engine.bundle
     if bundle.manifest.quantization and engine.built is None:
         text = (
-            f"{bundle.path} is quantized and not built for {engine.device}: decoding is about ten times slower than it could be. "
+            f"{bundle.path} is quantized and not built for {engine.device}: decoding is up to ten times slower than built. "
             f"Fix: headstart build {bundle.path} --device {engine.device}."
         )
         warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -290,9 +290,7 @@ class Scheduler:
         self._report(sequence, appended, _log_probs(request.logprobs, appended, rows, scores))
         return path
 
-    def _observe(
-        self, sequence: Sequence, outputs: Outputs, row: int, rows: Iterable[int], tokens: list[int]
-    ) -> None:
+    def _observe(self, sequence: Sequence, outputs: Outputs, row: int, rows: Iterable[int], tokens: list[int]) -> None:
         """Hand the drafter the features that it reads of newly committed rows."""
         drafter = sequence.request.drafter
         if drafter is not None and drafter.reads:

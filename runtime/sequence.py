@@ -23,7 +23,7 @@ class StopCondition(Protocol):
     """Ends a sequence before its limits do: stop strings, for which the scheduler knows too little of text."""
 
     def push(self, token_ids: Tokens[int]) -> int | None:
-        """Take the next tokens. Returns how many of all tokens pushed so far to keep, once the sequence is to end; else None."""
+        """Take the next tokens. Once the sequence is to end, returns how many of all tokens pushed to keep; else None."""
         ...
 
 
@@ -132,9 +132,7 @@ class Sequence:
 
     def _logit_state(self) -> LogitState:
         request = self.request
-        rules = request.rules.for_text(
-            len(request.prompt_ids), self.max_tokens, request.end_tokens, request.source_ids
-        )
+        rules = request.rules.for_text(len(request.prompt_ids), self.max_tokens, request.end_tokens, request.source_ids)
         return LogitRules(request.sampling, rules).start(request.prompt_ids)
 
     @property

@@ -9,7 +9,6 @@ from .sequence import Sequence
 from .states import CrossState, State
 
 
-
 def slots_of(sequence: Sequence) -> int:
     """Slots for the longest text this sequence can become, and a verify pass after it."""
     return -(-(sequence.max_tokens + MAX_ROWS) // SLOT_STEP) * SLOT_STEP

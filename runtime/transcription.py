@@ -17,8 +17,8 @@ from .audio import Audio, Samples, load_audio
 from .bundle import AudioInfo, GenerationRules
 from .errors import OptionError, PromptError
 from .generation import Generator, Input
-from .options import DecodeOptions, GenerateOptions
 from .graph import SLOT_STEP
+from .options import DecodeOptions, GenerateOptions
 from .prefill import last_logits, open_state, prefill
 from .results import Result
 from .segments import STEP_S, Segment, Span, split_window
@@ -161,11 +161,9 @@ class Transcriber:
     def decode(self, samples: Samples, timestamps: bool, hypothesis: Sequence[int] = ()) -> Result:
         """Decode one window: at most `window` samples."""
         given = self._input(samples, timestamps)
-        options: GenerateOptions = {**self._options, "timestamps": timestamps}
+        options: GenerateOptions = {**self._options, "timestamps": timestamps, "hypotheses": [hypothesis] if hypothesis else ()}
         if options.get("max_new_tokens") is None:
             options["max_new_tokens"] = self._generator.engine.model.max_cache - len(given.prompt_ids)
-        if hypothesis:
-            options["hypotheses"] = [hypothesis]
         generation = self._generator.start([given], options)
         for _ in generation.pieces():
             pass
@@ -237,9 +235,7 @@ def transcribe(transcriber: Transcriber, recording: Recording) -> Transcript:
     return _transcript(transcriber, audio, segments, results)
 
 
-def _transcript(
-    transcriber: Transcriber, audio: Audio, segments: Sequence[Segment], results: tuple[Result, ...]
-) -> Transcript:
+def _transcript(transcriber: Transcriber, audio: Audio, segments: Sequence[Segment], results: tuple[Result, ...]) -> Transcript:
     text = " ".join(segment.text for segment in segments)
     language = transcriber.language.strip("<|>")
     return Transcript(text, tuple(segments), language, audio.duration_s, audio.notes, results)

@@ -63,7 +63,7 @@ class VerifyCost:
         return self.batches[0]
 
     def curve(self, batch: int, history: int) -> Curve:
-        """Linear between the measured batches; beyond the largest the last two continue, for more sequences always cost more."""
+        """Linear between the measured batches; beyond the largest the last two continue: more sequences always cost more."""
         sizes = [cost.batch for cost in self.batches]
         if len(sizes) == 1:
             return self.single.curve(history) * batch / sizes[0]

@@ -58,7 +58,7 @@ class Alignment:
                 self.astray += 1
 
     def _resynchronise(self, token: int) -> tuple[int, int]:
-        """(position after the longest match of the output's end, of equals the one nearest to the expected position; its length)."""
+        """(position after the longest match of the output's end, of equals the one nearest to the expected; its length)."""
         return next(iter(self._matches(token, self.anchor + self.astray + 1)), (len(self._text), 0))
 
     def _matches(self, token: int, expected: int) -> list[tuple[int, int]]:

@@ -101,9 +101,7 @@ class DraftModelDrafter:
         drawn = None if request.logits.options.greedy else np.stack(distributions)
         return DraftTree(tree.token_ids, tree.parents, tree.log_probs, drawn, np.arange(len(drafted), dtype=np.int64))
 
-    def _chain(
-        self, request: DraftRequest, follower: _Follower, steps: int
-    ) -> tuple[list[int], list[NDArray[np.float64]]]:
+    def _chain(self, request: DraftRequest, follower: _Follower, steps: int) -> tuple[list[int], list[NDArray[np.float64]]]:
         """`steps` tokens, each from the draft model's own distribution under the request's rules, and those distributions."""
         rules, greedy = request.logits.fork(), request.logits.options.greedy
         logits = self._catch_up(follower, request.sequence.token_ids)

@@ -26,8 +26,8 @@ from headstart.runtime.drafters.ngram import NGramDrafter
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_session import open_session
 from headstart.runtime.errors import CheckpointError, PromptError
-from headstart.runtime.loop import DecodingLoop, LoopOptions
 from headstart.runtime.loading import load
+from headstart.runtime.loop import DecodingLoop, LoopOptions
 from headstart.runtime.prefill import open_state, prefill, run_decoder
 from headstart.runtime.tree import ROOT
 

@@ -136,7 +136,9 @@ def test_a_shadow_counts_what_would_have_been_accepted() -> None:
     #        10 ── 12 ── 13
     # root ─┤
     #        11
-    tree = DraftTree(np.array([10, 11, 12, 13]), np.array([ROOT, ROOT, 0, 2]), np.log([0.5, 0.25, 0.25, 0.125]).astype(np.float32))
+    tree = DraftTree(
+        np.array([10, 11, 12, 13]), np.array([ROOT, ROOT, 0, 2]), np.log([0.5, 0.25, 0.25, 0.125]).astype(np.float32)
+    )
     shadow = Shadow(tree, known=3)
     text = [1, 2, 3]
     assert not shadow.follow(text)

@@ -18,7 +18,8 @@ from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.rules import TokenRules
 from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.scheduler import Event, Scheduler
-from headstart.runtime.sequence import Request, Sequence as Text
+from headstart.runtime.sequence import Request
+from headstart.runtime.sequence import Sequence as Text
 from headstart.runtime.tree import ROOT, DraftTree
 
 BundleOf = Callable[[str], Bundle]
@@ -301,7 +302,9 @@ def test_requests_join_and_leave_between_rounds(engine: OnnxRuntimeEngine, draft
     assert tokens_of(texts) == alone
 
 
-def test_long_prompts_are_read_in_chunks_while_others_decode(engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_read_in_chunks_while_others_decode(
+    engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("headstart.runtime.scheduler.CHUNK", 16)
     long = np.random.default_rng(5).integers(3, 300, 100).tolist()
     wanted = [decode(engine, [p], max_new_tokens=30)[0].token_ids for p in (PROMPTS[0], long)]
