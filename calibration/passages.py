@@ -142,10 +142,10 @@ def read_answered(model: Model, data: Path, tokens: int) -> Answers:
 def _passage(model: Model, given: str | Path, target: str | None) -> Passage | None:
     """None for what is too long."""
     read = _input(model, given)
-    if read is None:
+    if read is None or read.source is None:
         return None
     source, start = read.source, list(read.prompt_ids)
-    prompt = given if isinstance(given, str) else source
+    prompt: Prompt = given if isinstance(given, str) else source
     if target is None:
         answer = model.generate(prompt, decoder_prompt=start, max_new_tokens=WINDOW).token_ids
     else:

@@ -174,10 +174,12 @@ def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
 
 def show_tuning(bundle: Path, tuning: Tuning) -> None:
     simulated = f", predicted for {tuning.device}" if tuning.simulated else ""
-    grid = table(f"{bundle}: verify pass in ms{simulated}", "history", *map(str, tuning.verify.rows))
-    for history, line in zip(tuning.verify.histories, tuning.verify.milliseconds, strict=True):
-        grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
-    out.print(grid)
+    for cost in tuning.verify.batches:
+        title = f"{bundle}: verify pass in ms, batch {cost.batch}{simulated}"
+        grid = table(title, "history", *map(str, cost.rows))
+        for history, line in zip(cost.histories, cost.milliseconds, strict=True):
+            grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
+        out.print(grid)
     grid = table(f"{tuning.prompts} prompts, each drafter with its budget", "drafter", "draft ms", "acceptance", "× plain")
     for name, one in tuning.drafters.items():
         grid.add_row(name, f"{one.draft_ms:.2f}", f"{one.acceptance_length:.2f}", f"{one.speedup:.2f}")

@@ -79,7 +79,7 @@ def test_a_mistake_in_one_prompt_queues_none_of_them(model: Model) -> None:
 
 
 def test_options_are_checked_by_name_and_value(model: Model) -> None:
-    with pytest.raises(OptionError, match="unknown option 'max_tokens'.*max_new_tokens"):
+    with pytest.raises(OptionError, match=r"unknown option 'max_tokens'.*max_new_tokens"):
         model.generate(PROMPTS[0], max_tokens=3)  # type: ignore[call-overload]
     with pytest.raises(OptionError, match="drafter 'medusa' is unknown"):
         model.generate(PROMPTS[0], drafter="medusa")
