@@ -384,7 +384,7 @@ def test_log_probabilities_are_the_targets_own(engine: OnnxRuntimeEngine) -> Non
 
 def test_token_ids_outside_the_vocabulary_are_refused(engine: OnnxRuntimeEngine) -> None:
     for token in (-1, engine.model.vocab_size):
-        with pytest.raises(PromptError, match=f"token id {token}"):
+        with pytest.raises(PromptError, match=f"Token {token} "):
             decode(engine, [[5, token]])
 
 
