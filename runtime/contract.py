@@ -7,7 +7,8 @@ E rows of the encoder's states (one per source token, or fewer per audio frame).
 OPSET = 24  # the first with TensorScatter
 
 BATCH, ROWS, SLOTS, CHOSEN, SOURCE = "batch", "rows", "slots", "chosen", "source"  # axes B, T, S, R, E
-# The attention mask's last axis in lowered graphs that read no more slots than the mask covers; S, the capacity, elsewhere.
+# The attention mask's last axis in lowered graphs that read no more slots than the mask covers, and whose batches need no
+# padding of single rows; S, the capacity, elsewhere.
 USED_SLOTS = "used_slots"
 
 INPUT_IDS = "input_ids"  # [B, T] int64
