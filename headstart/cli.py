@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that `--help` is instant and
 
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,7 +27,7 @@ app.add_typer(heads_app, name="heads")
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
-Untuned = Annotated[bool, typer.Option("--untuned", help="Leave aside what headstart tune found.")]
+Untuned = Annotated[bool, typer.Option("--untuned", help="Ignore what headstart tune measured.")]
 DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
 
 
@@ -47,6 +48,11 @@ def options(
     """Options of the program itself."""
 
 
+def _print_warning(message: Warning | str, *_: object) -> None:
+    """One line on standard error, in place of Python's, which names a line of source code."""
+    print(f"headstart: warning: {message}", file=sys.stderr)
+
+
 class _Interrupted(KeyboardInterrupt):
     """A signal that ends the program, raised so that temporary files are removed as on Ctrl-C."""
 
@@ -63,6 +69,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
     from headstart.runtime.errors import HeadstartError, missing_extra
 
+    warnings.showwarning = _print_warning
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
