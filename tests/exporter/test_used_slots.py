@@ -32,7 +32,7 @@ def prefilled(engine: OnnxRuntimeEngine, slots: int = 3 * SLOT_STEP) -> GraphSta
     state = engine.graph("decoder").new_state(len(LENGTHS), slots)
     for index, length in enumerate(LENGTHS):
         prefill(engine, state.row(index), [(7 * token + index) % 250 + 3 for token in range(length)])
-    return cache
+    return state
 
 
 def forward(engine: OnnxRuntimeEngine, state: GraphState, ids: NDArray[np.int64]) -> NDArray[np.float32]:
