@@ -20,6 +20,10 @@ LOGITS = "logits"  # [B, R, V]
 HIDDEN = "hidden"  # [B, T, H]
 AUX_HIDDEN = "aux_hidden"  # [B, T, n * H]
 
+# Of draft heads with K independent heads and k candidates each.
+TOPK_IDS = "topk_ids"  # [B, K, k] int64
+TOPK_LOG_PROBS = "topk_log_probs"  # [B, K, k] float32
+
 AUDIO = "audio"  # [B, samples] float32, into the front-end's graph
 INPUT_FEATURES = "input_features"  # out of it; [B, bands, frames], or as the encoder's graph takes it
 ENCODER_MASK = "encoder_mask"  # [B, E] bool, which source rows exist; the encoder's graph takes it for text

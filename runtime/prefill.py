@@ -7,23 +7,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import contract
+from .bundle import ModelInfo
 from .errors import PromptError
 from .graph import Engine, Outputs
 from .states import State
+from .tokenizer import check_tokens
 
-CHUNK = 256  # rows per forward; larger ones cost memory (rows x slots of attention) and save little
+CHUNK = 256  # rows per pass; larger ones cost memory (rows x slots of attention) and save little
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], limit: int) -> None:
-    """Raises PromptError when one is empty or leaves no room for a new token among `limit`."""
-    longest = max(map(len, prompts), default=0)
-    if longest == 0 or any(len(prompt) == 0 for prompt in prompts):
+def check_prompt(prompt: Sequence[int], model: ModelInfo) -> None:
+    """Raises PromptError for one that is empty, leaves no room in the cache for a new token, or has an unknown token."""
+    if not prompt:
         raise PromptError("The prompt is empty: decoding needs at least one token to start from.")
-    if longest >= limit:
+    if len(prompt) >= model.max_cache:
         raise PromptError(
-            f"The prompt has {longest} tokens, and this bundle's cache holds {limit} with room for no new one. "
-            f"Fix: at most {limit - 1} tokens, or export again with a larger --max-cache."
+            f"The prompt has {len(prompt)} tokens, and this bundle's cache holds {model.max_cache} with room for no new one. "
+            f"Fix: at most {model.max_cache - 1} tokens, or export again with a larger --max-cache."
         )
+    check_tokens(prompt, model.vocab_size)
 
 
 def open_state(engine: Engine, slots: int, source: NDArray[Any] | None = None) -> State:
@@ -44,24 +46,29 @@ def run_decoder(
     return engine.graph("decoder").run(inputs, state, row_mask)
 
 
-def prefill(engine: Engine, state: State, token_ids: Sequence[int]) -> Outputs:
-    """Write and commit `token_ids` after the state of one sequence, in chunks.
+def prompt_chunk(engine: Engine, state: State, token_ids: Sequence[int]) -> Outputs:
+    """Write and commit `token_ids` after the state of one sequence, in one pass.
 
-    Returns the last chunk's outputs: logits [1, 1, V] of the last token, hidden [1, T, H].
+    Returns its outputs: logits [1, 1, V] of the last token, hidden [1, T, H].
     """
     assert state.batch == 1 and len(token_ids) > 0
+    count, start = len(token_ids), int(state.lengths[0])
+    outputs = run_decoder(
+        engine,
+        state,
+        np.array(token_ids, np.int64)[None],
+        np.arange(start, start + count, dtype=np.int64)[None],
+        np.tri(count, dtype=np.bool_)[None],
+        np.array([[count - 1]], np.int64),
+    )
+    state.commit(0, range(count))
+    return outputs
+
+
+def prefill(engine: Engine, state: State, token_ids: Sequence[int]) -> Outputs:
+    """As `prompt_chunk`, in chunks of CHUNK rows; returns the last one's outputs."""
     for begin in range(0, len(token_ids), CHUNK):
-        chunk = token_ids[begin : begin + CHUNK]
-        count, start = len(chunk), int(state.lengths[0])
-        outputs = run_decoder(
-            engine,
-            state,
-            np.array(chunk, np.int64)[None],
-            np.arange(start, start + count, dtype=np.int64)[None],
-            np.tri(count, dtype=np.bool_)[None],
-            np.array([[count - 1]], np.int64),
-        )
-        state.commit(0, range(count))
+        outputs = prompt_chunk(engine, state, token_ids[begin : begin + CHUNK])
     return outputs
 
 

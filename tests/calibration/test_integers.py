@@ -17,7 +17,7 @@ from headstart.runtime.bundle import Bundle
 from headstart.runtime.contract import LOGITS
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import OptionError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import last_logits, prefill, run_decoder
 
 BundleOf = Callable[[str], Bundle]

@@ -17,7 +17,7 @@ from headstart.exporter.passes.linear import linears
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, OutputError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
 SAMPLE = Path(__file__).parent.parent.parent / "samples" / "checkpoints" / "pycode"

@@ -16,7 +16,7 @@ from headstart.exporter.passes.linear import linears
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import ENGINE_FILE, engine_folder
 from headstart.runtime.errors import OptionError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
 # Layers of two whose self-attention keeps the portable form: soft caps are spelled out, and T5Gemma 2 joins both attentions.

@@ -26,9 +26,10 @@ from headstart.runtime.drafters.ngram import NGramDrafter
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_session import open_session
 from headstart.runtime.errors import CheckpointError, PromptError
-from headstart.runtime.loop import DecodingLoop, LoopOptions
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import open_state, prefill, run_decoder
+from headstart.runtime.scheduler import Scheduler
+from headstart.runtime.sequence import Request
 from headstart.runtime.tree import ROOT
 
 BundleOf = Callable[[str], Bundle]
@@ -108,10 +109,12 @@ def test_greedy_tokens_equal_transformers_generate(name: str, bundle_of: BundleO
     wanted = [reference_greedy(model, np.array([[start]]), 32, source[None])[0].tolist() for source in sources]
     assert wanted[0] != wanted[1] and min(len(set(tokens)) for tokens in wanted) > 2, "what repeats itself proves little"
     for drafter in (None, NGramDrafter()):
-        loop = DecodingLoop(engine, drafter, [[start], [start]], LoopOptions(max_new_tokens=32), sources)
-        for _ in loop.rounds():
-            pass
-        assert [text.token_ids[1:] for text in loop.sequences] == wanted
+        scheduler = Scheduler(engine)
+        requests = [Request((start,), 32, drafter=drafter, source=source) for source in sources]
+        texts = [scheduler.sequence(scheduler.add(request)) for request in requests]
+        while not scheduler.idle:
+            scheduler.step()
+        assert [text.output_ids for text in texts] == wanted
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)

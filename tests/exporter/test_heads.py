@@ -18,7 +18,7 @@ from headstart.exporter.heads.recognise import recognise
 from headstart.runtime.bundle import Bundle, Manifest, write_manifest
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import HeadError, OptionError, OutputError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
 HEADS, LAYERS, HIDDEN, VOCAB = 3, 2, 64, 300

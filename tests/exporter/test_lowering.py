@@ -22,7 +22,7 @@ from headstart.runtime.contract import LOGITS
 from headstart.runtime.engines.info import ENGINE_FILE, engine_folder
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, EngineError, OptionError, OutputError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import last_logits, prefill, run_decoder
 
 BundleOf = Callable[[str], Bundle]

@@ -18,7 +18,7 @@ from headstart.runtime.contract import LOGITS
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_session import left_on_cpu
 from headstart.runtime.errors import EngineError, MissingExtraError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import prefill
 
 pytestmark = pytest.mark.gpu

@@ -24,7 +24,7 @@ from headstart.runtime.engines.trt_cuda import Cuda
 from headstart.runtime.engines.trt_engine import TensorRtEngine
 from headstart.runtime.engines.trt_plans import RUNTIME_CACHE, LoadedPlan
 from headstart.runtime.errors import HeadstartError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import prefill, run_decoder
 
 pytestmark = pytest.mark.gpu

@@ -26,7 +26,7 @@ from enumeration import (
 from numpy.typing import NDArray
 
 from headstart.runtime.acceptance import RULES, Accepted, NumpyRng, Rule, accept, check_rule, prune, rule_for
-from headstart.runtime.drafters.base import DraftRequest
+from headstart.runtime.drafters.base import DraftRequest, DraftSequence
 from headstart.runtime.drafters.cascade import Cascade, promised
 from headstart.runtime.errors import OptionError
 from headstart.runtime.graph import HostScores
@@ -50,12 +50,20 @@ EXACT = 1e-9  # total variation: rounding
 class ToyDrafter:
     """One of a pair. Its drafts come from a function, and do not look at the request."""
 
-    name, default_nodes, reads_hidden, class_count = "toy", 4, False, 0
+    name, default_nodes, class_count = "toy", 4, 0
+    reads: frozenset[str] = frozenset()
 
     def __init__(self, draw: Callable[[], DraftTree]) -> None:
         self._draw = draw
 
-    def open(self, batch: int) -> None: ...
+    def open(self, sequence: DraftSequence, target: Any) -> None: ...
+
+    def observe(self, sequence: DraftSequence, rows: Any, path: Sequence[int]) -> None: ...
+
+    def price(self, nodes: int, depth: int) -> float:
+        return 0.0
+
+    def close(self, sequence: DraftSequence) -> None: ...
 
     def prior_rates(self) -> list[float]:
         return []

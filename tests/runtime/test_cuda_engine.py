@@ -24,7 +24,8 @@ from headstart.runtime.engines.ort_device import OrtMemory, SessionExecutor
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_session import CUDA, Provider, cuda_provider, open_session
 from headstart.runtime.errors import EngineError, MissingExtraError
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
 from headstart.runtime.prefill import last_logits, prefill, run_decoder
 from headstart.runtime.states import SlotMemory
 from headstart.runtime.tokenizer import Tokenizer

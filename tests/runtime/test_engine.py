@@ -10,7 +10,7 @@ from headstart.runtime.contract import AUX_HIDDEN, LOGITS
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_host import HostGraph
 from headstart.runtime.errors import EngineError, OptionError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import last_logits, prefill, run_decoder
 
 BundleOf = Callable[[str], Bundle]

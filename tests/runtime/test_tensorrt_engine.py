@@ -22,9 +22,10 @@ from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.trt_engine import TensorRtEngine
 from headstart.runtime.engines.trt_plans import open_library
 from headstart.runtime.errors import EngineError, PromptError
-from headstart.runtime.loop import DecodingLoop, LoopOptions
 from headstart.runtime.model import Model
 from headstart.runtime.prefill import prefill, run_decoder
+from headstart.runtime.scheduler import Scheduler
+from headstart.runtime.sequence import Request
 from headstart.runtime.tokenizer import Tokenizer
 
 BundleOf = Callable[[str], Bundle]
@@ -252,17 +253,18 @@ def test_beams_are_gathered_on_the_device(bundle: Bundle, engine_of_three: Tenso
 
 
 def test_sources_together_are_what_they_are_alone(bundle_of: BundleOf, tmp_path: Path) -> None:
-    """The loop makes the cache first and encodes then: the sources' states follow it to the device, each sequence's its own."""
+    """Sources join one after another: each one's states follow it to the device, to its own row."""
     bundle = bundle_of("t5")
     engine = stand_in(bundle, tmp_path, 48, batch=2)
     sources = [np.arange(3, 20), np.arange(40, 49)]
-    start = [[0], [0]]
 
     def decode(sources: list[NDArray[Any]]) -> list[list[int]]:
-        loop = DecodingLoop(engine, NGramDrafter(), start[: len(sources)], LoopOptions(max_new_tokens=16), sources)
-        for _ in loop.rounds():
-            pass
-        return [text.token_ids for text in loop.sequences]
+        scheduler, drafter = Scheduler(engine), NGramDrafter()
+        requests = [Request((0,), 16, drafter=drafter, source=source) for source in sources]
+        texts = [scheduler.sequence(scheduler.add(request)) for request in requests]
+        while not scheduler.idle:
+            scheduler.step()
+        return [text.token_ids for text in texts]
 
     assert decode(sources) == [decode([source])[0] for source in sources]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import run_decoder
 
 
