@@ -218,6 +218,18 @@ def inspect(bundle: BundleArg) -> None:
 
 
 @app.command()
+def upgrade(bundle: BundleArg) -> None:
+    """Convert a bundle that an older Headstart wrote, in place."""
+    from headstart.runtime.upgrade import outdated
+    from headstart.runtime.upgrade import upgrade as run
+
+    upgraded = run(bundle)
+    print(f"{bundle}: schema {upgraded.manifest.schema_version}")
+    for command in outdated(upgraded):
+        print(f"to be done again: {command}")
+
+
+@app.command()
 def generate(
     bundle: BundleArg,
     prompt: Annotated[str | None, typer.Argument(help="The text to complete; - reads standard input.")] = None,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .documents import from_document, from_json, to_json
 from .errors import BundleError
@@ -250,26 +251,31 @@ class Bundle:
         return self.manifest.graphs | {f"heads/{name}": self.head(name).graph for name in self.manifest.heads}
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Raises BundleError when the folder holds no manifest this version can read."""
+def read_document(path: Path) -> dict[str, Any]:
+    """`manifest.json` as it is, of any schema. Raises BundleError when the folder has none."""
     file = path / MANIFEST
     if not file.is_file():
         old = interrupted(path)
         fix = f"mv {old} {path}, the bundle that was being replaced" if old else f"headstart export CHECKPOINT -o {path}"
         raise BundleError(f"{path} is not a bundle: it holds no {MANIFEST}. Fix: {fix}.")
     try:
-        document = json.loads(file.read_text("utf-8"))
-        version = document["schema_version"]
+        document: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        int(document["schema_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{file} is no valid manifest ({error}). Fix: export or copy the bundle again.") from error
-    if version == 1:
-        raise BundleError(
-            f"{file} has schema version 1, which an older Headstart wrote; this one reads {SCHEMA_VERSION}. "
-            f"Fix: headstart upgrade {path}, or export again."
-        )
+    return document
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises BundleError when the folder has no manifest that this version can read."""
+    document, file = read_document(path), path / MANIFEST
+    version = document["schema_version"]
     if version != SCHEMA_VERSION:
+        older = version < SCHEMA_VERSION
+        fix = f"headstart upgrade {path}, or export again" if older else "a newer Headstart, or export again with this one"
         raise BundleError(
-            f"{file} has schema version {version}, this Headstart reads {SCHEMA_VERSION}. Fix: export again with this version."
+            f"{file} has schema version {version}, which {'an older' if older else 'a newer'} Headstart wrote; "
+            f"this one reads {SCHEMA_VERSION}. Fix: {fix}."
         )
     return from_document(Manifest, document, str(file))
 
