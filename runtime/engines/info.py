@@ -64,18 +64,18 @@ class EngineInfo:
         created: ISO 8601, UTC.
         builder: package versions that built it.
         source: sha256 of each of the bundle's files it was built from.
-        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "encoder", "heads/<name>", "probe" -> file beside
-            this one.
+        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "encoder", "heads/<name>", "probe" -> file in
+            this folder.
         settings: what was chosen for this device, e.g. the type of integer activations.
         passes: what each lowering pass did, in order.
         relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range;
             -1 where the engine was not run, because it was built for another machine.
         plans: name of a graph -> what was built of it, for TensorRT.
-        cache_slots: of the caches, where that is fixed at build: the longest text and a verify pass behind it; else 0.
+        cache_slots: of the caches, where that is fixed at build: the longest text and a verify pass after it; else 0.
         batch: sequences decoded together, where that is fixed at build; else 0.
         source_rows: of the encoder's states, where there is an encoder and that is fixed at build; else 0.
         peak_memory_mb: of the building process, where it was measured; else 0.
-        files: sha256 of each file beside this one.
+        files: sha256 of each file in this folder.
     """
 
     schema_version: int
