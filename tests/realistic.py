@@ -120,7 +120,7 @@ def realistic_model(name: str, seed: int = 0) -> Any:
 
 
 def diversified(model: Any, embeddings: float, gain: float) -> Any:
-    """Weights drawn so that the output depends on the context: `embeddings` is their deviation, `gain` that of a layer's output.
+    """Draws weights so that the output depends on the context: `embeddings` is their deviation, `gain` a layer's output's.
 
     A tied LM head gives the input token the highest score wherever its embedding dominates the residual stream.
     """

