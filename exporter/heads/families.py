@@ -97,7 +97,7 @@ def check_reads(head: RecognisedHead, model: ModelInfo, weights: dict[str, Weigh
     if missing:
         wanted = ",".join(map(str, sorted({*model.aux_layers, *reads.aux_layers})))
         raise HeadError(
-            f"{head.folder.path} reads the outputs of the target's layers {list(reads.aux_layers)}, this bundle's graph returns "
+            f"{head.folder.path} reads the target's layers {list(reads.aux_layers)}, and this bundle's graph returns "
             f"{list(model.aux_layers) or 'none'}. Fix: export the target with --head, or with --aux-layers {wanted}."
         )
     if reads.embeddings and "embeddings" not in weights:

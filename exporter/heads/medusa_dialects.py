@@ -51,8 +51,8 @@ DIALECTS = {
 WHISPER_MEDUSA = re.compile(r"whisper_model\.|medusa_block\.")
 WHY_LOSSY = (
     "these heads (whisper-medusa, base_head) are lossy as published: the last decoder layer was fine-tuned with them, and head "
-    "0 replaces Whisper's own next token. Fix: headstart heads import --lossy takes the heads after it as drafts; the output is "
-    "then the choice of the bundle's target, which may differ from the published model's."
+    "0 replaces Whisper's own next token. Fix: headstart heads import --lossy takes the heads after it as drafts; the output "
+    "is then the choice of the bundle's target, which may differ from the published model's."
 )
 
 
