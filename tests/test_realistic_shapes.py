@@ -19,7 +19,8 @@ from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.exporter.golden import decoder_start, reference_greedy
 from headstart.exporter.seq2seq import encoder_input, feature_shape
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
 
 TEXT = "the quick brown fox and the quick brown dog, the quick"  # a token for each byte: longer than the window
 TOKENS = 20
