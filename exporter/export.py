@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headstart.runtime.bundle import (
     SCHEMA_VERSION,
@@ -22,6 +22,9 @@ from headstart.runtime.bundle import (
 )
 from headstart.runtime.errors import CheckpointError, EngineError, MissingExtraError, OptionError, missing_extra
 from headstart.runtime.output import new_folder
+
+if TYPE_CHECKING:
+    from .heads.families import RecognisedHead
 
 Progress = Callable[[str], None]  # called with the name of each stage as it begins
 DTYPES = ("float32", "float16", "bfloat16")
@@ -46,7 +49,7 @@ def export(
     Args:
         checkpoint: folder or hub name of a decoder (…ForCausalLM), or of an encoder-decoder for text or speech.
         output: the bundle's folder; must not exist unless `force`.
-        heads: folders of draft heads in a published format.
+        heads: folders of draft heads in a published format; the layers they read are added to `aux_layers`.
         dtype: of weights and activations: float32, float16 or bfloat16.
         max_cache: the longest text in tokens; the model's own limit when None.
         aux_layers: layers whose outputs heads read, as indices into transformers' `hidden_states`.
@@ -63,6 +66,7 @@ def export(
         from . import checkpoint as loading
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Exporting") from error
+    recognised = _recognised(heads)
     with new_folder(Path(output), force) as folder:
         progress("loading the checkpoint")
         source = loading.load_checkpoint(checkpoint, dtype)
@@ -70,9 +74,10 @@ def export(
         if assistant_of is not None:
             _check_assistant(source, Bundle.load(assistant_of, check_hashes=False))
             write = _write_assistant
-        manifest = write(source, folder, max_cache, tuple(aux_layers), str(checkpoint), progress)
+        read = _layers_read(source, recognised, aux_layers)
+        manifest = write(source, folder, max_cache, read, str(checkpoint), progress)
         manifest = _add_overflows(manifest, folder, progress)
-        manifest = _add_heads(manifest, folder, heads, progress)
+        manifest = _add_heads(manifest, folder, recognised, progress)
         progress("hashing files")
         write_manifest(folder, manifest)
     return Bundle.load(output, check_hashes=False)
@@ -322,10 +327,28 @@ def _convert_tokenizer(source: Path, target: Path) -> None:
         raise CheckpointError(f"{source}: its tokenizer has no fast form (tokenizer.json), which the torch-free runtime needs.")
 
 
-def _add_heads(manifest: Manifest, folder: Path, heads: Sequence[str | Path], progress: Progress) -> Manifest:
-    for head in heads:
-        from .heads.medusa import add_head
+def _recognised(heads: Sequence[str | Path]) -> list["RecognisedHead"]:
+    """Before anything is traced: what a head reads decides what the target's graph returns, and wrong folders fail early."""
+    from .heads.families import recognise
 
+    return [recognise(Path(head)) for head in heads]
+
+
+def _layers_read(source: Any, heads: Sequence["RecognisedHead"], aux_layers: Sequence[int]) -> tuple[int, ...]:
+    """The layers asked for, then those that only the heads read."""
+    if not heads:
+        return tuple(aux_layers)
+    from . import seq2seq, tracing
+    from .heads.families import aux_layers as read_by
+
+    caches = seq2seq.cache_infos(source.model)[0] if source.has_encoder else tracing.cache_infos(source.model)
+    return tuple(dict.fromkeys((*aux_layers, *read_by(heads, len(caches)))))
+
+
+def _add_heads(manifest: Manifest, folder: Path, heads: Sequence["RecognisedHead"], progress: Progress) -> Manifest:
+    from .heads.families import add_head
+
+    for head in heads:
         progress("adding heads")
-        manifest = add_head(folder, manifest, Path(head))
+        manifest = add_head(folder, manifest, head)
     return manifest

@@ -187,7 +187,7 @@ class HeadInfo:
     """A draft head: `heads/<name>/head.json`. `shared` names head initializers that lie in the target's data file."""
 
     name: str
-    family: str  # "medusa"
+    family: str  # a row of the table of families, "medusa"
     dialect: str  # the published format it was imported from
     hidden_size: int
     vocab_size: int
@@ -195,7 +195,6 @@ class HeadInfo:
     top_k: int  # candidates per head
     graph: GraphInfo
     shared: dict[str, WeightInfo] = field(default_factory=dict)
-    lossless: bool = True
 
 
 @dataclass(frozen=True)

@@ -181,28 +181,29 @@ ENCODER_DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def tiny_model(name: str, seed: int = 0) -> Any:
     """A random model whose logits are spread enough that greedy decoding has no near-ties."""
-    if name in ENCODER_DECODERS:
-        return _tiny_encoder_decoder(name, seed)
-    prefix, settings = ARCHITECTURES[name]
-    config_name = f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
-    config = getattr(transformers, config_name)(**settings)
-    torch.manual_seed(seed)
-    class_name = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
-    return _spread(getattr(transformers, class_name)(config).eval())
-
-
-def _tiny_encoder_decoder(name: str, seed: int) -> Any:
-    class_name, config_name, settings = ENCODER_DECODERS[name]
-    config = getattr(transformers, config_name)(**copy.deepcopy(settings))
-    torch.manual_seed(seed)
-    model = getattr(transformers, class_name)(config).eval()
+    if name not in ENCODER_DECODERS:
+        return spread(random_model(name, seed))
+    class_name = ENCODER_DECODERS[name][0]
     # A model that repeats one token whatever its source proves little: neither embedding nor attention may outweigh the other.
     if class_name.startswith(("T5", "MT5", "UMT5", "Moonshine")):
-        return _spread(model, 3.0, 0.4)
-    return _spread(model, 4.0, 16.0) if name == "whisper" else _spread(model)
+        return spread(random_model(name, seed), 3.0, 0.4)
+    return spread(random_model(name, seed), 4.0, 16.0) if name == "whisper" else spread(random_model(name, seed))
 
 
-def _spread(model: Any, matrices: float = 4.0, embeddings: float = 4.0) -> Any:
+def random_model(name: str, seed: int = 0, **settings: Any) -> Any:
+    """The architecture as transformers initialises it, in its configuration above updated by `settings`."""
+    torch.manual_seed(seed)
+    if name in ENCODER_DECODERS:
+        class_name, config_name, defaults = ENCODER_DECODERS[name]
+        config = getattr(transformers, config_name)(**copy.deepcopy(defaults | settings))
+        return getattr(transformers, class_name)(config).eval()
+    prefix, defaults = ARCHITECTURES[name]
+    config = getattr(transformers, f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config")(**defaults | settings)
+    class_name = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
+    return getattr(transformers, class_name)(config).eval()
+
+
+def spread(model: Any, matrices: float = 4.0, embeddings: float = 4.0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and parameter.requires_grad:
