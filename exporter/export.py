@@ -40,6 +40,7 @@ def export(
     force: bool = False,
     progress: Progress = lambda stage: None,
     assistant_of: str | Path | None = None,
+    check: bool = True,
 ) -> Bundle:
     """Export a checkpoint, with draft heads, to a bundle.
 
@@ -54,6 +55,7 @@ def export(
         progress: told each stage's name.
         assistant_of: the bundle of a target with the very same encoder (Distil-Whisper). The new one then has none of its own,
             and drafts for that target from the states which the target's encoder makes anyway.
+        check: compare the exported graphs with the checkpoint (see `comparison`); needs ONNX Runtime.
 
     Raises:
         CheckpointError, HeadError, OutputError, OptionError; nothing is left at `output` then.
@@ -70,12 +72,25 @@ def export(
         if assistant_of is not None:
             _check_assistant(source, Bundle.load(assistant_of, check_hashes=False))
             write = _write_assistant
-        manifest = write(source, folder, max_cache, tuple(aux_layers), str(checkpoint), progress)
+        manifest, reference = write(source, folder, max_cache, tuple(aux_layers), str(checkpoint), progress)
+        if check:
+            _compare(Bundle(folder, manifest), reference, progress)
         manifest = _add_overflows(manifest, folder, progress)
         manifest = _add_heads(manifest, folder, heads, progress)
         progress("hashing files")
         write_manifest(folder, manifest)
     return Bundle.load(output, check_hashes=False)
+
+
+def _compare(bundle: Bundle, reference: Any, progress: Progress) -> None:
+    """Raises CheckpointError when the graphs compute something else than the checkpoint."""
+    from .comparison import compare_export
+
+    progress("comparing with the checkpoint")
+    try:
+        compare_export(bundle, reference)
+    except (MissingExtraError, EngineError) as error:
+        progress(f"the exported graphs were not compared with the checkpoint: {error}")
 
 
 def _add_overflows(manifest: Manifest, folder: Path, progress: Progress) -> Manifest:
@@ -111,24 +126,34 @@ def _check_assistant(source: Any, target: Bundle) -> None:
 
 def _write_decoder(
     source: Any, folder: Path, max_cache: int | None, aux_layers: tuple[int, ...], name: str, progress: Progress
-) -> Manifest:
-    from . import checkpoint, golden, graph, tracing
+) -> tuple[Manifest, Any]:
+    from . import architectures, checkpoint, conformance, golden, graph, rope, tracing
 
     config = source.config.get_text_config()
-    _check_aux_layers(aux_layers, config.num_hidden_layers)
+    _check_aux_layers(aux_layers, tracing.decoder_layers(source.model))
+    stated = architectures.longest_by_tables(source.model, getattr(config, "max_position_embeddings", None))
+    rope.refuse_dynamic(source.model, max_cache or 0)
+    stated = rope.original_length(source.model, rope.DYNAMIC) or stated
+    longest = longest_text(source, stated, max_cache)
+    variants = rope.variants(source.model, longest)
+    if variants.count > 1:
+        progress(
+            f"LongRoPE: texts beyond {variants.original} tokens have other frequencies, so the graph runs and caches both "
+            f"variants; --max-cache {variants.original} halves its cost"
+        )
     progress("tracing the decoder")
-    caches = tracing.cache_infos(source.model)
-    traced = tracing.trace_decoder(source.model, caches, aux_layers)
+    caches = tracing.cache_infos(source.model, variants)
+    conformance.check_decoder(source.model, caches, variants)
+    traced = tracing.trace_decoder(source.model, caches, aux_layers, variants)
     progress("writing graphs")
     graph.name_weights(traced)
     graph.save_graph(traced, folder / DECODER)
     info = graph.graph_info(traced, DECODER)
-    longest = longest_text(source, getattr(config, "max_position_embeddings", None), max_cache)
     model = _model_info(source, info, len(caches), longest, aux_layers)
     copy_tokenizer(source.path, folder / "tokenizer")
     progress("recording golden outputs")
     golden.write_golden(source.model, folder, model.vocab_size, model.max_cache)
-    return Manifest(
+    manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model=model,
         graphs={"decoder": info},
@@ -137,11 +162,12 @@ def _write_decoder(
         provenance=provenance(name, checkpoint.source_hashes(source.path)),
         weights=graph.weight_infos(folder / DECODER, "graphs"),
     )
+    return manifest, golden.Reference(source.model)
 
 
 def _write_assistant(
     source: Any, folder: Path, max_cache: int | None, aux_layers: tuple[int, ...], name: str, progress: Progress
-) -> Manifest:
+) -> tuple[Manifest, Any]:
     return _write_encoder_decoder(source, folder, max_cache, aux_layers, name, progress, assistant=True)
 
 
@@ -153,7 +179,7 @@ def _write_encoder_decoder(
     name: str,
     progress: Progress,
     assistant: bool = False,
-) -> Manifest:
+) -> tuple[Manifest, Any]:
     from . import checkpoint, frontend, golden, graph, seq2seq
 
     progress("tracing the encoder")
@@ -181,7 +207,7 @@ def _write_encoder_decoder(
     sources, states = _golden_sources(source.model, model), None
     if assistant:
         model = dataclasses.replace(model, source="states", max_source=0)
-        states = seq2seq.golden_states(source.model, sources)
+        states = golden.encoder_states(source.model, sources)
     copy_tokenizer(source.path, folder / "tokenizer")
     rules = generation_rules(source.model, model.vocab_size)
     progress("recording golden outputs")
@@ -196,7 +222,9 @@ def _write_encoder_decoder(
         provenance=provenance(name, checkpoint.source_hashes(source.path)),
         weights=graph.weight_infos(folder / DECODER, "graphs"),
     )
-    return frontend.add_frontend(source.path, folder, manifest) if model.source == "audio" else manifest
+    if model.source == "audio":
+        manifest = frontend.add_frontend(source.path, folder, manifest)
+    return manifest, golden.Reference(source.model, sources)
 
 
 def _golden_sources(model: Any, info: ModelInfo) -> Any:
