@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from headstart.exporter.comparison import all_logits, greedy_tokens
 from headstart.exporter.golden import GREEDY, Texts, read_golden, save_golden
 from headstart.exporter.graph import graph_info, save_beside, save_graph, weight_infos
-from headstart.exporter.heads.builder import load_head, reference, save_head
+from headstart.exporter.heads.storage import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
-from headstart.exporter.passes.surgery import Writer, clean, put_in_place
+from headstart.exporter.passes.surgery import Writer, clean, replace_value
 from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, Manifest, WeightInfo, write_manifest
 from headstart.runtime.documents import to_json
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -287,7 +287,7 @@ def _replace_embedding(model: Any, gather: Any, table: Any) -> None:
     ids, result = gather.inputs[1], gather.outputs[0]
     rows = write.node("Cast", [write.node("Gather", [values, ids], axis=0)], to=ir.DataType.FLOAT)
     scale = write.node("Unsqueeze", [write.node("Gather", [scales, ids], axis=0), write.ints([-1])])
-    put_in_place(result, write.node("Mul", [rows, scale]))
+    replace_value(result, write.node("Mul", [rows, scale]))
 
 
 def _write_head(bundle: Bundle, folder: Path, manifest: Manifest, name: str, options: QuantizeOptions) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from headstart.exporter.devices import Device, device_named
-from headstart.exporter.heads.builder import load_head
+from headstart.exporter.heads.storage import load_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import linears
 from headstart.runtime.budget import Budget, Standing, VerifyCost

@@ -55,7 +55,7 @@ class _Building:
         self.graphs["encoder"] = "encoder.onnx"
 
     def head(self, name: str) -> None:
-        from .heads.builder import load_head
+        from .heads.storage import load_head
 
         self._save(f"heads/{name}", self._lowered(f"heads/{name}", load_head(self.bundle, name)))
 

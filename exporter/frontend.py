@@ -23,7 +23,7 @@ from headstart.runtime.contract import AUDIO, INPUT_FEATURES
 from headstart.runtime.errors import CheckpointError
 
 from .graph import graph_info, save_graph
-from .heads.builder import GraphBuilder
+from .graph_builder import GraphBuilder
 
 Matrix = NDArray[np.float64]
 PREPROCESSOR = "preprocessor_config.json"

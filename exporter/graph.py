@@ -1,6 +1,7 @@
 """The traced graph on its way to disk: weights get their checkpoint's names, shared ones are found, files are written."""
 
 import ast
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +61,27 @@ def _strip(model: Any) -> None:
 
 
 def save_beside(model: Any, file: Path, other: Path) -> None:
-    """As `save_graph`, but for weights which `other`, beside it, holds too: they are read from there."""
+    """As `save_graph`, but weights which `other`, in the same folder, holds under the same name are read from there."""
     _strip(model)
-    shared = _share(model, other)
+    store_weights(model, file, _share(model, other))
+    ir.save(model, file)
+
+
+def store_weights(model: Any, file: Path, shared: Collection[str]) -> None:
+    """Write a graph's weights, all but the `shared` ones, to `file.data`, `file` being the graph; small ones stay in it.
+
+    A weight may have been loaded from the data file of another folder. Saved as it is, it would keep offset and file name, and
+    be read from a file of that name in the new folder: other bytes, and no error.
+    """
     own = [weight for name, weight in model.graph.initializers.items() if name not in shared]
     large = [weight for weight in own if weight.const_value.nbytes > SMALL]
-    tensors = ir.external_data.convert_tensors_to_external([w.const_value for w in large], file.parent, f"{file.name}.data")
-    for weight, tensor in zip(large, tensors, strict=True):
+    small = [w for w in own if w.const_value.nbytes <= SMALL and isinstance(w.const_value, ir.ExternalTensor)]
+    tensors = ir.external_data.convert_tensors_from_external([weight.const_value for weight in small])
+    if large:  # without any, an empty file would be written
+        large_tensors = [weight.const_value for weight in large]
+        tensors += ir.external_data.convert_tensors_to_external(large_tensors, file.parent, f"{file.name}.data")
+    for weight, tensor in zip([*small, *large], tensors, strict=True):
         weight.const_value = tensor
-    ir.save(model, file)
-
-
-def save_sharing(model: Any, file: Path, other: Path) -> None:
-    """Write `file` so that weights which `other`, beside it, holds under the same name are read from there."""
-    model.producer_name = "headstart"
-    _share(model, other)
-    ir.save(model, file)
 
 
 def _share(model: Any, other: Path) -> set[str]:

@@ -119,7 +119,7 @@ def _graphs(bundle: Bundle) -> dict[str, dict[str, float]]:
     """
     import onnx_ir as ir
 
-    from .heads.builder import load_head
+    from .heads.storage import load_head
 
     models = {name: ir.load(bundle.path / graph.file) for name, graph in bundle.manifest.graphs.items()}
     models |= {f"heads/{name}": load_head(bundle, name) for name in bundle.manifest.heads}

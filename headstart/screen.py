@@ -105,7 +105,7 @@ def _engines(bundle: Bundle) -> Iterator[str]:
 def _exceptions(info: EngineInfo) -> Iterator[str]:
     """The layers that an engine computes otherwise than the rest."""
     for name, plan in info.plans.items():
-        for layers, what in ((plan.written_out_attention, "written out"), (plan.float32_layers, "in float32")):
+        for layers, what in ((plan.decomposed_attention, "decomposed"), (plan.float32_layers, "in float32")):
             if layers:
                 yield f"{name} {what}: {', '.join(layers)}"
 
@@ -149,7 +149,7 @@ def describe_plan(plan: PlanInfo) -> str:
     if plan.kernels and fused < layers_of_its_own:
         parts += [f"{layers_of_its_own - fused} attention layers that no kernel fuses, computed in parts by TensorRT"]
     parts += [stored]
-    parts += [f"attention written out: {', '.join(plan.written_out_attention)}"] if plan.written_out_attention else []
+    parts += [f"attention decomposed: {', '.join(plan.decomposed_attention)}"] if plan.decomposed_attention else []
     parts += [f"float32, for what leaves float16's range: {', '.join(plan.float32_layers)}"] if plan.float32_layers else []
     return "; ".join(part for part in parts if part)
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from headstart.exporter.graph import save_graph
-from headstart.exporter.heads.builder import load_head
+from headstart.exporter.heads.storage import load_head
 from headstart.exporter.lowering.tensorrt import lower, lower_frontend
 from headstart.exporter.tensorrt.profiles import decoder_profiles, head_profiles
 from headstart.exporter.tensorrt.recordings import encoder_profiles, frontend_profiles

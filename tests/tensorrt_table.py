@@ -55,13 +55,13 @@ def architecture_row(bundle: Path, device: str) -> str:
 
 
 def fused(info: EngineInfo, graph: str) -> str:
-    """Attention kernels of one profile, of how many attention layers; written-out ones are layers, too."""
+    """Attention kernels of one profile, of how many attention layers; decomposed ones count as layers, too."""
     if graph not in info.plans:
         return "–"
     plan = info.plans[graph]
     found = plan.kernels.get("fused_attention", 0) // max(len(plan.profiles), 1)
     layers = sum(count for kind, count in plan.layers.items() if kind.startswith("attention_output"))
-    return f"{found} of {layers + len(plan.written_out_attention)}"
+    return f"{found} of {layers + len(plan.decomposed_attention)}"
 
 
 def sample_rows(bundle: Path) -> list[str]:

@@ -42,7 +42,7 @@ def import_head(
     others = dataclasses.replace(opened.manifest, heads=tuple(h for h in opened.manifest.heads if h != name))
     with _workplace(opened.path) as workplace:
         manifest = add_head(workplace, others, Path(folder), name, top_k, lossy)
-        _put_in_place(workplace, opened.path, name, manifest)
+        _replace_value(workplace, opened.path, name, manifest)
     return Bundle(opened.path, manifest).head(name)
 
 
@@ -70,7 +70,7 @@ def _workplace(bundle: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _put_in_place(workplace: Path, bundle: Path, name: str, manifest: Manifest) -> None:
+def _replace_value(workplace: Path, bundle: Path, name: str, manifest: Manifest) -> None:
     """Swap `heads/<name>` and rewrite the manifest; put both back when anything, Ctrl-C included, comes between."""
     new, target, old = workplace / "heads" / name, bundle / "heads" / name, workplace / "old"
     before = (bundle / MANIFEST).read_text("utf-8")

@@ -16,12 +16,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from headstart.exporter.graph import tensor_infos
+from headstart.exporter.graph_builder import GraphBuilder
 from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, WeightInfo
 from headstart.runtime.documents import to_json
 from headstart.runtime.errors import HeadError
 
-from .builder import GraphBuilder
 from .recognise import DIALECTS, HeadCheckpoint, recognise
+from .storage import reference, save_head
 
 Array = NDArray[np.float32]
 Blocks = dict[tuple[int, int, str], Array]
@@ -248,7 +249,7 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
         _output(ids, "topk_ids", ir.DataType.INT64, heads, top_k),
         _output(values, "topk_log_probs", ir.DataType.FLOAT, heads, top_k),
     ]
-    graph.save([source], outputs, file)
+    save_head(graph.model([source], outputs, "head"), file)
     return GraphInfo(name, tensor_infos([source]), tensor_infos(outputs))
 
 
@@ -284,10 +285,10 @@ def _projection(graph: GraphBuilder, weights: MedusaWeights, shared: dict[str, W
     if weights.projections is not None:
         return graph.constant("projection.weight", np.ascontiguousarray(weights.projections.transpose(0, 2, 1)))
     info = shared["lm_head"]
-    value = graph.reference("lm_head", info)
+    value = graph.weight(reference("lm_head", info))
     vocabulary_first = info.shape[1] == weights.block_weights.shape[3]  # [V, H], as tied weights are stored
     if "lm_head.scale" in shared:
-        scale = graph.reference("lm_head.scale", shared["lm_head.scale"])
+        scale = graph.weight(reference("lm_head.scale", shared["lm_head.scale"]))
         value = graph.node("DequantizeLinear", [value, scale], axis=0 if vocabulary_first else 1)
     elif info.dtype != "float32":
         value = graph.node("Cast", [value], to=ir.DataType.FLOAT)

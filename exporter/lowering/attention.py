@@ -11,7 +11,7 @@ from headstart.runtime import contract
 KEYS = {contract.key_name(0)[:-1]: "self-attention", contract.cross_key_name(0)[:-1]: "cross-attention"}
 
 
-def written_out(model: Any) -> tuple[str, ...]:
+def decomposed_attention(model: Any) -> tuple[str, ...]:
     """As "self-attention 0": of a decoder by its caches, of an encoder in the order of computation ("attention 0")."""
     caches = [(kind, value) for value in model.graph.inputs for prefix, kind in KEYS.items() if value.name.startswith(prefix)]
     if caches:

@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 TABLE = Path(__file__).with_name("cuda_kernels.json")
 NAMES = {"FLOAT": "float", "DOUBLE": "double"}  # where ONNX Runtime's name is not the type's own in lower case
-# Functions of ONNX that no provider has a kernel for: ONNX Runtime writes them out in operators that have (seen with 1.31.1).
-WRITTEN_OUT = {"GroupNormalization"}
+# Functions of ONNX without a kernel of their own: ONNX Runtime decomposes them into operators that have one (as of 1.31.1).
+DECOMPOSED = {"GroupNormalization"}
 Kernel = tuple[int, int | None, dict[str, list[str]]]  # first and last version of the operator, and the types it takes
 
 
@@ -48,7 +48,7 @@ def _is_whole(node: Any) -> bool:
 
 
 def _has_kernel(node: Any, model: Any) -> bool:
-    if node.op_type in WRITTEN_OUT:
+    if node.op_type in DECOMPOSED:
         return True
     kernels = registry()[1].get(f"{node.domain}::{node.op_type}" if node.domain else node.op_type, [])
     if node.domain:  # its schema is ONNX Runtime's own: the activations' type is the first constraint

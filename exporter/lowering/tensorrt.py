@@ -14,6 +14,7 @@ from onnx_ir.passes import common
 from headstart.exporter.passes.additive_mask import add_masks
 from headstart.exporter.passes.attention_scale import avoid_unit_scale
 from headstart.exporter.passes.best_tokens import add_best_tokens
+from headstart.exporter.passes.decomposed_attention import decompose_attention
 from headstart.exporter.passes.dequantized_embedding import dequantize_tables
 from headstart.exporter.passes.fixed_sizes import fix_sizes
 from headstart.exporter.passes.gemm import split_gemms
@@ -23,12 +24,11 @@ from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.rms_norm import fuse_rms_norms
 from headstart.exporter.passes.row_mask import mask_from_rows
 from headstart.exporter.passes.scatter_elements import scatter_elements
-from headstart.exporter.passes.written_out_attention import write_out_attention
 from headstart.runtime.errors import EngineError
 
-from .attention import written_out
+from .attention import decomposed_attention
 
-WRITTEN_OUT_OPSET = 21  # the last with block-wise DequantizeLinear that TensorRT 10.3 knows
+DECOMPOSED_OPSET = 21  # the last with block-wise DequantizeLinear that TensorRT 10.3 knows
 HALF_ONLY = ("Attention", "TensorScatter")
 WEIGHT_TYPES = {"INT4": "int4", "INT8": "int8", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT": "float32"}
 
@@ -36,13 +36,13 @@ WEIGHT_TYPES = {"INT4": "int4", "INT8": "int8", "FLOAT16": "float16", "BFLOAT16"
 @dataclass(frozen=True)
 class Lowered:
     """A lowered graph, what each pass left in it, its weights' bytes by type, and the layers that are not as the others: linear
-    ones that stay float32, attention that is written out."""
+    ones that stay float32, attention that is decomposed."""
 
     model: Any
     passes: dict[str, int]
     weight_bytes: dict[str, int]
     float32_layers: tuple[str, ...] = ()
-    written_out_attention: tuple[str, ...] = ()
+    decomposed_attention: tuple[str, ...] = ()
 
 
 def lower(
@@ -53,7 +53,7 @@ def lower(
     Args:
         precision: float16 or bfloat16.
         sizes: axes with one size (batch, slots, …); the others stay open for the profiles.
-        native: the builder has layers for attention, cache updates and norms; else they are written out, in the operators of
+        native: the builder has layers for attention, cache updates and norms; else they are decomposed, in the operators of
             ONNX opset 21.
         overflowing: names of values that float16 cannot hold, see `exporter.overflow`.
 
@@ -78,17 +78,17 @@ def lower(
     model, _ = add_best_tokens(model)
     grouped = fold_grouped_heads(model)[1]
     if not native:
-        model, _ = write_out_attention(model)
-        model.graph.opset_imports[""] = WRITTEN_OUT_OPSET
+        model, _ = decompose_attention(model)
+        model.graph.opset_imports[""] = DECOMPOSED_OPSET
     model, _ = fix_sizes(model, sizes)
-    parts = written_out(model)
+    parts = decomposed_attention(model)
     return Lowered(model, _counts(model, grouped, len(parts)), weight_bytes(model), float32_layers, parts)
 
 
 def lower_frontend(model: Any, sizes: Mapping[str, int], native: bool = True) -> Lowered:
     """Of recordings: it stays in float32, for its powers span more than half precision does."""
     if not native:
-        model.graph.opset_imports[""] = WRITTEN_OUT_OPSET
+        model.graph.opset_imports[""] = DECOMPOSED_OPSET
     model, _ = fix_sizes(model, sizes)
     return Lowered(model, {}, weight_bytes(model))
 
@@ -115,14 +115,14 @@ def _computes_in_float32(model: Any) -> bool:
     return any(value.dtype == ir.DataType.FLOAT for value in (*model.graph.inputs, *model.graph.outputs))
 
 
-def _counts(model: Any, grouped: bool, written_out_layers: int) -> dict[str, int]:
+def _counts(model: Any, grouped: bool, decomposed_layers: int) -> dict[str, int]:
     kinds = [node.op_type for node in model.graph]
     return {
         "fused_norms": kinds.count("RMSNormalization") + kinds.count("LayerNormalization"),
         "quantized_weights": kinds.count("DequantizeLinear"),
         "cache_updates": kinds.count("TensorScatter"),
         "attention_layers": kinds.count("Attention"),
-        "written_out_attention_layers": written_out_layers,
+        "decomposed_attention_layers": decomposed_layers,
         "folded_heads": int(grouped),
     }
 

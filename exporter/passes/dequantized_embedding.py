@@ -6,7 +6,7 @@ numbers only in front of a DequantizeLinear; it fuses that with the lookup behin
 
 from typing import Any
 
-from .surgery import Writer, clean, in_order, only_user, producer, put_in_place
+from .surgery import Writer, clean, in_order, only_user, producer, replace_value
 
 
 def dequantize_tables(model: Any) -> tuple[Any, bool]:
@@ -18,7 +18,7 @@ def dequantize_tables(model: Any) -> tuple[Any, bool]:
         table.shape, table.dtype = gather.inputs[0].shape, scales.dtype
         rows = write.node("Gather", [table, gather.inputs[1]], axis=0)
         rows.dtype = scales.dtype
-        put_in_place(product.outputs[0], rows)
+        replace_value(product.outputs[0], rows)
     if found:
         clean(model)
     return model, bool(found)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .surgery import Writer, clean, constant_of, in_order, put_in_place
+from .surgery import Writer, clean, constant_of, in_order, replace_value
 
 
 def split_gemms(model: Any) -> tuple[Any, bool]:
@@ -16,7 +16,7 @@ def split_gemms(model: Any) -> tuple[Any, bool]:
         product = write.node("MatMul", [source, weight])
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             product = write.node("Add", [product, node.inputs[2]])
-        put_in_place(node.outputs[0], product)
+        replace_value(node.outputs[0], product)
     if found:
         clean(model)
     return model, bool(found)

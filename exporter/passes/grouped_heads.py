@@ -7,7 +7,7 @@ mask, which is small where few rows are verified, is repeated instead.
 
 from typing import Any
 
-from .surgery import Writer, clean, in_order, put_in_place
+from .surgery import Writer, clean, in_order, replace_value
 
 
 def fold_grouped_heads(model: Any) -> tuple[Any, bool]:
@@ -37,7 +37,7 @@ def _fold(write: Writer, node: Any, masks: dict[tuple[int, int], Any]) -> None:
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     attended = write.node("Attention", [folded, keys, values, masks[id(mask), group]], **attributes)
     attended.dtype = query.dtype
-    put_in_place(node.outputs[0], write.node("Reshape", [attended, write.ints([0, heads, -1, size])]))
+    replace_value(node.outputs[0], write.node("Reshape", [attended, write.ints([0, heads, -1, size])]))
 
 
 def _folded_mask(write: Writer, mask: Any, group: int, kv_heads: int) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 
 from .rotary import Rotary, match_rotary, rotary_table
-from .surgery import MICROSOFT, Writer, clean, constant_of, in_order, producer, put_in_place
+from .surgery import MICROSOFT, Writer, clean, constant_of, in_order, producer, replace_value
 
 TABLE_STEP = 8  # the operator takes rotary tables whose width is a multiple of this
 MASKED = np.float32(-1e30)  # added to a masked score: its exponential is zero, and no sum overflows
@@ -154,8 +154,8 @@ def _rewrite(model: Any, layer: _Layer, shared: _Shared) -> None:
     )
     keys.shape, values.shape = layer.key_cache.shape, layer.value_cache.shape
     _replace_output(write, layer.node.outputs[0], out, heads, size)
-    put_in_place(layer.key_scatter.outputs[0], keys)
-    put_in_place(layer.value_scatter.outputs[0], values)
+    replace_value(layer.key_scatter.outputs[0], keys)
+    replace_value(layer.value_scatter.outputs[0], values)
 
 
 def _spread(write: Writer, scale: Any, size: int) -> Any:
@@ -203,10 +203,10 @@ def _replace_output(write: Writer, old: Any, new: Any, heads: int, size: int) ->
     for node, _ in list(old.uses()):
         flat = _flattened(node, heads * size)
         if flat is not None:
-            put_in_place(flat, new)
+            replace_value(flat, new)
     if old.uses():
         split = write.node("Reshape", [new, write.ints([0, 0, heads, size])])
-        put_in_place(old, write.node("Transpose", [split], perm=[0, 2, 1, 3]))
+        replace_value(old, write.node("Transpose", [split], perm=[0, 2, 1, 3]))
 
 
 def _flattened(transpose: Any, width: int) -> Any:

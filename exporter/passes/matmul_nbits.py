@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .linear import Linear, linears
-from .surgery import MICROSOFT, Writer, clean, put_in_place
+from .surgery import MICROSOFT, Writer, clean, replace_value
 
 FAST_BLOCK, FAST_INPUTS = 32, 64
 SLOW_BLOCK = 16
@@ -49,7 +49,7 @@ def _rewrite(model: Any, linear: Linear) -> None:
     )
     product.dtype, product.shape = result.dtype, result.shape
     name = result.name
-    put_in_place(result, product)
+    replace_value(result, product)
     result.name, product.name = f"{name}.replaced", name  # values beyond float16 are known by name
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .linear import Linear, linears
-from .surgery import Writer, clean, constant_of, only_user, put_in_place
+from .surgery import Writer, clean, constant_of, only_user, replace_value
 
 
 def pack_linears(model: Any) -> tuple[Any, bool]:
@@ -42,7 +42,7 @@ def _pack(model: Any, group: list[Linear]) -> None:
     widths = write.ints([linear.shape[1] for linear in group])
     pieces = write.nodes("Split", [product, widths], len(group), axis=-1)
     for old, new in zip(results, pieces, strict=True):
-        put_in_place(old, new)
+        replace_value(old, new)
 
 
 def _packed_weight(write: Writer, name: str, group: list[Linear]) -> Any:

@@ -1,26 +1,24 @@
-"""Find rotary embeddings, and tabulate their cosines and sines over all positions.
+"""Match rotary embeddings, and tabulate their cosines and sines over all positions.
 
-A rotary embedding arrives as  x · cos + concat(-x[half:], x[:half]) · sin,  with cos and sin computed from the positions
-in whatever way the checkpoint asks for (scaled frequencies, attention factors). The way is not recognised but run: the part
-of the graph between `position_ids` and the cosines is evaluated over all positions.
+A rotary embedding is traced as  x · cos + concat(-x[half:], x[:half]) · sin,  with cos and sin computed from the positions
+in whatever way the checkpoint asks for (scaled frequencies, attention factors). That computation is not matched but run: the
+part of the graph between `position_ids` and the cosines is evaluated over all positions.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.convenience import extract
 
 from headstart.runtime import contract
 
-from .surgery import integers, producer
+from .surgery import integers, part_in_memory, producer
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """`source` [B, heads, T, D] before, and the [B, T, D'] cosines and sines it is turned by; D' ≤ D when partial."""
+    """`source` [B, heads, T, D] before rotation, and the [B, T, D'] cosines and sines; D' < D where only a part is rotated."""
 
     source: Any
     cos: Any
@@ -28,7 +26,7 @@ class Rotary:
 
 
 def match_rotary(value: Any) -> Rotary | None:
-    """The rotary embedding that makes `value` [B, heads, T, D]; None when it is made in another way."""
+    """The rotary embedding that computes `value` [B, heads, T, D]; None for any other computation."""
     joined = producer(value, "Concat")
     if joined is None:
         return _match_full(value)
@@ -94,23 +92,19 @@ def _unsqueezed(value: Any) -> Any:
 
 
 def rotary_table(model: Any, value: Any, positions: int) -> NDArray[np.float32] | None:
-    """[positions, D'/2]: cosines (or sines) at positions 0, 1, …; None when they are no function of each position alone.
+    """[positions, D'/2] float32: cosines (or sines) at positions 0, 1, …
 
-    The second half repeats the first, as in all checkpoints that turn halves against each other; otherwise None.
+    None when they depend on anything but each row's own position, or when the second half of a row does not repeat the first
+    (as it does in every checkpoint that rotates halves against each other).
     """
     import onnxruntime as ort
 
-    try:
-        part = extract(model.graph, inputs=[contract.POSITION_IDS], outputs=[value.name])
-    except ValueError:  # it also depends on another input
+    part = part_in_memory(model, [contract.POSITION_IDS], [value.name])
+    if part is None:  # it also depends on another input
         return None
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(
-        ir.to_proto(ir.Model(part, ir_version=model.ir_version)).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+    session = ort.InferenceSession(part, options, providers=["CPUExecutionProvider"])
     table = _run(session, np.arange(positions))
     half = table.shape[-1] // 2
     probe = [0, positions // 2, positions - 1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .surgery import Writer, clean, in_order, put_in_place
+from .surgery import Writer, clean, in_order, replace_value
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -28,7 +28,7 @@ def scatter_elements(model: Any, floats: bool = False) -> tuple[Any, bool]:
         everywhere = write.node("Expand", [slots, write.node("Shape", [new])])
         written = write.node("ScatterElements", [cache, everywhere, new], axis=2)
         written.dtype = cache.dtype
-        put_in_place(node.outputs[0], written)
+        replace_value(node.outputs[0], written)
     if found:
         clean(model)
     return model, bool(found)

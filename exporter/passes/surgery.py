@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.convenience import extract
 from onnx_ir.passes import common
 
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
@@ -35,6 +36,20 @@ def only_user(value: Any) -> Any:
     """The one node that reads `value`; None when there are several, or when it leaves the graph."""
     users = {id(node): node for node, _ in value.uses()}
     return next(iter(users.values())) if len(users) == 1 and not value.is_graph_output() else None
+
+
+def part_in_memory(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> bytes | None:
+    """The part of a graph that computes `outputs` from `inputs`, serialized; None when it also reads another input.
+
+    Its weights are part of the bytes: a session opened from bytes has no folder in which to look up an external data file, and
+    a tensor of any size may be stored in one.
+    """
+    try:
+        part = ir.Model(extract(model.graph, inputs=list(inputs), outputs=list(outputs)), ir_version=model.ir_version)
+    except ValueError:
+        return None
+    ir.external_data.load_to_model(part)
+    return bytes(ir.to_proto(part).SerializeToString())
 
 
 class Writer:
@@ -71,7 +86,7 @@ class Writer:
         return self.constant("ints_" + "_".join(map(str, values)).replace("-", "m"), np.array(values, np.int64))
 
 
-def put_in_place(old: Any, new: Any) -> None:
+def replace_value(old: Any, new: Any) -> None:
     """Let every reader of `old`, the graph's outputs included, read `new`; an output keeps its name."""
     graph = old.graph
     name = old.name

@@ -162,7 +162,7 @@ class _Building:
         self._graph("frontend", self._canonical, frontend_profiles(self.bundle, self.options.audio_seconds))
 
     def head(self, name: str) -> None:
-        from headstart.exporter.heads.builder import load_head
+        from headstart.exporter.heads.storage import load_head
 
         self._graph(f"heads/{name}", lambda _: load_head(self.bundle, name), head_profiles(self.options.batch))
 
@@ -194,7 +194,7 @@ class _Building:
             file.unlink()
             file.with_name(f"{file.name}.data").unlink(missing_ok=True)
         self.plans[name] = dataclasses.replace(
-            info, float32_layers=lowered.float32_layers, written_out_attention=lowered.written_out_attention
+            info, float32_layers=lowered.float32_layers, decomposed_attention=lowered.decomposed_attention
         )
         return lowered.passes
 
@@ -211,7 +211,7 @@ class _Building:
         save_graph(lowered.model, file)
         inputs = lowered.model.graph.inputs
         axes = {v.name: [a if isinstance(a, int) else str(a.value) for a in v.shape] for v in inputs}
-        return _Written(axes, lowered.passes, lowered.float32_layers, lowered.written_out_attention)
+        return _Written(axes, lowered.passes, lowered.float32_layers, lowered.decomposed_attention)
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class _Written:
     axes: dict[str, list[str | int]]
     passes: dict[str, int]
     float32_layers: tuple[str, ...]
-    written_out_attention: tuple[str, ...]
+    decomposed_attention: tuple[str, ...]
 
 
 def _overflows(bundle: Bundle, options: TensorRtOptions, progress: Progress) -> dict[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from headstart.runtime.errors import BundleError, EngineError
 from headstart.runtime.output import check_files
 
 ENGINE_FILE = "engine.json"
-ENGINE_SCHEMA = 3
+ENGINE_SCHEMA = 4
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class PlanInfo:
         in_place: caches that the compiled plan reads and writes in one buffer.
         float32_layers: the checkpoint's names of the linear layers that compute in float32, their numbers being too large for
             float16.
-        written_out_attention: the attention layers that TensorRT is given in parts, for it has no such layer, or none that does
-            what theirs does: "self-attention 0".
+        decomposed_attention: the attention layers that are decomposed into products and a softmax, because TensorRT has no
+            attention layer that computes them: "self-attention 0".
     """
 
     bytes: int
@@ -51,7 +51,7 @@ class PlanInfo:
     weight_bytes: dict[str, int] = field(default_factory=dict)
     in_place: tuple[str, ...] = ()
     float32_layers: tuple[str, ...] = ()
-    written_out_attention: tuple[str, ...] = ()
+    decomposed_attention: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_arithmetic_on_sizes_may_stay(bundle_of: BundleOf, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("operator", "left"), [("GroupNormalization", 0), ("MeanVarianceNormalization", 1)])
-def test_functions_that_are_written_out_need_no_kernel(operator: str, left: int) -> None:
+def test_functions_that_are_decomposed_need_no_kernel(operator: str, left: int) -> None:
     """Moonshine's encoder begins with the first; the second has a kernel on the CPU alone."""
     half = ir.TensorType(ir.DataType.FLOAT16)
     x, scale, bias = (ir.Value(name=name, type=half) for name in ("x", "scale", "bias"))

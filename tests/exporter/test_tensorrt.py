@@ -147,13 +147,13 @@ def test_heads_are_built_too(built: Built, weights: str, device: str) -> None:
 
 @pytest.mark.parametrize(("name", "fused"), [("gemma2", 0), ("opt", 2)])
 def test_attention_of_other_forms(built: Built, name: str, fused: int) -> None:
-    """Gemma 2 caps its scores, which no fused kernel does: written out, and said so. OPT's scale is 1: no copy of its cache."""
+    """Gemma 2 caps its scores, which no fused kernel does: decomposed, and reported. OPT's scale is 1: no copy of its cache."""
     _, info = built(name)
     assert info.passes["attention_layers"] == fused
-    assert info.passes["written_out_attention_layers"] == 2 - fused
+    assert info.passes["decomposed_attention_layers"] == 2 - fused
     named = () if fused else ("self-attention 0", "self-attention 1")
-    assert info.plans["decoder"].written_out_attention == named
-    assert (f"attention written out: {', '.join(named)}" in describe_plan(info.plans["decoder"])) == (not fused)
+    assert info.plans["decoder"].decomposed_attention == named
+    assert (f"attention decomposed: {', '.join(named)}" in describe_plan(info.plans["decoder"])) == (not fused)
     assert len(info.plans["decoder"].in_place) == 4
 
 
@@ -190,7 +190,7 @@ def test_recordings_of_any_length(built: Built) -> None:
         TensorRtOptions(audio_seconds=0.1).source_rows(bundle)
 
 
-def test_the_written_out_form_builds_too(bundle_of: BundleOf, tmp_path: Path) -> None:
+def test_the_decomposed_form_builds_too(bundle_of: BundleOf, tmp_path: Path) -> None:
     """What JetPack 6's TensorRT is given, with a parser that is at hand: one profile, caches that come back as copies."""
     bundle = bundle_of("llama")
     graph = ir.load(bundle.path / bundle.manifest.graphs["decoder"].file)

@@ -31,7 +31,7 @@ def test_half_precision_stays_near_the_canonical_graph(bundle_of: BundleOf, name
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.abs(ours - theirs).max() < FLOAT16_NOISE * np.ptp(theirs)
     layers = bundle.manifest.model.layers
-    assert lowered.passes["attention_layers"] + lowered.passes["written_out_attention_layers"] == layers
+    assert lowered.passes["attention_layers"] + lowered.passes["decomposed_attention_layers"] == layers
     assert lowered.passes["cache_updates"] == 2 * layers
 
 
@@ -126,7 +126,7 @@ def test_unit_scales_are_avoided(bundle_of: BundleOf) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_written_out_where_the_builder_has_no_such_layers(bundle_of: BundleOf, name: str, tmp_path: Path) -> None:
+def test_decomposed_where_the_builder_has_no_such_layers(bundle_of: BundleOf, name: str, tmp_path: Path) -> None:
     """For JetPack 6: nothing that came with ONNX's later opsets, and the same logits."""
     bundle = bundle_of(name)
     wanted = run(decoder(bundle), bundle, tmp_path / "canonical.onnx")
@@ -134,24 +134,24 @@ def test_written_out_where_the_builder_has_no_such_layers(bundle_of: BundleOf, n
     kinds = {node.op_type for node in lowered.model.graph}
     assert not kinds & {"Attention", "TensorScatter", "RMSNormalization", "RotaryEmbedding", "Swish"}
     assert lowered.model.graph.opset_imports[""] == 21
-    assert lowered.passes["written_out_attention_layers"] == 2
+    assert lowered.passes["decomposed_attention_layers"] == 2
     found = run(lowered.model, bundle, tmp_path / "lowered.onnx")
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.abs(ours - theirs).max() < FLOAT16_NOISE * np.ptp(theirs)
 
 
-def test_what_is_written_out_is_named(bundle_of: BundleOf, tmp_path: Path) -> None:
+def test_what_is_decomposed_is_named(bundle_of: BundleOf, tmp_path: Path) -> None:
     """Of an encoder-decoder each attention on its own; Whisper's encoder has no mask, and gives the same states."""
     bundle, sizes = bundle_of("whisper"), {"batch": 1, "slots": SLOTS, "source": 60}
     graphs = {name: bundle.path / graph.file for name, graph in bundle.manifest.graphs.items()}
-    assert lower(ir.load(graphs["decoder"]), "float16", sizes).written_out_attention == ()
-    named = lower(ir.load(graphs["decoder"]), "float16", sizes, native=False).written_out_attention
+    assert lower(ir.load(graphs["decoder"]), "float16", sizes).decomposed_attention == ()
+    named = lower(ir.load(graphs["decoder"]), "float16", sizes, native=False).decomposed_attention
     assert named == tuple(f"{kind} {layer}" for kind in ("self-attention", "cross-attention") for layer in range(2))
     source = np.random.default_rng(0).standard_normal(bundle.manifest.graphs["encoder"].inputs[0].shape[1:]).astype(np.float16)
     states = []
     for native in (True, False):
         lowered = lower(ir.load(graphs["encoder"]), "float16", sizes, native)
-        assert lowered.written_out_attention == (() if native else ("attention 0",))
+        assert lowered.decomposed_attention == (() if native else ("attention 0",))
         save_graph(lowered.model, tmp_path / "encoder.onnx")
         states.append(open_session(tmp_path / "encoder.onnx", 1).run(None, {contract.INPUT_FEATURES: source[None]})[0])
     assert np.abs(states[0] - states[1]).max() < FLOAT16_NOISE * np.ptp(states[0])

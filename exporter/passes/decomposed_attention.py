@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from .half import NUMPY_TYPES
-from .surgery import Writer, clean, in_order, put_in_place
+from .surgery import Writer, clean, in_order, replace_value
 
 
-def write_out_attention(model: Any) -> tuple[Any, bool]:
+def decompose_attention(model: Any) -> tuple[Any, bool]:
     """Rewrite every Attention. Returns (model, whether anything changed)."""
     found = [node for node in in_order(model) if node.op_type == "Attention"]
     for node in found:
@@ -26,7 +26,7 @@ def write_out_attention(model: Any) -> tuple[Any, bool]:
         wide = write.node("Softmax", [write.node("Cast", [scores], to=int(ir.DataType.FLOAT))], axis=-1)
         attended = write.node("MatMul", [write.node("Cast", [wide], to=int(dtype)), values])
         attended.dtype = dtype
-        put_in_place(node.outputs[0], attended)
+        replace_value(node.outputs[0], attended)
     if found:
         clean(model)
     return model, bool(found)
