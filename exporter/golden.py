@@ -213,8 +213,10 @@ def reference_greedy(
     read = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for _, shift in shifted_embeddings(model)[:1]:  # generate() would count from 0, unlike the model's own forward
         read["position_ids"] = torch.arange(shift, shift + ids.shape[1]).expand_as(ids)
-    if (original_length(model, LONGROPE) or tokens + ids.shape[1]) < tokens + ids.shape[1]:
-        plain.use_cache = False  # keys of the short factors would stay in it
+    crosses = (original_length(model, LONGROPE) or ids.shape[1] + tokens) < ids.shape[1] + tokens
+    if crosses or sources is None and hasattr(model.config, "encoder_layers"):
+        # A cache would keep keys of LongRoPE's short factors; a decoder's alone would have as many layers as its encoder had.
+        plain.use_cache = False
     if sources is not None:
         plain.decoder_start_token_id = decoder_start(model)
         # generate() would make a cache of as many layers as some encoders have, whatever the decoder has.
