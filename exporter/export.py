@@ -13,7 +13,6 @@ from typing import Any
 from headstart.runtime.bundle import (
     SCHEMA_VERSION,
     Bundle,
-    GenerationRules,
     GraphInfo,
     Manifest,
     ModelInfo,
@@ -22,6 +21,8 @@ from headstart.runtime.bundle import (
 )
 from headstart.runtime.errors import CheckpointError, EngineError, MissingExtraError, OptionError, missing_extra
 from headstart.runtime.output import new_folder
+
+from .generation_rules import generation_rules, notes
 
 Progress = Callable[[str], None]  # called with the name of each stage as it begins
 DTYPES = ("float32", "float16", "bfloat16")
@@ -73,8 +74,12 @@ def export(
             _check_assistant(source, Bundle.load(assistant_of, check_hashes=False))
             write = _write_assistant
         manifest, reference = write(source, folder, max_cache, tuple(aux_layers), str(checkpoint), progress)
+        said = [*notes(source.model), *_model_notes(source.model, manifest.model.max_cache)]
         if check:
-            _compare(Bundle(folder, manifest), reference, progress)
+            said += _compare(Bundle(folder, manifest), reference, progress)
+        for note in said:
+            progress(note)
+        manifest = dataclasses.replace(manifest, provenance=dataclasses.replace(manifest.provenance, notes=tuple(said)))
         manifest = _add_overflows(manifest, folder, progress)
         manifest = _add_heads(manifest, folder, heads, progress)
         progress("hashing files")
@@ -82,15 +87,32 @@ def export(
     return Bundle.load(output, check_hashes=False)
 
 
-def _compare(bundle: Bundle, reference: Any, progress: Progress) -> None:
-    """Raises CheckpointError when the graphs compute something else than the checkpoint."""
+def _compare(bundle: Bundle, reference: Any, progress: Progress) -> list[str]:
+    """Returns why the graphs could not be compared, if so. Raises CheckpointError when they compute something else."""
     from .comparison import compare_export
 
     progress("comparing with the checkpoint")
     try:
         compare_export(bundle, reference)
     except (MissingExtraError, EngineError) as error:
-        progress(f"the exported graphs were not compared with the checkpoint: {error}")
+        return [f"The exported graphs were not compared with the checkpoint: {error}"]
+    return []
+
+
+def _model_notes(model: Any, longest: int) -> list[str]:
+    """Where the bundle costs more than the architecture suggests, or transformers contradicts itself."""
+    from . import architectures, rope
+
+    notes = []
+    original = rope.variants(model, longest).original
+    if original:
+        notes.append(
+            f"LongRoPE: beyond {original} tokens the frequencies change, so the graph runs and caches both variants of the "
+            f"model. --max-cache {original} halves that cost."
+        )
+    if not model.config.is_encoder_decoder and architectures.shifted_embeddings(model):
+        notes.append("Positions are those of the model's own forward; generate() of transformers 5 counts them from 0.")
+    return notes
 
 
 def _add_overflows(manifest: Manifest, folder: Path, progress: Progress) -> Manifest:
@@ -136,11 +158,6 @@ def _write_decoder(
     stated = rope.original_length(source.model, rope.DYNAMIC) or stated
     longest = longest_text(source, stated, max_cache)
     variants = rope.variants(source.model, longest)
-    if variants.count > 1:
-        progress(
-            f"LongRoPE: texts beyond {variants.original} tokens have other frequencies, so the graph runs and caches both "
-            f"variants; --max-cache {variants.original} halves its cost"
-        )
     progress("tracing the decoder")
     caches = tracing.cache_infos(source.model, variants)
     conformance.check_decoder(source.model, caches, variants)
@@ -264,53 +281,6 @@ def _model_info(source: Any, info: GraphInfo, layers: int, max_cache: int, aux_l
         parameters=sum(p.numel() for p in source.model.parameters()),
         aux_layers=aux_layers,
     )
-
-
-def generation_rules(model: Any, vocab_size: int) -> GenerationRules:
-    """What the checkpoint's generation_config (or config) says of end, begin, forced and suppressed tokens, and lengths.
-
-    Tokens that the model does not have are left out: Whisper's configuration suppresses some of its usual vocabulary.
-    """
-    settings = model.generation_config
-
-    def known(token_ids: Sequence[int]) -> bool:
-        return all(0 <= token < vocab_size for token in token_ids)
-
-    def stated(name: str, default: Any = None) -> Any:
-        value = getattr(settings, name, None)
-        return default if value is None else value
-
-    start = stated("decoder_start_token_id", settings.bos_token_id)
-    forced_ends = _token_ids(stated("forced_eos_token_id"))
-    return GenerationRules(
-        eos_token_ids=_token_ids(settings.eos_token_id),
-        bos_token_id=settings.bos_token_id,
-        suppress_tokens=_token_ids(stated("suppress_tokens")),
-        pad_token_id=stated("pad_token_id"),
-        decoder_start_token_id=start if model.config.is_encoder_decoder else None,
-        forced_bos_token_id=stated("forced_bos_token_id"),
-        forced_eos_token_id=forced_ends[0] if forced_ends else None,
-        begin_suppress_tokens=tuple(t for t in _token_ids(stated("begin_suppress_tokens")) if known([t])),
-        min_length=stated("min_length"),
-        max_length=stated("max_length"),
-        min_new_tokens=stated("min_new_tokens"),
-        no_repeat_ngram_size=stated("no_repeat_ngram_size", 0),
-        encoder_no_repeat_ngram_size=stated("encoder_no_repeat_ngram_size", 0),
-        bad_words_ids=tuple(tuple(ids) for ids in stated("bad_words_ids", ()) if known(ids)),
-        num_beams=stated("num_beams", 1),
-        length_penalty=float(stated("length_penalty", 1.0)),
-        early_stopping=stated("early_stopping", False),
-        renormalize_logits=stated("renormalize_logits", False),
-        lang_to_id=stated("lang_to_id", {}),
-        task_to_id=stated("task_to_id", {}),
-        no_timestamps_token_id=stated("no_timestamps_token_id"),
-        max_initial_timestamp_index=stated("max_initial_timestamp_index"),
-        prev_sot_token_id=stated("prev_sot_token_id"),
-    )
-
-
-def _token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
 def provenance(source: str, hashes: dict[str, str]) -> Provenance:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from headstart.runtime.bundle import GOLDEN, Bundle
 from headstart.runtime.errors import BundleError, CheckpointError
 
+from .generation_rules import one_token
+
 SEQUENCES = 3
 LENGTH = 24  # tokens
 TOP = 64  # logits kept per row: a whole vocabulary of every row would outweigh small models
@@ -111,13 +113,14 @@ def golden_features(shape: tuple[int, ...]) -> NDArray[np.float32]:
 def decoder_start(model: Any) -> int:
     """The token an encoder-decoder's output begins with."""
     settings = model.generation_config
-    start = settings.decoder_start_token_id if settings.decoder_start_token_id is not None else settings.bos_token_id
+    stated = settings.decoder_start_token_id if settings.decoder_start_token_id is not None else settings.bos_token_id
+    start = one_token(stated)
     if start is None:
         raise CheckpointError(
             "The checkpoint names neither decoder_start_token_id nor bos_token_id: its decoder has no token to start from. "
             "Fix: add decoder_start_token_id to generation_config.json."
         )
-    return int(start)
+    return start
 
 
 def save_golden(
@@ -214,7 +217,7 @@ def reference_greedy(
     for _, shift in shifted_embeddings(model)[:1]:  # generate() would count from 0, unlike the model's own forward
         read["position_ids"] = torch.arange(shift, shift + ids.shape[1]).expand_as(ids)
     crosses = (original_length(model, LONGROPE) or ids.shape[1] + tokens) < ids.shape[1] + tokens
-    if crosses or sources is None and hasattr(model.config, "encoder_layers"):
+    if crosses or (sources is None and hasattr(model.config, "encoder_layers")):
         # A cache would keep keys of LongRoPE's short factors; a decoder's alone would have as many layers as its encoder had.
         plain.use_cache = False
     if sources is not None:
