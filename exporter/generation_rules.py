@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config says: the rules that the runtime applies, and a note on each setting that it does not."""
+"""What a checkpoint's generation_config says: rules that the runtime applies, and a note on each setting that it does not."""
 
 from collections.abc import Sequence
 from typing import Any
