@@ -35,7 +35,13 @@ def check_decoder(model: Any, caches: tuple[CacheInfo, ...], variants: Variants)
 def _check_causal(model: Any, ids: NDArray[np.int64]) -> None:
     other = ids.copy()
     other[:, -1] = ids[:, 0]
-    changed = _largest(reference_logits(model, other)[0, :-1], reference_logits(model, ids)[0, :-1])
+    logits = reference_logits(model, ids)[0, :-1]
+    if not np.isfinite(logits).all():
+        raise CheckpointError(
+            f"{type(model).__name__}: the checkpoint itself computes NaN or infinity, in {_dtype(model)}. Fix: check its "
+            "weights, or choose a wider --dtype (bfloat16 or float32)."
+        )
+    changed = _largest(reference_logits(model, other)[0, :-1], logits)
     if changed > LIMITS[_dtype(model)].largest:
         stated = "" if getattr(model.config, "is_decoder", True) else ' ("is_decoder" is false in config.json)'
         raise CheckpointError(
