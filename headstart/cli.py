@@ -104,6 +104,7 @@ def export(
     assistant_of: Annotated[
         Path | None, typer.Option(help="Bundle with the very same encoder: leave it out here, and draft for that one.")
     ] = None,
+    check: Annotated[bool, typer.Option(help="Compare the exported graphs with the checkpoint.")] = True,
     force: Force = False,
 ) -> None:
     """Export a checkpoint, with draft heads, to a bundle."""
@@ -113,7 +114,9 @@ def export(
 
     with stages() as progress:
         layers = _integers(aux_layers)
-        bundle = run(checkpoint, output, head or (), dtype, max_cache, layers, force, progress, assistant_of)
+        bundle = run(checkpoint, output, head or (), dtype, max_cache, layers, force, progress, assistant_of, check)
+    for note in bundle.manifest.provenance.notes:
+        print(f"Note: {note}", file=sys.stderr)
     print(f"{bundle.path}: {bundle.manifest.model.architecture}, heads: {', '.join(bundle.manifest.heads) or 'none'}")
 
 
