@@ -19,7 +19,7 @@ from .drafters.aligned_copy import previous_hypothesis
 from .drafters.base import Drafter
 from .errors import OptionError, PromptError
 from .graph import Engine
-from .options import GenerateOptions, GenerateSettings, settings
+from .options import GenerateOptions, GenerateSettings, most_new_tokens, settings
 from .results import Result, stats_of
 from .scheduler import Event, Scheduler
 from .sequence import Request, TokenLogProbs
@@ -124,7 +124,7 @@ class Generator:
         seed = chosen.sampling.seed
         return Request(
             prompt_ids=given.prompt_ids,
-            max_new_tokens=chosen.max_new_tokens,
+            max_new_tokens=most_new_tokens(chosen.max_new_tokens, self.bundle.manifest.generation, len(given.prompt_ids)),
             sampling=chosen.sampling,
             rules=chosen.rules,
             end_tokens=chosen.end_tokens,

@@ -17,7 +17,7 @@ from headstart.exporter.comparison import all_logits
 from headstart.exporter.export import export
 from headstart.exporter.golden import reference_logits
 from headstart.runtime.engines.info import EngineInfo
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import CheckpointError
 from headstart.runtime.loading import load
 
