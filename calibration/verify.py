@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.exporter.build import LIMITS
 from headstart.exporter.comparison import all_logits, compare_greedy, top_two_margin
 from headstart.exporter.golden import Texts, read_golden
 from headstart.runtime.engine import MAX_ROWS, Engine
 from headstart.runtime.errors import OptionError, missing_extra
 from headstart.runtime.generation import Prompt
 from headstart.runtime.model import ARRAYS, Model, load
+from headstart.runtime.precision import LIMITS
 from headstart.runtime.prefill import open_cache, prefill
 from headstart.runtime.tree import ROOT, DraftTree, chain
 
@@ -194,7 +194,7 @@ def _logit_check(
 
 def logit_tolerance(engine: Engine) -> float:
     """Largest |Δlogit| over the row's range that the engine may be off its golden outputs by."""
-    return TOLERANCE[engine.model.dtype] if engine.exact else LIMITS["integer"]
+    return TOLERANCE[engine.model.dtype] if engine.exact else LIMITS["int8_per_row"].largest
 
 
 def tree_noise(engine: Engine, input_ids: NDArray[np.int64], sources: NDArray[Any] | None = None) -> float:

@@ -12,7 +12,7 @@ from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.errors import EngineError, missing_extra
 
 from .devices import Device, device_named
-from .tensorrt.build import LEAST_TOKENS, TensorRtOptions
+from .tensorrt.options import LEAST_TOKENS, TensorRtOptions
 from .tensorrt.profiles import decoder_profiles
 
 MB = 1e6
@@ -117,16 +117,12 @@ def _graphs(bundle: Bundle) -> dict[str, dict[str, float]]:
     A table that is both looked up and multiplied by (tied embeddings) is stored twice, each time as its kernel wants it; so
     the plans of TensorRT-RTX 1.7.1 say. A head's copy of the target's LM head counts again, too.
     """
-    import onnx_ir as ir
+    from .canonical import graphs, load_graph
 
-    from .heads.storage import load_head
-
-    models = {name: ir.load(bundle.path / graph.file) for name, graph in bundle.manifest.graphs.items()}
-    models |= {f"heads/{name}": load_head(bundle, name) for name in bundle.manifest.heads}
     found: dict[str, dict[str, float]] = {}
-    for name, model in models.items():
+    for name in graphs(bundle):
         weights = found[name] = {}
-        for value in model.graph.initializers.values():
+        for value in load_graph(bundle, name).graph.initializers.values():
             kind, stored = _stored(value, "float32" if name == "frontend" else "half")
             weights[kind] = weights.get(kind, 0.0) + stored / MB
     return found

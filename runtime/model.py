@@ -17,8 +17,8 @@ from .drafters.draft_model import DraftModelDrafter
 from .drafters.first_that_pays import FirstThatPays
 from .drafters.medusa import MedusaDrafter
 from .drafters.ngram import NGramDrafter
-from .engines.onnxruntime import CUDA_DEVICES, DRAFT_THREADS, OnnxRuntimeEngine
-from .engines.tensorrt import TENSORRT_DEVICES, TensorRtEngine
+from .engines.onnxruntime import DRAFT_THREADS, OnnxRuntimeEngine
+from .engines.registry import BuiltEngine, device_kind, open_engine
 from .errors import BundleError, OptionError, PromptError
 from .generation import Generation, Prompt, Result, check_given, sampling_options
 from .rules import TokenRules
@@ -26,8 +26,6 @@ from .tokenizer import Tokenizer
 from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
 from .tuning import DrafterTuning, Tuning, read_tuning
 
-DEVICES = ("cpu", *CUDA_DEVICES, "trt-rtx:sm89 (as it was built)", "tensorrt")
-BuiltEngine = OnnxRuntimeEngine | TensorRtEngine
 # Sources that are no text.
 ARRAYS = {"audio": "audio features", "states": "encoder states of the target whose assistant it is (load it as draft model)"}
 
@@ -272,11 +270,9 @@ def load(
         OptionError: unknown device, or a draft model with another vocabulary.
         EngineError: the built engine or the tuning is of another bundle, machine or number of threads; or there is no GPU.
     """
-    with_onnxruntime = device in ("cpu", *CUDA_DEVICES)
-    if not with_onnxruntime and device.split(":")[0] not in TENSORRT_DEVICES:
-        raise OptionError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
+    device_kind(device)  # refuse an unknown device before anything is read
     bundle = Bundle.load(path, check_hashes=False)  # the engine checks what it reads
-    engine = OnnxRuntimeEngine.open(bundle, threads, device) if with_onnxruntime else TensorRtEngine.open(bundle, device)
+    engine = open_engine(bundle, device, threads)
     tuning = read_tuning(bundle, device, engine.built[0] if engine.built else None, engine.threads) if tuned else None
     draft_engine = None if draft_model is None else _draft_engine(draft_model, bundle)
     drafters = _drafters(bundle, engine, draft_engine, tuning)

@@ -223,9 +223,3 @@ def _flattened(transpose: Any, width: int) -> Any:
 def fused_layers(model: Any) -> int:
     """How many attention layers are GroupQueryAttention."""
     return sum(node.op_type == "GroupQueryAttention" for node in model.graph)
-
-
-def portable_layers(model: Any) -> int:
-    """How many cached attention layers are left in the portable form."""
-    scatters = [node for node in model.graph if node.op_type == "TensorScatter" and node.inputs[0].is_graph_input()]
-    return len(scatters) // 2

@@ -22,7 +22,6 @@ from headstart.runtime.errors import EngineError, PromptError
 # Threads of anything that drafts. A second pool of spinning threads would fight the target's for the same cores, which
 # cost a verify pass 2.5 times its time on two cores; one thread needs no pool.
 DRAFT_THREADS = 1
-CUDA_DEVICES = ("cuda", "cuda:tensorrt")  # of which the latter asks the TensorRT provider first
 
 
 class OnnxRuntimeEngine:
@@ -115,7 +114,11 @@ class OnnxRuntimeEngine:
         if frontend is None:
             return samples
         if self._frontend is None:  # of a few operations, on whatever else decodes
-            self._frontend = open_session(self.bundle.path / frontend.file, self.threads)
+            file = self.bundle.path / frontend.file
+            if self.built is not None:
+                info, folder = self.built
+                file = folder / info.graphs["frontend"]
+            self._frontend = open_session(file, self.threads)
         features: NDArray[np.float32] = self._frontend.run(None, {contract.AUDIO: samples[None]})[0][0]
         return features
 

@@ -26,8 +26,6 @@ from headstart.runtime.engines.sources import axis_size, check_length, filled, r
 from headstart.runtime.engines.tensorrt_device import Device, Plan
 from headstart.runtime.errors import EngineError
 
-TENSORRT_DEVICES = ("trt-rtx", "tensorrt")  # of which the former names GPU generations behind a colon
-
 
 class TensorRtEngine:
     """The bundle's decoder as built for one device."""
