@@ -24,6 +24,7 @@ from headstart.exporter.heads.storage import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, replace_value
+from headstart.exporter.passes.values import name_of
 from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, Manifest, WeightInfo, write_manifest
 from headstart.runtime.documents import to_json
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -310,15 +311,17 @@ def _write_head(bundle: Bundle, folder: Path, manifest: Manifest, name: str, opt
 
 def _share(model: Any, linear: Linear, shared: dict[str, WeightInfo]) -> None:
     """Read the LM head where the quantized decoder keeps it."""
+    import onnx_ir as ir
+
     weight = linear.weight
-    weight.const_value = reference(weight.name, shared["lm_head"])
-    weight.dtype = weight.const_value.dtype
+    tensor = reference(name_of(weight), shared["lm_head"])
+    weight.const_value, weight.dtype = tensor, tensor.dtype
     if "lm_head.scale" not in shared:
         return
     write = Writer(model, linear.node)
     scale = write.constant("lm_head.scale", np.zeros(1, np.float32))
-    scale.const_value = reference("lm_head.scale", shared["lm_head.scale"])
-    scale.shape = scale.const_value.shape
+    scales = reference("lm_head.scale", shared["lm_head.scale"])
+    scale.const_value, scale.shape = scales, ir.Shape(shared["lm_head.scale"].shape)
     result = write.node("DequantizeLinear", [weight, scale], axis=0 if linear.transposed else 1)
     if linear.transposed:
         result = write.node("Transpose", [result], perm=[1, 0])

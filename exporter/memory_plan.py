@@ -5,13 +5,15 @@ Predicted from the canonical graphs' weights and the caches' sizes alone, in a s
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import onnx_ir as ir
 
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.errors import EngineError, missing_extra
 
 from .devices import Device, device_named
+from .passes.values import tensor_of
 from .tensorrt.options import LEAST_TOKENS, TensorRtOptions
 from .tensorrt.profiles import decoder_profiles
 
@@ -128,9 +130,9 @@ def _graphs(bundle: Bundle) -> dict[str, dict[str, float]]:
     return found
 
 
-def _stored(value: Any, floats: str) -> tuple[str, float]:
+def _stored(value: ir.Value, floats: str) -> tuple[str, float]:
     """(type, bytes in the plan) of a weight; `floats`: what float32 becomes."""
-    tensor, readers = value.const_value, {node.op_type for node, _ in value.uses()}
+    tensor, readers = tensor_of(value), {node.op_type for node, _ in value.uses()}
     copies = 2 if "Gather" in readers and len(readers) > 1 and len(tensor.shape) == 2 else 1
     narrowed = tensor.dtype.name == "FLOAT" and floats == "half"
     return tensor.dtype.name, float(copies * (tensor.nbytes / 2 if narrowed else tensor.nbytes))

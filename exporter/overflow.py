@@ -83,15 +83,18 @@ def watch(model: Any) -> list[str]:
     """Add the output LARGEST, the largest magnitude of every float32 value that is computed; returns the values' names."""
     import onnx_ir as ir
 
+    from .passes.values import new_initializer
+
     watched = [v for node in list(model.graph) for v in node.outputs if v.dtype == ir.DataType.FLOAT and v.name]
     one = ir.tensor(np.array([1], np.int64), name="headstart.one")
-    shape = ir.Value(name=one.name, shape=one.shape, type=ir.TensorType(one.dtype), const_value=one)
+    shape = new_initializer(one)
     model.graph.register_initializer(shape)
     sizes = []
     for value in watched:
-        size = ir.node("ReduceMax", ir.node("Abs", [value]).outputs, attributes={"keepdims": 0})
+        magnitude = ir.node("Abs", [value])
+        size = ir.node("ReduceMax", magnitude.outputs, attributes={"keepdims": 0})
         flat = ir.node("Reshape", [size.outputs[0], shape])
-        for node in (size.inputs[0].producer(), size, flat):
+        for node in (magnitude, size, flat):
             model.graph.append(node)
         sizes.append(flat.outputs[0])
     joined = ir.node("Concat", sizes, attributes={"axis": 0})

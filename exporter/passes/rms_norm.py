@@ -4,11 +4,10 @@ They arrive as six element-wise nodes. In half precision their squares overflow;
 in `stash_type`. The pattern is onnxscript's.
 """
 
-from typing import Any
-
+import onnx_ir as ir
 from onnxscript.rewriter.rules.fusion import _rms_normalization
 
 
-def fuse_rms_norms(model: Any) -> tuple[Any, bool]:
+def fuse_rms_norms(model: ir.Model) -> tuple[ir.Model, bool]:
     """Returns (model, whether anything changed)."""
     return model, bool(_rms_normalization.fuse_rms_normalization(model))
