@@ -20,6 +20,7 @@ from headstart.runtime.output import atomic_write, hash_files, new_folder
 
 from . import canonical
 from .check import check_graphs
+from .float_agreement import float_agreement, warn_if_poor
 from .targets.cpu import CpuOptions
 from .targets.cuda import CudaOptions
 from .targets.table import target_for
@@ -80,6 +81,8 @@ def _built(target: Target[Any, Any]) -> EngineInfo:
         target.write(name, target.lower(name, canonical.load_graph(bundle, name)))
         gc.collect()  # a graph's nodes and values refer to each other, and would keep its weights in memory
     differences = check_graphs(bundle, target)
+    agreement = float_agreement(target)
+    warn_if_poor(bundle.manifest.quantization.get("weights", ""), agreement)
     return EngineInfo(
         schema_version=ENGINE_SCHEMA,
         device=target.device,
@@ -91,6 +94,7 @@ def _built(target: Target[Any, Any]) -> EngineInfo:
         passes=target.passes,
         relative_difference=differences["decoder"].largest if differences else None,
         differences=differences,
+        float_agreement=agreement,
         plans=target.plans,
         cache_slots=target.cache_slots,
         batch=target.batch,

@@ -47,7 +47,8 @@ def check_graphs(bundle: Bundle, target: Target[Any, Any]) -> dict[str, Differen
     Raises EngineError, naming the graph, for one beyond the target's limits, or with NaN or infinity on either side.
     """
     found: dict[str, Difference] = {}
-    inputs = Inputs(bundle)
+    golden = read_golden(bundle)
+    inputs = Inputs(bundle, golden["input_ids"][:1], golden["sources"][:1] if "sources" in golden else None)
     for name in sorted(canonical.graphs(bundle), key=_order):
         forms = target.forms(name)
         reference = [_finite(f"the canonical graph {name}", step) for step in inputs.reference(name)] if forms else []
@@ -110,37 +111,44 @@ class Inputs:
         known: tensors by contract name that later graphs read: the encoder's outputs, the decoder's hidden states.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
-        golden = read_golden(bundle)
-        self.input_ids: NDArray[np.int64] = golden["input_ids"][:1]
+    def __init__(self, bundle: Bundle, input_ids: NDArray[np.int64], source: NDArray[Any] | None = None) -> None:
+        """`input_ids` [1, T] and, with an encoder, `source` [1, …] as its graph takes it."""
+        self.bundle, self.input_ids = bundle, input_ids
         self.known: Arrays = {}
-        if "encoder" in bundle.manifest.graphs and "sources" in golden:
-            source = golden["sources"][:1]
+        if "encoder" in bundle.manifest.graphs and source is not None:
             self.known[bundle.manifest.graphs["encoder"].inputs[0].name] = source
             self.known[contract.ENCODER_MASK] = np.ones(source.shape[:2], np.bool_)
 
     def reference(self, name: str) -> list[Arrays]:
         """Outputs of the canonical graph, step by step. Quantized graphs compute in floats here, as they are written."""
         info = canonical.graphs(self.bundle)[name]
-        steps = list(self._steps(name, Runner(self.bundle.path / info.file, shared=_shared(self.bundle, name)), 1))
-        self.known |= {output: array for output, array in steps[-1].items() if output != contract.LOGITS}
-        if contract.ENCODER_HIDDEN in steps[-1]:
-            self.known[contract.ENCODER_MASK] = np.ones(steps[-1][contract.ENCODER_HIDDEN].shape[:2], np.bool_)
-        return steps
+        runner = Runner(self.bundle.path / info.file, shared=_shared(self.bundle, name))
+        outputs = list(self._outputs(name, runner, 1, self._steps()))
+        self.read_from(outputs[-1])
+        return outputs
 
-    def run(self, name: str, form: Form) -> list[Arrays]:
-        """Outputs of a lowered graph on the same inputs."""
-        return list(self._steps(name, Runner(form.file), form.batch))
+    def read_from(self, outputs: Arrays) -> None:
+        """Let later graphs read these outputs."""
+        self.known |= {output: array for output, array in outputs.items() if output != contract.LOGITS}
+        if contract.ENCODER_HIDDEN in outputs:
+            self.known[contract.ENCODER_MASK] = np.ones(outputs[contract.ENCODER_HIDDEN].shape[:2], np.bool_)
 
-    def _steps(self, name: str, runner: "Runner", batch: int) -> Iterator[Arrays]:
+    def run(self, name: str, form: Form, steps: Sequence[Arrays] = ()) -> list[Arrays]:
+        """Outputs of a lowered graph on the same inputs; `steps` of a cached graph in place of the prefill and the tree."""
+        return list(self._outputs(name, Runner(form.file), form.batch, steps or self._steps()))
+
+    def _steps(self) -> tuple[Arrays, ...]:
+        slots = 2 * self.input_ids.shape[1]
+        return prefill_step(self.input_ids, slots), tree_step(self.input_ids, slots)
+
+    def _outputs(self, name: str, runner: "Runner", batch: int, steps: Sequence[Arrays]) -> Iterator[Arrays]:
         info = canonical.graphs(self.bundle)[name]
         if all(tensor.name != contract.WRITE_INDEX for tensor in info.inputs):
             yield runner.run(_repeated(self._values(info.inputs), batch))
             return
-        length, others = self.input_ids.shape[1], self._values(_besides_the_step(info))
-        runner.new_states(batch, 2 * length)
-        for step in (prefill_step(self.input_ids, 2 * length), tree_step(self.input_ids, 2 * length)):
+        others = self._values(_besides_the_step(info))
+        runner.new_states(batch, steps[0][contract.ATTENTION_MASK].shape[3])
+        for step in steps:
             yield runner.run(_repeated(others | step, batch))
 
     def _values(self, tensors: Sequence[TensorInfo]) -> Arrays:

@@ -21,6 +21,7 @@ from headstart.runtime.errors import HeadstartError
 from headstart.runtime.generation import Generation, Result
 from headstart.runtime.model import Model
 from headstart.runtime.output import atomic_write
+from headstart.runtime.precision import LEAST_AGREEMENT, FloatAgreement
 from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -132,8 +133,16 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
         grid.add_row(f"{name} against the canonical graph", f"{found.largest:.1e} of the outputs' range")
     if not info.differences:
         grid.add_row("against the canonical graphs", "not compared: this machine cannot run the engine")
+    if info.float_agreement is not None:
+        grid.add_row("against the float model", describe_agreement(info.float_agreement))
     grid.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.builder.items()))
     out.print(grid)
+
+
+def describe_agreement(found: FloatAgreement) -> str:
+    """A quantized engine against the float model, and a warning where it does not represent it."""
+    poor = "" if found.greedy >= LEAST_AGREEMENT else f" (POOR: below {LEAST_AGREEMENT:.0%})"
+    return f"{found.greedy:.0%} of its greedy tokens{poor}; logits {found.median:.1e} of their range off in a typical row"
 
 
 def describe_plan(plan: PlanInfo) -> str:

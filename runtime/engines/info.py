@@ -11,7 +11,7 @@ from headstart.runtime.bundle import Bundle
 from headstart.runtime.documents import from_json
 from headstart.runtime.errors import BundleError, EngineError
 from headstart.runtime.output import check_files
-from headstart.runtime.precision import Difference
+from headstart.runtime.precision import Difference, FloatAgreement
 
 ENGINE_FILE = "engine.json"
 ENGINE_SCHEMA = 4
@@ -72,6 +72,7 @@ class EngineInfo:
         relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range;
             None where the engine was not run, because the building machine cannot.
         differences: of every graph that was run, its outputs' difference from the canonical graph's.
+        float_agreement: of a quantized bundle's engine with the float model; None for others, and where it was not run.
         plans: name of a graph -> what was built of it, for TensorRT.
         cache_slots: of the caches, where that is fixed at build: the longest text and a verify pass behind it; else 0.
         batch: sequences decoded together, where that is fixed at build; else 0.
@@ -90,6 +91,7 @@ class EngineInfo:
     passes: dict[str, int] = field(default_factory=dict)
     relative_difference: float | None = None
     differences: dict[str, Difference] = field(default_factory=dict)
+    float_agreement: FloatAgreement | None = None
     plans: dict[str, PlanInfo] = field(default_factory=dict)
     cache_slots: int = 0
     batch: int = 0

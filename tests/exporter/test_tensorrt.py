@@ -299,7 +299,7 @@ def refused_graph(folder: Path, operator: str = "Det") -> Path:
 def test_an_operator_the_parser_refuses(tmp_path: Path) -> None:
     file = refused_graph(tmp_path)
     library = open_library(parse_target("trt-rtx:sm89"))
-    with pytest.raises(EngineError, match=r"the node strange \(Det\) .* layers.3.mlp.up_proj or just behind it \(layer 3\)"):
+    with pytest.raises(EngineError, match=r"the node strange \(Det\) .* layers.3.mlp.up_proj or just after it \(layer 3\)"):
         build_plan(file, {}, (), library, BuilderOptions(), lambda stage: None, lambda node: source_module(file, node))
 
 
