@@ -1,7 +1,7 @@
-"""Activations and caches in 8 bits with fixed scales: QuantizeLinear and DequantizeLinear where TensorRT looks for them.
+"""Activations and caches in 8 bits with fixed scales: QuantizeLinear and DequantizeLinear where TensorRT expects them.
 
-Scales are found on calibration data and are part of the graph, so a row's result still does not depend on its neighbours.
-Symmetric, as everywhere here.
+Scales come from calibration data and are part of the graph, so a row's result still does not depend on other rows.
+Symmetric, as all of Headstart's quantization.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ from .feeds import Feeds
 from .observers import activations
 
 LARGEST = 127
-SMALLEST = 1e-8  # range of what is always zero
+SMALLEST = 1e-8  # range of values that are always zero
 
 
 def quantize_inputs(model: Any, layers: Sequence[Linear], feeds: Feeds) -> None:
-    """Let each of `layers` read its input rounded to int8, in steps of 1/127 of the largest magnitude found on the data."""
+    """Let each of `layers` read its input rounded to int8, in steps of 1/127 of the largest magnitude in the data."""
     sources: dict[str, Linear] = {}
     for linear in layers:
-        sources.setdefault(name_of(linear.source), linear)  # the first reader: nodes stand in the order of computation
+        sources.setdefault(name_of(linear.source), linear)  # the first reader: nodes are in the order of computation
     largest = dict.fromkeys(sources, 0.0)
     for arrays in activations(model, list(sources), feeds):
         for name, values in zip(sources, arrays, strict=True):
@@ -48,7 +48,7 @@ def _rounded_input(model: Any, linear: Linear, largest: float) -> Any:
 
 
 def cache_ranges(model: Any, caches: Sequence[CacheInfo], feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-    """[G] by cache name: the largest magnitude that each head's new keys, or values, take on calibration data."""
+    """[G] by cache name: the largest magnitude of each head's new keys or values on calibration data."""
     sources = {scatter.inputs[0].name: scatter.inputs[1].name for scatter in _scatters(model, caches)}
     ranges = {name: np.zeros(1, np.float32) for name in sources}
     for arrays in activations(model, list(sources.values()), feeds):
@@ -79,7 +79,7 @@ def quantize_caches(model: Any, caches: Sequence[CacheInfo], ranges: Mapping[str
 
 
 def _scatters(model: Any, caches: Sequence[CacheInfo]) -> list[Any]:
-    """The TensorScatter nodes that make the updated caches, in the caches' order."""
+    """The TensorScatter nodes that write the caches, in the caches' order."""
     outputs = {value.name: value for value in model.graph.outputs}
     names = [contract.updated(name) for cache in caches for name in (cache.key_name, cache.value_name)]
     return [producer(outputs[name], "TensorScatter") for name in names]

@@ -511,8 +511,8 @@ def demo(
     ] = None,
 ) -> None:
     """The whole way on the shipped samples: export, quantize, build, tune, verify, decode with and without heads."""
-    from .demo import run
-    from .screen import show_demo, write_json
+    from .demo import run, show_demo
+    from .screen import write_json
 
     table = run(output, samples, prompts, rounds, sample or ())
     show_demo(table)

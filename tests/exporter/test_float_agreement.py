@@ -40,7 +40,7 @@ def test_int8_weights_without_outliers_agree_and_nothing_is_said(bundle_of: Bund
 
 
 def test_one_input_channel_a_thousand_times_the_others_is_reported(tmp_path: Path) -> None:
-    """One scale per output channel then rounds all other inputs' weights to zero; the lowered graph equals the quantized one."""
+    """One scale per output channel rounds all other inputs' weights to zero; the lowered graph equals the quantized one."""
     model = tiny_model("llama")
     with torch.no_grad():
         for module in model.modules():
