@@ -101,7 +101,7 @@ def _share(model: ir.Model, other: Path) -> set[str]:
 
 
 def _equal(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
-    """Of the same bytes: names that the tracer made up are no proof."""
+    """Of the same bytes: equal names that the tracer generated prove nothing."""
     return bool((a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes())
 
 

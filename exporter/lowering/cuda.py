@@ -58,7 +58,7 @@ def lower(model: ir.Model, precision: str, overflowing: Collection[str] = ()) ->
 
 
 def _computes_in_float32(model: ir.Model) -> bool:
-    """Whether the activations are float32: a bundle that was exported in half precision says itself what is not."""
+    """Whether the activations are float32: the types of a bundle exported in half precision are final."""
     return any(value.dtype == ir.DataType.FLOAT for value in (*model.graph.inputs, *model.graph.outputs))
 
 

@@ -1,7 +1,7 @@
 """The recipe for TensorRT, classic and RTX: which passes, in which order. The graph stays one of standard operators.
 
 What builders need beyond the canonical graph: one stated type for every value, a cache of one size, and masks and heads in
-the form their fused attention takes. DequantizeLinear in front of a MatMul stays: it is how 8 and 4 bits are said there.
+the form their fused attention takes. DequantizeLinear before a MatMul stays: it is how TensorRT expresses 8 and 4 bits.
 """
 
 from collections.abc import Collection, Mapping
@@ -99,8 +99,8 @@ def check_carried(model: ir.Model, beyond: Collection[str]) -> None:
     stuck += [value.name for value in model.graph.outputs if value.name in beyond]
     if stuck:
         raise EngineError(
-            f"{stuck[0]} takes part in numbers beyond float16's 65504, and engines attend and pass states on in half "
-            "precision only. Fix: --precision bfloat16."
+            f"{stuck[0]} involves values beyond float16's 65504, and engines compute attention and pass states on in "
+            "half precision only. Fix: --precision bfloat16."
         )
 
 
@@ -111,7 +111,7 @@ def _linear_names(model: ir.Model, beyond: Collection[str]) -> tuple[str, ...]:
 
 
 def _computes_in_float32(model: ir.Model) -> bool:
-    """Whether the activations are float32: a bundle that was exported in half precision says itself what is not."""
+    """Whether the activations are float32: the types of a bundle exported in half precision are final."""
     return any(value.dtype == ir.DataType.FLOAT for value in (*model.graph.inputs, *model.graph.outputs))
 
 

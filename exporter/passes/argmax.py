@@ -1,4 +1,4 @@
-"""The best token of every chosen row by ArgMax, for providers whose ArgMax takes the first of equals, as ONNX says.
+"""The best token of every chosen row by ArgMax, for providers whose ArgMax takes the first of equals, as ONNX specifies.
 
 ONNX Runtime's CUDA provider does it with a kernel of its own for float32 and float16; its ReduceMax would need cuDNN.
 """

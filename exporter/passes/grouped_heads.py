@@ -1,7 +1,7 @@
 """Query heads that share a key/value head become rows of that head: [B, H, T, D] is read as [B, G, H/G · T, D].
 
-Read from the plans of TensorRT-RTX 1.7.1: its fused attention wants one key/value head for each query head, and writes the
-whole cache anew in that form before every layer, H/G times its size. Folded, it needs as many heads as the cache has, and the
+Read from the plans of TensorRT-RTX 1.7.1: its fused attention requires one key/value head for each query head, and copies
+the whole cache into that form before every layer, H/G times its size. Folded, it needs as many heads as the cache has, and the
 mask, which is small where few rows are verified, is repeated instead.
 """
 

@@ -2,7 +2,7 @@
 
 The portable pair reads the cache's whole capacity; GroupQueryAttention reads the history alone. It takes the tree mask as
 a bias and positions for its rotary embedding (ONNX Runtime, contrib operators). It serves one sequence at a time: with
-history behind several rows it refuses batches.
+history before several rows it refuses batches.
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ class _Shared:
         write = Writer(model, anchor)
         rows = write.node("Shape", [inputs[contract.INPUT_IDS]], start=1, end=2)
         self._total = write.node("Add", [inputs[contract.WRITE_INDEX], rows])  # [1], history and new rows
-        # The operator wants 32-bit lengths: each sequence's last index, and the total.
+        # The operator requires 32-bit lengths: each sequence's last index, and the total.
         last = write.node("Sub", [self._total, write.ints([1])])
         self.last = write.node("Cast", [last], to=ir.DataType.INT32)
         total = write.node("Cast", [self._total], to=ir.DataType.INT32)
@@ -167,7 +167,7 @@ def _rewrite(model: ir.Model, layer: _Layer, shared: _Shared) -> None:
 
 
 def _spread(write: Writer, scale: ir.Value, size: int) -> ir.Value:
-    """[1, G, 1, D]: the operator wants a scale for each channel of each head."""
+    """[1, G, 1, D]: the operator requires a scale for each channel of each head."""
     heads = constant_of(scale)
     assert heads is not None
     return write.constant(f"{scale.name}.channels", np.repeat(heads[None, :, None, None], size, axis=3))

@@ -1,6 +1,6 @@
 """A float32 graph becomes one of half precision (float16 or bfloat16), every value of one stated type.
 
-Strongly typed builders compute exactly what the graph says, so the graph has to say where half precision will not do. Kept
+Strongly typed builders compute exactly what the graph says, so the graph has to state where half precision is not enough. Kept
 in float32 are
 
 1. integers of more than 8 bits once they are cast to floats: float16 cannot represent every position above 2048;
@@ -8,7 +8,7 @@ in float32 are
 3. everything that is computed from such values alone, until it is combined with an activation;
 4. layers that compute or read values beyond float16's range, as far as `exporter.overflow` measured any.
 
-Norms are one node each before this runs (`rms_norm`): their own attribute says that they sum in float32.
+Norms are one node each before this runs (`rms_norm`): their own attribute makes them sum in float32.
 """
 
 from collections.abc import Collection

@@ -1,8 +1,8 @@
 """Quantized linear layers become MatMulNBits: 4- or 8-bit weights that a GPU's kernel widens on the way to its cores.
 
 ONNX Runtime's CUDA provider has one fast kernel for it that serves one row as well as many (`ep.cuda.fpa_intb_gemm`). Its
-rules, read from the source of 1.31 and found by asking the provider: blocks of 32 inputs, half-precision scales, no zero
-points, outputs a multiple of 32 (8 bits) or 64 (4 bits), and inputs a multiple of 64: with 96 or 160 it takes the layer, and
+rules, read from the source of 1.31 and confirmed by running the provider: blocks of 32 inputs, half-precision scales, no zero
+points, outputs a multiple of 32 (8 bits) or 64 (4 bits), and inputs a multiple of 64: with 96 or 160 it accepts the layer, and
 fails in the first pass of 15 rows or more. So coarser scales are repeated for every block of 32, which changes no value; where
 the inputs do not fit, blocks of 16 keep the layer from that kernel, and the one that widens the whole weight first has it.
 """

@@ -1,4 +1,4 @@
-"""RMS norms become one standard node each, which says itself that it sums in float32.
+"""RMS norms become one standard node each, whose own attribute makes it sum in float32.
 
 They arrive as six element-wise nodes. In half precision their squares overflow; RMSNormalization (ONNX opset 23) keeps them
 in `stash_type`. The pattern is onnxscript's.

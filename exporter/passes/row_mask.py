@@ -30,13 +30,13 @@ def mask_from_rows(model: ir.Model, slots: int) -> tuple[ir.Model, bool]:
     write = Writer(model, model.graph[0])
     one = write.constant(f"one.{kind.name.lower()}", np.ones((), NUMPY_TYPES[kind]))
     slot = write.constant("slots", np.arange(slots, dtype=np.int64)[None, None])  # [1, 1, S]
-    behind = write.node("Sub", [slot, write.node("Unsqueeze", [inputs[contract.WRITE_INDEX], write.ints([1, 2])])])  # [B, 1, S]
-    history = write.node("Less", [behind, write.constant("zero", np.zeros((), np.int64))])
+    offset = write.node("Sub", [slot, write.node("Unsqueeze", [inputs[contract.WRITE_INDEX], write.ints([1, 2])])])  # [B, 1, S]
+    history = write.node("Less", [offset, write.constant("zero", np.zeros((), np.int64))])
     count = write.node("Squeeze", [write.node("Shape", [row_mask], start=1, end=2), write.ints([0])])
     zero, step = (write.constant(name, np.array(number, np.int64)) for name, number in (("zero", 0), ("step", 1)))
     row = write.node("Unsqueeze", [write.node("Range", [zero, count, step]), write.ints([0, 2])])  # [1, T, 1]
-    stands = _cast(write, write.node("Equal", [behind, row]), kind)  # [B, T, S]: whether slot s is new row t's
-    seen = write.node("MatMul", [_cast(write, row_mask, kind), stands])
+    placed = _cast(write, write.node("Equal", [offset, row]), kind)  # [B, T, S]: whether slot s is new row t's
+    seen = write.node("MatMul", [_cast(write, row_mask, kind), placed])
     seen.dtype = kind
     whole = write.node("Or", [history, write.node("Equal", [seen, one])])
     computed = write.node("Unsqueeze", [whole, write.ints([1])])

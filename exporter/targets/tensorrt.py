@@ -61,7 +61,7 @@ class TensorRtTarget(Target[TensorRtOptions, Lowered]):
     def lower(self, name: str, model: ir.Model) -> Lowered:
         if name == "frontend":
             return lower_frontend(model, self.sizes, self.library.native)
-        # Where several sequences are decoded together, any number of them up to that, as the profiles say.
+        # Where several sequences are decoded together, any number of them up to that, as in the profiles.
         open_batch = self.batch > 1 and name != "encoder"
         sizes = {axis: size for axis, size in self.sizes.items() if axis != "batch" or not open_batch}
         return lower(model, self.precision, sizes, self.library.native, self.overflows.get(name, ()))

@@ -28,7 +28,7 @@ def build_plan(
     progress: Progress,
     module_of: Callable[[str], str] = lambda node: "an unknown module",
 ) -> PlanInfo:
-    """Build the ONNX graph in `file`; the plan goes beside it, under the suffix .plan.
+    """Build the ONNX graph in `file`; the plan is written next to it, with the suffix .plan.
 
     Args:
         axes: input name -> its axes: sizes, or the names that the profiles give sizes for.
@@ -139,7 +139,7 @@ def allow_decomposition(trt: Any, network: Any) -> None:
 
 def _configure(trt: Any, config: Any, options: BuilderOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)  # where a graph says float32, ten bits of mantissa will not do
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 in a graph means more than ten bits of mantissa
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MEBIBYTE)
     if options.optimization_level is not None:
@@ -158,7 +158,7 @@ def _configure(trt: Any, config: Any, options: BuilderOptions) -> None:
 
 
 def _profile(builder: Any, network: Any, axes: Mapping[str, Sequence[str | int]], profile: Profile) -> Any:
-    made = builder.create_optimization_profile()
+    shapes_of = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
         unknown = [axis for axis in axes[name] if not isinstance(axis, int) and axis not in profile.sizes]
@@ -169,8 +169,8 @@ def _profile(builder: Any, network: Any, axes: Mapping[str, Sequence[str | int]]
         shapes = [
             tuple(axis if isinstance(axis, int) else profile.sizes[axis][which] for axis in axes[name]) for which in range(3)
         ]
-        made.set_shape(name, *shapes)
-    return made
+        shapes_of.set_shape(name, *shapes)
+    return shapes_of
 
 
 def _layers(network: Any) -> dict[str, int]:

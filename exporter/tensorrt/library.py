@@ -28,13 +28,13 @@ ELSEWHERE = {
     "sm103": "B300",
     "sm110": "Jetson Thor",
 }
-# What a generation's kernels do not take, as TensorRT-RTX 1.7.1 says when it is asked.
+# Types that a generation's kernels do not support, as TensorRT-RTX 1.7.1 reports.
 NOT_THERE = {"sm75": ("bfloat16", "int4")}
 
 
 @dataclass(frozen=True)
 class TensorRtDevice:
-    """What an engine is built for. `generations` are compute capabilities as sm86; none for the GPU at hand."""
+    """What an engine is built for. `generations` are compute capabilities as sm86; none for the GPU of this machine."""
 
     kind: str
     generations: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class Library:
             config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
 
     def keep_timings(self, config: Any, timing_cache: Path | None) -> None:
-        """Write the timings a classic build took; TensorRT for RTX takes none."""
+        """Write the timings of a classic build; TensorRT for RTX measures none."""
         if self.target.kind == CLASSIC and timing_cache is not None:
             timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
 

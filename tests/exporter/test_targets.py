@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +14,17 @@ from random_head import add_random_head
 
 from headstart.exporter.build import build
 from headstart.exporter.check import check_graphs
+from headstart.exporter.graph import save_graph
 from headstart.exporter.targets.cpu import CpuOptions, CpuTarget
 from headstart.exporter.targets.cuda import CudaOptions
 from headstart.exporter.targets.options import options_for
 from headstart.exporter.targets.table import TARGETS, target_for
+from headstart.exporter.targets.target import Form, Target
 from headstart.exporter.tensorrt.options import BuilderOptions, TensorRtOptions
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import engine_folder
-from headstart.runtime.engines.registry import ENGINES, device_kind, open_engine
+from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.registry import ENGINES, Row, device_kind, open_engine
 from headstart.runtime.errors import EngineError, OptionError
 from headstart.runtime.model import load
 from headstart.runtime.precision import LIMITS, Limits
@@ -169,3 +174,45 @@ def test_both_bounds_of_the_table_count(bundle: Bundle, monkeypatch: pytest.Monk
     monkeypatch.setitem(LIMITS, "float32", limits)
     with pytest.raises(EngineError, match="float32 may differ by"):
         build(bundle.path)
+
+
+class ToyTarget(Target[CpuOptions, ir.Model]):
+    """A device that runs the canonical graphs as they are: all that a new row has to implement."""
+
+    options_type = CpuOptions
+
+    def lower(self, name: str, model: ir.Model) -> ir.Model:
+        return model
+
+    def write(self, name: str, lowered: ir.Model) -> None:
+        self.graphs[name], self.precisions[name] = f"{name}.onnx", "float32"
+        save_graph(lowered, self.folder / self.graphs[name])
+
+    def forms(self, name: str) -> tuple[Form, ...]:
+        return (Form(self.folder / self.graphs[name]),)
+
+
+def test_a_device_is_one_line_in_each_table(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "toy", ToyTarget)
+    monkeypatch.setitem(ENGINES, "toy", Row(lambda bundle, device, threads: OnnxRuntimeEngine(bundle, threads), "toy"))
+    info = build(bundle.path, "toy")
+    assert set(info.graphs) == {"decoder", "heads/medusa"} == set(info.differences)
+    assert info.relative_difference == 0 and (engine_folder(bundle, "toy") / "heads/medusa.onnx").is_file()
+    assert open_engine(bundle, "toy").model == bundle.manifest.model
+    with pytest.raises(OptionError, match=r"'tpu' is unknown\. .*toy"):
+        build(bundle.path, "tpu")
+
+
+def test_the_command_line_refuses_an_option_of_another_device(bundle: Bundle) -> None:
+    for arguments, wrong in (
+        (["--device", "cpu", "--workspace-mb", "64"], "--workspace-mb does not go with --device cpu"),
+        (["--device", "cuda", "--cache", "64"], "--cache does not go with --device cuda"),
+    ):
+        finished = subprocess.run(
+            [sys.executable, "-m", "headstart", "build", str(bundle.path), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == 2 and wrong in finished.stderr
+    assert not (bundle.path / "engines").exists()
