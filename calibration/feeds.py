@@ -57,7 +57,7 @@ class DecoderFeeds:
             yield {name: array for name, array in inputs.items() if name in wanted}
 
     def _read_sources(self, wanted: Collection[str]) -> Iterator[Inputs]:
-        """Keys, values and mask of each passage's source; nothing if none of them is wanted."""
+        """Keys, values and mask of each passage's source; nothing where nothing is wanted of it."""
         crossing = [info for info in self._bundle.manifest.cross_caches if {info.key_name, info.value_name} & set(wanted)]
         if self._encoder is None or not crossing:
             yield from ({} for _ in self._passages)

@@ -48,7 +48,7 @@ def _rounded_input(model: Any, linear: Linear, largest: float) -> Any:
 
 
 def cache_ranges(model: Any, caches: Sequence[CacheInfo], feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-    """[G] by cache name: the largest magnitude of each head's new keys or values on calibration data."""
+    """[G] by cache name: the largest magnitude that each head's new keys, or values, take on calibration data."""
     sources = {scatter.inputs[0].name: scatter.inputs[1].name for scatter in _scatters(model, caches)}
     ranges = {name: np.zeros(1, np.float32) for name in sources}
     for arrays in activations(model, list(sources.values()), feeds):
@@ -79,7 +79,7 @@ def quantize_caches(model: Any, caches: Sequence[CacheInfo], ranges: Mapping[str
 
 
 def _scatters(model: Any, caches: Sequence[CacheInfo]) -> list[Any]:
-    """The TensorScatter nodes that write the caches, in the caches' order."""
+    """The TensorScatter nodes that make the updated caches, in the caches' order."""
     outputs = {value.name: value for value in model.graph.outputs}
     names = [contract.updated(name) for cache in caches for name in (cache.key_name, cache.value_name)]
     return [producer(outputs[name], "TensorScatter") for name in names]

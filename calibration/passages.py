@@ -139,7 +139,7 @@ def read_answered(model: Model, data: Path, tokens: int) -> Answers:
 
 
 def _passage(model: Model, given: str | Path, target: str | None) -> Passage | None:
-    """None for an item that is too long."""
+    """None for what is too long."""
     read = _inputs(model, given)
     if read is None:
         return None
