@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.exporter.build import LIMITS
 from headstart.exporter.comparison import all_logits, compare_greedy, top_two_margin
 from headstart.exporter.golden import Texts, read_golden
 from headstart.runtime.contract import LOGITS
@@ -27,6 +26,7 @@ from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.loading import load
 from headstart.runtime.model import ARRAYS, Model, Prompt
 from headstart.runtime.options import GenerateOptions
+from headstart.runtime.precision import LIMITS
 from headstart.runtime.prefill import last_logits, open_state, prefill, run_decoder
 from headstart.runtime.tree import ROOT, DraftTree, chain
 
@@ -196,7 +196,7 @@ def _logit_check(
 
 def logit_tolerance(engine: Engine) -> float:
     """Largest |Δlogit| over the row's range that the engine may be off its golden outputs by."""
-    return TOLERANCE[engine.model.dtype] if engine.exact else LIMITS["integer"]
+    return TOLERANCE[engine.model.dtype] if engine.exact else LIMITS["int8_per_row"].largest
 
 
 def tree_noise(engine: Engine, input_ids: NDArray[np.int64], sources: NDArray[Any] | None = None) -> float:

@@ -4,7 +4,7 @@ They let a device without torch prove that its engine still computes the exporte
 tokens, since every vocabulary has those. Recorded by transformers' own attention, not by ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ SEQUENCES = 3
 LENGTH = 24  # tokens
 TOP = 64  # logits kept per row: a whole vocabulary of every row would outweigh small models
 GREEDY = 32  # tokens generated from each sequence
+OUTPUTS = ("top_ids", "top_logits", "spread", "greedy")  # of the model itself, in the file
+FLOAT = "float_"  # before the names of the float model's, in the file of a quantized bundle
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,16 @@ def save_golden(
     logits: NDArray[np.float32],
     greedy: NDArray[np.int64],
     sources: NDArray[Any] | None = None,
+    float_model: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
-    """Write the file from [N, T] inputs, [N, T, V] logits over them, and the [N, tokens] that follow greedily."""
+    """Write the file from [N, T] inputs, [N, T, V] logits over them, and the [N, tokens] that follow greedily.
+
+    `float_model`: of a quantized bundle, the golden outputs of the float one, which are kept under names of their own.
+    """
     top = np.argsort(-logits, axis=-1, kind="stable")[..., :TOP]
     read: dict[str, Any] = {} if sources is None else {"sources": sources}
+    if float_model is not None:
+        read |= {f"{FLOAT}{name}": float_model[name] for name in OUTPUTS}
     np.savez_compressed(
         folder / GOLDEN,
         input_ids=input_ids,
@@ -142,6 +150,13 @@ def save_golden(
         greedy=greedy,
         **read,
     )
+
+
+def float_reference(golden: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]] | None:
+    """OUTPUTS of the float model, from a quantized bundle's golden arrays; None in a bundle that is not quantized."""
+    if f"{FLOAT}greedy" not in golden:
+        return None
+    return {name: golden[f"{FLOAT}{name}"] for name in OUTPUTS}
 
 
 def reference_logits(model: Any, input_ids: NDArray[np.int64], sources: NDArray[Any] | None = None) -> NDArray[np.float32]:

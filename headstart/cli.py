@@ -164,21 +164,26 @@ def build(
         typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
     ] = "cpu",
     precision: Annotated[
-        Literal["float16", "bfloat16"], typer.Option(help="TensorRT and cuda: of a float32 bundle.")
-    ] = "float16",
+        Literal["float16", "bfloat16"] | None,
+        typer.Option(help="TensorRT and cuda: of a float32 bundle; float16 by default."),
+    ] = None,
     cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
-    batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
-    prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
-    source: Annotated[int, typer.Option(help="TensorRT: tokens of the longest source of an encoder-decoder.")] = 512,
+    batch: Annotated[int | None, typer.Option(help="TensorRT: sequences decoded together; 1 by default.")] = None,
+    prefill_rows: Annotated[
+        int | None, typer.Option(help="TensorRT: the most prompt tokens of one pass; 512 by default.")
+    ] = None,
+    source: Annotated[
+        int | None, typer.Option(help="TensorRT: tokens of the longest source of an encoder-decoder; 512 by default.")
+    ] = None,
     audio_seconds: Annotated[
-        float | None, typer.Option(help="TensorRT: the longest recording, where the model hears any length; 30 by default.")
+        float | None, typer.Option(help="TensorRT: the longest recording, for models that take any length; 30 by default.")
     ] = None,
     fits: Annotated[str | None, typer.Option(help="TensorRT: stop unless it fits this board; see headstart plan.")] = None,
     workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="Classic TensorRT: keeps timings between builds.")] = None,
     strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights, and beside it the graph they come from.")
+        bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights, and the graph they come from.")
     ] = False,
     refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights can be exchanged later.")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="TensorRT: newer versions load it.")] = False,
@@ -187,18 +192,30 @@ def build(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Make a bundle's graphs ready for one device."""
+    """Prepare a bundle's graphs for one device."""
     from headstart.exporter.build import build as run
-    from headstart.exporter.tensorrt.build import TensorRtOptions
-    from headstart.exporter.tensorrt.builder import BuilderOptions
+    from headstart.exporter.targets.options import options_for
 
     from .screen import show_engine, stages
 
-    flags = (strip_weights, refit, version_compatible, hardware_compatible)
-    builder = BuilderOptions(workspace_mb, optimization_level, *flags, timing_cache)
+    given = {
+        "precision": precision,
+        "cache": cache,
+        "batch": batch,
+        "prefill_rows": prefill_rows,
+        "source": source,
+        "audio_seconds": audio_seconds,
+        "fits": fits,
+        "workspace_mb": workspace_mb,
+        "optimization_level": optimization_level,
+        "timing_cache": timing_cache,
+        "strip_weights": strip_weights,
+        "refit": refit,
+        "version_compatible": version_compatible,
+        "hardware_compatible": hardware_compatible,
+    }
     with stages() as progress:
-        sizes = (precision, cache, batch, prefill_rows, source, audio_seconds)
-        info = run(bundle, device, force, progress, TensorRtOptions(*sizes, fits, builder))
+        info = run(bundle, device, force=force, progress=progress, options=options_for(device, given))
     show_engine(bundle, info)
 
 
@@ -216,11 +233,18 @@ def plan(
     """The memory a TensorRT engine will need, before it is built, and the boards it fits."""
     from headstart.exporter.devices import DEVICES
     from headstart.exporter.memory_plan import memory_plan
-    from headstart.exporter.tensorrt.build import TensorRtOptions
+    from headstart.exporter.tensorrt.options import TensorRtOptions
 
     from .screen import show_plans
 
-    options = TensorRtOptions(precision, cache, batch, prefill_rows, source, audio_seconds)
+    options = TensorRtOptions(
+        precision=precision,
+        cache=cache,
+        batch=batch,
+        prefill_rows=prefill_rows,
+        source=source,
+        audio_seconds=audio_seconds,
+    )
     show_plans(bundle, [memory_plan(bundle, name, options) for name in on or DEVICES])
 
 

@@ -21,6 +21,7 @@ from headstart.runtime.errors import HeadstartError
 from headstart.runtime.model import Model
 from headstart.runtime.options import DecodeOptions
 from headstart.runtime.output import atomic_write
+from headstart.runtime.precision import LEAST_AGREEMENT, FloatAgreement
 from headstart.runtime.results import Result
 from headstart.runtime.tuning import Tuning
 
@@ -124,17 +125,24 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
         grid.add_row(name, value)
     for name, plan in info.plans.items():
         grid.add_row(name, describe_plan(plan))
-    if info.peak_memory_mb:
+    if info.plans:
         written = len(info.plans["decoder"].in_place)
         grid.add_row("cache", f"{info.cache_slots} slots, {info.batch} sequence(s); {written} tensors written in place")
         grid.add_row("peak memory of the build", f"{info.peak_memory_mb:.0f} MB")
-    ran = info.relative_difference >= 0
-    grid.add_row(
-        "against the canonical graph",
-        f"{info.relative_difference:.1e} of the logits' range" if ran else "not run: this machine cannot compute it",
-    )
+    for name, found in info.differences.items():
+        grid.add_row(f"{name} against the canonical graph", f"{found.largest:.1e} of the outputs' range")
+    if not info.differences:
+        grid.add_row("against the canonical graphs", "not compared: this machine cannot run the engine")
+    if info.float_agreement is not None:
+        grid.add_row("against the float model", describe_agreement(info.float_agreement))
     grid.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.builder.items()))
     out.print(grid)
+
+
+def describe_agreement(found: FloatAgreement) -> str:
+    """A quantized engine against the float model, and a warning where it does not represent it."""
+    poor = "" if found.greedy >= LEAST_AGREEMENT else f" (POOR: below {LEAST_AGREEMENT:.0%})"
+    return f"{found.greedy:.0%} of its greedy tokens{poor}; logits {found.median:.1e} of their range off in a typical row"
 
 
 def describe_plan(plan: PlanInfo) -> str:

@@ -48,6 +48,24 @@ class Difference:
         return self.largest <= limits.largest and self.median <= limits.median
 
 
+# Share of the float model's greedy tokens below which quantized weights are reported not to represent the model.
+LEAST_AGREEMENT = 0.7
+
+
+@dataclass(frozen=True)
+class FloatAgreement:
+    """A quantized model against the float model it came from, on the golden texts.
+
+    Attributes:
+        greedy: share of the float model's greedy tokens that the quantized one picks after the same text.
+        largest, median: of each row's largest |Δlogit| over its logit range, among the float model's 64 best tokens.
+    """
+
+    greedy: float
+    largest: float
+    median: float
+
+
 def precision_of(dtype: str, integer_products: bool, weights: str = "") -> str:
     """The row of LIMITS for an engine.
 

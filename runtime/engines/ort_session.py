@@ -134,6 +134,11 @@ def open_session(
     return session
 
 
+def onnxruntime_version() -> str:
+    """Of the installed package, onnxruntime or onnxruntime-gpu. Raises MissingExtraError without either."""
+    return str(_library(CPU).__version__)
+
+
 def left_on_cpu(session: Any) -> list[str]:
     """Operators of a session on a GPU that run on the CPU all the same, but for those that compute sizes."""
     parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == "CPUExecutionProvider"]
