@@ -27,6 +27,7 @@ from headstart.exporter.passes.surgery import Writer, clean, replace_value
 from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, Manifest, WeightInfo, write_manifest
 from headstart.runtime.documents import to_json
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.provider import AS_WRITTEN, Provider
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 from headstart.runtime.output import new_folder
 
@@ -326,9 +327,9 @@ def _share(model: Any, linear: Linear, shared: dict[str, WeightInfo]) -> None:
 
 
 def _write_golden(bundle: Bundle, golden: dict[str, NDArray[Any]]) -> None:
-    """What the quantized canonical graph says on the golden inputs, in place of what the checkpoint said."""
+    """What the quantized canonical graph, computed as it is written, says on the golden inputs, in place of the checkpoint."""
     model = bundle.manifest.model
-    engine = OnnxRuntimeEngine(bundle)
+    engine = OnnxRuntimeEngine(bundle, provider=Provider(entries=AS_WRITTEN))
     texts = Texts(golden["input_ids"], golden.get("sources"))
     tokens = min(GREEDY, model.max_cache - texts.input_ids.shape[1])
     logits = np.stack([all_logits(engine, ids, source) for ids, source in texts.pairs()])
