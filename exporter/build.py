@@ -6,7 +6,6 @@ Needs onnx_ir and the device's own runtime; neither torch nor the checkpoint.
 import dataclasses
 import datetime
 import importlib.metadata
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from headstart.runtime.bundle import GOLDEN, Bundle
 from headstart.runtime.documents import to_json
 from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.provider import AS_WRITTEN, CPU, Provider, open_session
+from headstart.runtime.engines.provider import AS_WRITTEN, CPU, Provider
 from headstart.runtime.errors import EngineError, OptionError, missing_extra
 from headstart.runtime.output import atomic_write, hash_files, new_folder
 from headstart.runtime.tree import ROOT, DraftTree
@@ -32,7 +31,6 @@ DEVICES = ("cpu", "cuda", "trt-rtx:sm89 (or sm75, sm80, sm86, sm120, sm121, or s
 # Largest |Δlogit| of the lowered graph against the canonical one, over the logits' range. Integer products round the
 # activations to 8 bits, half precision all numbers to 11; everything else only changes the order of summation.
 LIMITS = {"float": 1e-4, "half": 0.05, "integer": 0.3}
-PROBE_ROUNDS = 5
 
 
 def build(
@@ -81,25 +79,27 @@ def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
 
     from .graph import save_beside, save_graph
     from .heads.storage import load_head
-    from .lowering.cpu import lower_decoder, lower_graph, probe_model
+    from .integer_probe import fastest_exact
+    from .lowering.cpu import lower_decoder, lower_graph
 
     progress("probing the CPU's integer products")
-    activations = fastest_exact(folder)
+    probed = fastest_exact(folder)
+    product = probed.product
     progress("lowering the decoder")
     manifest = bundle.manifest
     decoder = ir.load(bundle.path / manifest.graphs["decoder"].file)
-    lowered = lower_decoder(decoder, manifest.model.max_cache, activations)
+    lowered = lower_decoder(decoder, manifest.model.max_cache, product)
     save_graph(lowered.single, folder / "decoder.onnx")
     save_beside(lowered.batch, folder / "decoder_batch.onnx", folder / "decoder.onnx")
     graphs = {"decoder": "decoder.onnx", "decoder_batch": "decoder_batch.onnx", "probe": "probe.onnx"}
     if "encoder" in manifest.graphs:
         progress("lowering the encoder")
-        encoder = lower_graph(ir.load(bundle.path / manifest.graphs["encoder"].file), activations)
+        encoder = lower_graph(ir.load(bundle.path / manifest.graphs["encoder"].file), product)
         save_beside(encoder, folder / "encoder.onnx", folder / "decoder.onnx")
         graphs["encoder"] = "encoder.onnx"
     for name in manifest.heads:
         progress(f"lowering the head {name}")
-        save_graph(lower_graph(load_head(bundle, name), activations), folder / "heads" / f"{name}.onnx")
+        save_graph(lower_graph(load_head(bundle, name), product), folder / "heads" / f"{name}.onnx")
         graphs[f"heads/{name}"] = f"heads/{name}.onnx"
     info = EngineInfo(
         schema_version=ENGINE_SCHEMA,
@@ -108,10 +108,9 @@ def _build_cpu(bundle: Bundle, folder: Path, progress: Progress) -> EngineInfo:
         builder=builder_versions("headstart", "onnx-ir", "onnxscript"),
         source=engine_source(bundle),
         graphs=graphs,
-        settings={"activations": activations},
+        settings=probed.settings if lowered.passes["integer_products"] else {},
         passes=lowered.passes,
     )
-    save_graph(probe_model(activations), folder / "probe.onnx")
     progress("comparing with the canonical graph")
     limit = LIMITS["integer" if info.passes["integer_products"] else "float"]
     return dataclasses.replace(info, relative_difference=_compare(bundle, folder, info, limit))
@@ -132,29 +131,6 @@ def builder_versions(*packages: str) -> dict[str, str]:
     import onnxruntime
 
     return {name: importlib.metadata.version(name) for name in packages} | {"onnxruntime": onnxruntime.__version__}
-
-
-def fastest_exact(folder: Path) -> str:
-    """uint8 or int8: the activations this CPU multiplies by int8 weights without overflow, and the faster when both are."""
-    from .graph import save_graph
-    from .lowering.cpu import probe_model
-    from .passes.per_row_int8 import ZERO_POINTS
-
-    times = {}
-    for activations in ZERO_POINTS:
-        file = folder / "probe.onnx"
-        save_graph(probe_model(activations), file)
-        session = open_session(file, 1)
-        errors, seconds = [], []
-        for _ in range(PROBE_ROUNDS):
-            started = time.perf_counter()
-            errors.append(float(session.run(None, {})[0]))
-            seconds.append(time.perf_counter() - started)
-        if not any(errors):
-            times[activations] = min(seconds)
-    if not times:
-        raise EngineError("This CPU multiplies neither uint8 nor int8 by int8 without overflow. Fix: use the float32 bundle.")
-    return min(times, key=lambda activations: times[activations])
 
 
 def _compare(bundle: Bundle, folder: Path, info: EngineInfo, limit: float, provider: Provider = CPU) -> float:

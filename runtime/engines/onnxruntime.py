@@ -216,7 +216,8 @@ def _padded(arrays: list[NDArray[Any]]) -> NDArray[Any]:
 def _check_probe(info: EngineInfo, folder: Path) -> None:
     """An engine built on another machine may hold products that this CPU computes wrongly: ask it."""
     if info.passes.get("integer_products") and float(open_session(folder / info.graphs["probe"], 1).run(None, {})[0]):
+        kinds = f"{info.settings['activations']} by {info.settings.get('weights', 'int8')}"
         raise EngineError(
-            f"{folder} was built for a CPU that multiplies {info.settings['activations']} by int8 exactly; this one overflows. "
+            f"{folder} was built for a CPU that multiplies {kinds} exactly; this one overflows. "
             f"Fix, on this machine: headstart build {folder.parent.parent} --device cpu --force."
         )

@@ -11,9 +11,8 @@ import pytest
 from architectures import ARCHITECTURES, save_checkpoint, tiny_model
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
-from headstart.exporter.build import build, fastest_exact
+from headstart.exporter.build import build
 from headstart.exporter.export import export
-from headstart.exporter.lowering.cpu import probe_model
 from headstart.exporter.passes.grouped_query_attention import fuse_attention, portable_layers
 from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.normalization import fuse_normalization
@@ -21,7 +20,6 @@ from headstart.exporter.passes.packed_linears import pack_linears
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import ENGINE_FILE, engine_folder
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.provider import open_session
 from headstart.runtime.errors import BundleError, EngineError, OptionError, OutputError
 from headstart.runtime.model import load
 from headstart.runtime.prefill import prefill
@@ -145,17 +143,6 @@ def test_rotary_stays_outside_where_the_operator_cannot(bundle_of: BundleOf, nam
     model, _ = fuse_attention(canonical(bundle_of(name)), 256)
     attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     assert attention and all(node.attributes["do_rotary"].value == 0 for node in attention)
-
-
-def test_probe_finds_exact_products(tmp_path: Path) -> None:
-    assert fastest_exact(tmp_path) in ("uint8", "int8")
-
-
-def test_probe_tells_overflow(tmp_path: Path) -> None:
-    model = probe_model("uint8")
-    model.graph.initializers["expected"].const_value = ir.tensor(np.zeros((3, 32), np.float32), name="expected")
-    ir.save(model, tmp_path / "probe.onnx")
-    assert float(open_session(tmp_path / "probe.onnx", 1).run(None, {})[0]) > 0
 
 
 def test_building_twice_needs_force(built: Callable[[str, str], Bundle]) -> None:
