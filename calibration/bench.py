@@ -1,6 +1,6 @@
 """Benchmark of a bundle on one device: the speed of each drafter on each class of prompts, and the cost of a verify pass.
 
-All settings that are compared are interleaved in one run of several rounds; medians are reported, with the spread of the rounds.
+Settings that are compared are interleaved in one run of several rounds; medians are reported, with the spread of the rounds.
 """
 
 import platform

@@ -1,7 +1,7 @@
 """What quantization costs, bundle by bundle, on held-out data and one device: in quality, in acceptance, in bytes.
 
-Acceptance is measured as well as quality: a head that was trained on the float model's hidden states reads the quantized model's
-in a quantized bundle. A decoder is measured on text that it continues, an encoder-decoder on targets given their sources, which
+Acceptance is measured as well as quality: in quantized bundles, heads that were trained on the float model's hidden states read
+the quantized model's. A decoder is measured on text that it continues, an encoder-decoder on targets given their sources, which
 the decoder is fed token by token; where it writes freely, its outputs are compared with the targets.
 """
 
@@ -133,7 +133,9 @@ def compare(
 def _passages(model: Model, text: Path, max_tokens: int) -> Answers:
     info = model.bundle.manifest.model
     if info.source == "states":
-        raise OptionError(f"{model.bundle.path} is an assistant: it reads the states of its target's encoder, which no file holds.")
+        raise OptionError(
+            f"{model.bundle.path} is an assistant: it reads the states of its target's encoder, which no file holds."
+        )
     if info.source:
         return read_answered(model, text, max_tokens)
     window = min(WINDOW, info.max_cache)
@@ -236,7 +238,7 @@ def _memory_mb(path: Path, device: str, threads: int) -> float:
     code = (
         "import sys, json, headstart, numpy\n"
         "from headstart.runtime.memory import resident_memory_mb\n"
-        "model = headstart.load(sys.argv[1], sys.argv[3], int(sys.argv[4]), tuned=False)\n"
+        "model = headstart.load(sys.argv[1], sys.argv[3], int(sys.argv[4]) or None, tuned=False)\n"
         "heard = model.bundle.manifest.model.source == 'audio'\n"
         "prompt = numpy.load(sys.argv[2])['sources'][0] if heard else 'a'\n"
         "model.generate(prompt, max_new_tokens=16, drafter='none')\n"

@@ -2,14 +2,15 @@
 
 1. Files: every file of the bundle and of the engine against its sha256.
 2. Values: no NaN or infinity in golden outputs, weights, or any graph's outputs.
-3. Logits: the canonical graph against the golden outputs of the checkpoint, the engine against both, and, when it is given, against
-   the checkpoint in torch; each form of decoding (trees, commits, batches, chunks) against the canonical graph's plain pass.
+3. Logits: the canonical graph against the golden outputs of the checkpoint, the engine against both, and, when it is given,
+   against the checkpoint in torch; each form of decoding (trees, commits, batches, chunks) against the canonical graph's pass.
 4. Greedy decoding: plain and with every drafter, each token judged by the canonical graph.
 5. Sampled decoding: with every drafter, against the exact distribution.
 
 All limits are declared, by precision, in `runtime.precision.LIMITS`; none is taken from the engine under test.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,7 @@ def verify(
     model = load(bundle, device, threads, draft_model)
     reference = Reference.open(opened, threads)
     report = verify_model(model, reference, read_golden(opened), prompts, max_new_tokens, checkpoint, samples, progress)
-    return Report(str(bundle), device, *_parts(report), notes=(*notes, *report.notes))
-
-
-def _parts(report: Report) -> tuple[Any, ...]:
-    return report.precision, report.faults, report.logits, report.greedy, report.sampling
+    return dataclasses.replace(report, device=device, notes=(*notes, *report.notes))
 
 
 def _check_options(bundle: Bundle, checkpoint: str | Path | None, samples: int) -> None:

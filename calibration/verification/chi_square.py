@@ -38,7 +38,7 @@ class Pooled:
 
 
 def pool(probabilities: NDArray[np.float64], observed: NDArray[np.int64]) -> Pooled:
-    """Merge the rarest of [N] outcomes until each is expected LEAST_EXPECTED times, and they are at most MOST and odd in number."""
+    """Merge the rarest of [N] outcomes until each is expected LEAST_EXPECTED times, and an odd number up to MOST is left."""
     order = np.argsort(-probabilities, kind="stable")
     expected = (probabilities * observed.sum())[order].tolist()
     counts = observed[order].astype(np.float64).tolist()

@@ -101,14 +101,16 @@ def _bad_weights(model: Any) -> Iterator[tuple[str, int, int]]:
             yield name, wrong, tensor.size
 
 
-def not_finite_outputs(
-    engines: Mapping[str, BuiltEngine], bundle: Bundle, golden: Mapping[str, NDArray[Any]]
-) -> list[Fault]:
-    """The first graph, in the order of the data flow, whose outputs on the golden inputs are not all finite; none where all are."""
+def not_finite_outputs(engines: Mapping[str, BuiltEngine], bundle: Bundle, golden: Mapping[str, NDArray[Any]]) -> list[Fault]:
+    """The first graph, in the order of the data flow, with NaN or infinity in its outputs on the golden inputs; or none."""
     for device, engine in engines.items():
         for graph, name, array in _outputs(engine, bundle, golden):
             if _count(array):
-                return [Fault(f"{device} {graph}", f"{_count(array)} of {array.size} values of its output {name} are NaN or infinite")]
+                return [
+                    Fault(
+                        f"{device} {graph}", f"{_count(array)} of {array.size} values of its output {name} are NaN or infinite"
+                    )
+                ]
     return []
 
 

@@ -1,6 +1,6 @@
 """Logits against a reference: golden outputs, the checkpoint, the canonical graph; each row counts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Comparison:
         return LogitCheck(self.subject, self.reference, self.precision, len(rows), *sizes, *bounds, *worst)
 
 
-def check_golden(engine: Engine, golden: dict[str, NDArray[Any]], precision: str, subject: str = "engine") -> LogitCheck:
+def check_golden(engine: Engine, golden: Mapping[str, NDArray[Any]], precision: str, subject: str = "engine") -> LogitCheck:
     """The recorded top logits of all rows of the golden inputs."""
     comparison = Comparison(subject, "golden outputs", precision)
     texts = Texts(golden["input_ids"], golden.get("sources"))

@@ -157,5 +157,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        checks = (*self.logits, *self.greedy, *self.sampling)
-        return not self.faults and all(check.ok for check in checks)
+        computed = (
+            all(one.ok for one in self.logits) and all(one.ok for one in self.greedy) and all(one.ok for one in self.sampling)
+        )
+        return not self.faults and computed

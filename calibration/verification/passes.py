@@ -1,4 +1,4 @@
-"""Forwards as decoding runs them (prefill in chunks, trees, commits, batches): all of `verify` that knows the engine's interface."""
+"""Forwards as decoding runs them (prefill in chunks, trees, commits, batches): the part of `verify` that calls engines."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

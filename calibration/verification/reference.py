@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engine import Engine
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from headstart.runtime.engines.provider import AS_WRITTEN, Provider
 from headstart.runtime.model import BuiltEngine
-from headstart.runtime.precision import LIMITS, Limits, precision_of
+from headstart.runtime.precision import precision_of
 from headstart.runtime.tree import DraftTree
 
 from .passes import Logits, Source, causal_logits, tree_logits
@@ -32,7 +31,7 @@ class Reference:
 
     name = "canonical graph"
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: BuiltEngine) -> None:
         self.engine = engine
 
     @classmethod
@@ -61,10 +60,7 @@ def engine_precision(engine: BuiltEngine) -> str:
     return precision_of(info.settings.get("precision", engine.model.dtype), integers, quantization.get("weights", ""))
 
 
-def limits_of(precision: str) -> Limits:
-    return LIMITS[precision]
-
-
 def spread_of(logits: Logits) -> Logits:
     """[...] the logit range of each row of [..., V]; never 0."""
-    return np.maximum(np.ptp(logits, axis=-1), np.finfo(np.float32).tiny)
+    spread: Logits = np.maximum(np.ptp(logits, axis=-1), np.finfo(np.float32).tiny)
+    return spread

@@ -1,10 +1,11 @@
 """Sampled decoding against the exact distribution: Pearson's chi-square test on short continuations of real prompts.
 
-A few tokens are drawn after a prefix, many times, each with a seed of its own, through the whole of decoding: drafting, the verify
-pass, acceptance, commit. Only the SUPPORT most probable tokens may be drawn, at a temperature that keeps them comparable, so that
-all continuations can be listed and their probabilities follow from the engine's own logits: the test is of how tokens are drawn,
-not of logits. With n samples and d degrees of freedom the report states the smallest bias, in total variation, that is found with
-probability 0.99 at a significance of 1e-6 (`chi_square.detectable_bias`). Seeds are fixed: equal bundles give equal reports.
+A few tokens are drawn after a prefix, many times, each with a seed of its own, through the whole of decoding: drafting, the
+verify pass, acceptance, commit. Only the SUPPORT most probable tokens may be drawn, at a temperature that keeps them
+comparable, so that all continuations can be listed, and their probabilities follow from the engine's own logits: the test is of
+how tokens are drawn, not of logits. With n samples and d degrees of freedom the report states the smallest bias, in total
+variation, that is found with probability 0.99 at a significance of 1e-6 (`chi_square.detectable_bias`). Seeds are fixed: equal
+bundles give equal reports.
 """
 
 from collections import Counter
@@ -61,7 +62,7 @@ def check_sampling(
     checks = []
     for name in ("none", *model.drafters) if prefixes else ():
         pilots = [draw(model, prefix, name, PILOT, batch, seed=10_000_000) for prefix in prefixes]
-        order = sorted(range(len(prefixes)), key=lambda i: -pilots[i].accepted)  # noqa: B023
+        order = sorted(range(len(prefixes)), key=lambda i: -pilots[i].accepted)
         chosen = [prefixes[i] for i in order[:PREFIXES]]
         drawn = []
         for index, prefix in enumerate(chosen):
@@ -172,7 +173,8 @@ def exact(model: Model, prompt: Prompt, decoder_prompt: Tokens) -> Prefix | None
 def _continuations(decoding: Decoding, request: Request) -> dict[Tokens, float]:
     """Level by level: every continuation of NEW_TOKENS tokens that can be drawn, with its probability."""
     nodes: list[tuple[Tokens, float]] = [((), 1.0)]  # of the level above the one that is drawn
-    tree, rows = empty_tree(), {(): 0}
+    tree = empty_tree()
+    rows: dict[Tokens, int] = {(): 0}
     for _ in range(NEW_TOKENS):
         logits = decoding.verify([request.start[-1]], [tree])[0]
         below: list[tuple[Tokens, float]] = []

@@ -1,0 +1,102 @@
+"""Engines and drafters with one fault each, to show that `verify` reports it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from headstart.runtime.drafters.base import DraftRequest
+from headstart.runtime.tree import DraftTree
+
+Change = Callable[
+    [Any, Any], tuple[Any, Any]
+]  # (positions [B, T], mask [B, T, T]) of a verify pass -> what is computed instead
+
+
+class FaultyEngine:
+    """An engine that is right on causal chains: only verify passes over trees, or commits, have the fault."""
+
+    def __init__(self, engine: Any, change: Change | None = None, slot_off: bool = False) -> None:
+        self._engine, self._change, self._slot_off = engine, change, slot_off
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def new_cache(self, *arguments: Any) -> Any:
+        cache = self._engine.new_cache(*arguments)
+        if self._slot_off:
+            right = cache.commit
+
+            def commit(row: int, kept: Sequence[int]) -> None:
+                """The last row that moves is taken from one slot further on."""
+                moved = list(kept) != list(range(len(kept)))
+                right(row, [*kept[:-1], kept[-1] + 1] if moved else kept)
+
+            cache.commit = commit
+        return cache
+
+    def forward(self, cache: Any, token_ids: Any, position_ids: Any, row_mask: Any, output_rows: Any) -> Any:
+        causal = np.tri(row_mask.shape[1], dtype=np.bool_)
+        if self._change is not None and (row_mask != causal).any():
+            position_ids, row_mask = self._change(position_ids.copy(), row_mask.copy())
+        return self._engine.forward(cache, token_ids, position_ids, row_mask, output_rows)
+
+
+def hide_one_ancestor(positions: Any, mask: Any) -> tuple[Any, Any]:
+    """The last row that has a parent in the tree no longer sees its nearest ancestor."""
+    for sequence in mask:
+        rows = [row for row in range(len(sequence)) if sequence[row, :row].any()]
+        if rows:
+            sequence[rows[-1], np.flatnonzero(sequence[rows[-1], : rows[-1]])[-1]] = False
+    return positions, mask
+
+
+def show_one_stranger(positions: Any, mask: Any) -> tuple[Any, Any]:
+    """The last row that could sees a row that is not its ancestor."""
+    for sequence in mask:
+        rows = [row for row in range(len(sequence)) if not sequence[row, :row].all()]
+        if rows:
+            sequence[rows[-1], np.flatnonzero(~sequence[rows[-1], : rows[-1]])[-1]] = True
+    return positions, mask
+
+
+def shift_positions(positions: Any, mask: Any) -> tuple[Any, Any]:
+    """The tree stands one position too far to the right; its root does not."""
+    positions[:, 1:] += 1
+    return positions, mask
+
+
+class LyingDrafter:
+    """A drafter whose trees are changed after drawing."""
+
+    def __init__(self, drafter: Any, change: Callable[[DraftTree], DraftTree]) -> None:
+        self._drafter, self._change = drafter, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        return [self._change(tree) if len(tree) else tree for tree in self._drafter.propose(requests)]
+
+
+def claims_certainty(tree: DraftTree) -> DraftTree:
+    """Drawn tokens that claim to be deterministic: probability 1 each."""
+    assert tree.draft_probs is not None
+    claimed = np.zeros_like(tree.draft_probs)
+    claimed[np.arange(len(tree)), tree.token_ids] = 1.0
+    return DraftTree(tree.token_ids, tree.parents, np.zeros(len(tree), np.float32), claimed, tree.classes)
+
+
+def best_not_drawn(tree: DraftTree) -> DraftTree:
+    """The most probable tokens, with the distribution from which they should have been drawn."""
+    assert tree.draft_probs is not None
+    best = tree.draft_probs.argmax(axis=1).astype(np.int64)
+    return DraftTree(best, tree.parents, tree.log_probs, tree.draft_probs, tree.classes)
+
+
+def swapped_parents(tree: DraftTree) -> DraftTree:
+    """Parent and child change places: each stands under a text that it was not drawn for."""
+    order = np.arange(len(tree))
+    order[:2] = order[:2][::-1]
+    assert tree.draft_probs is not None
+    return DraftTree(tree.token_ids[order], tree.parents, tree.log_probs, tree.draft_probs[order], tree.classes)
