@@ -3,6 +3,7 @@
 Heavy packages are imported inside the commands, so that `--help` is instant and a device without torch can decode.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,10 +29,25 @@ Untuned = Annotated[bool, typer.Option("--untuned", help="Leave aside what heads
 DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
 
 
+class _Interrupted(KeyboardInterrupt):
+    """A signal that ends the program, raised so that temporary files are removed as on Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise _Interrupted(number)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
     from headstart.runtime.errors import HeadstartError, missing_extra
 
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     try:
         try:
             app()
@@ -40,9 +56,9 @@ def main() -> None:
     except HeadstartError as error:
         print(f"headstart: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("headstart: interrupted; nothing half-written was left.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (error.number if isinstance(error, _Interrupted) else signal.SIGINT))
 
 
 @app.command()

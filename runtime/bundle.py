@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .documents import from_document, from_json, to_json
 from .errors import BundleError
-from .output import atomic_write, check_files, hash_files
+from .output import atomic_write, check_files, hash_files, interrupted
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -216,7 +216,9 @@ def read_manifest(path: Path) -> Manifest:
     """Raises BundleError when the folder holds no manifest this version can read."""
     file = path / MANIFEST
     if not file.is_file():
-        raise BundleError(f"{path} is not a bundle: it holds no {MANIFEST}. Fix: headstart export CHECKPOINT -o {path}.")
+        old = interrupted(path)
+        fix = f"mv {old} {path}, the bundle that was being replaced" if old else f"headstart export CHECKPOINT -o {path}"
+        raise BundleError(f"{path} is not a bundle: it holds no {MANIFEST}. Fix: {fix}.")
     try:
         document = json.loads(file.read_text("utf-8"))
         version = document["schema_version"]
@@ -236,5 +238,6 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def _is_hashed(relative: Path) -> bool:
-    """Not the manifest, nor one half-written; nor engines and tunings, which are rebuilt freely and carry fingerprints."""
-    return relative.parts[0] not in ("engines", "tuning", MANIFEST, f".{MANIFEST}.partial")
+    """Not the manifest, complete or partial; nor engines and tunings, which are rebuilt freely and carry fingerprints."""
+    first = relative.parts[0]
+    return first not in ("engines", "tuning", MANIFEST) and not first.startswith(f".{MANIFEST}.partial")

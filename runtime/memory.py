@@ -1,28 +1,24 @@
-"""What this process holds in memory, as far as the system tells."""
+"""The memory of this process."""
 
 import sys
 from pathlib import Path
 
+import psutil
+
 
 def peak_memory_mb() -> float:
-    """The most memory this process ever held, in MB; 0 where the system does not tell."""
-    held = _told("VmHWM:")  # what getrusage says on Linux may be the parent's, from before it became this program
-    if held is not None or sys.platform == "win32":
-        return held or 0.0
+    """The most memory this process ever held, in MB."""
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 1e6
+    if sys.platform == "linux":
+        # psutil has no peak here, and getrusage's may be the parent's, from before this process ran its own program.
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+        return next(1024 * int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM:"))
     import resource
 
-    kibibytes_or_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes_or_bytes / (1e6 if sys.platform == "darwin" else 1e3)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 
 def resident_memory_mb() -> float:
-    """What this process holds now, in MB, where the system tells (Linux); else the most it ever held."""
-    held = _told("VmRSS:")
-    return peak_memory_mb() if held is None else held
-
-
-def _told(name: str) -> float | None:
-    """MB of one line of Linux's account of this process."""
-    file = Path("/proc/self/status")
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(name)), None)
+    """What this process holds now, in MB."""
+    return float(psutil.Process().memory_info().rss) / 1e6

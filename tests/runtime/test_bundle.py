@@ -1,4 +1,4 @@
-"""The bundle's JSON, its hashes, and writing that leaves nothing behind."""
+"""The bundle's JSON and its hashes."""
 
 import dataclasses
 import json
@@ -22,8 +22,7 @@ from headstart.runtime.bundle import (
     write_manifest,
 )
 from headstart.runtime.documents import from_json, to_json
-from headstart.runtime.errors import BundleError, OutputError
-from headstart.runtime.output import new_folder
+from headstart.runtime.errors import BundleError
 
 GRAPH = GraphInfo("graphs/decoder.onnx", (TensorInfo("input_ids", "int64", ("batch", "rows")),), ())
 MANIFEST = Manifest(
@@ -91,33 +90,6 @@ def test_wrong_type_in_manifest(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(BundleError, match="max_cache"):
         Bundle.load(folder)
-
-
-def test_new_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as partial:
-        (partial / "half").write_text("x")
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-    with new_folder(tmp_path / "out") as partial:
-        (partial / "whole").write_text("x")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_new_folder_refuses_an_existing_one_unless_forced(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/old").write_text("x")
-    with pytest.raises(OutputError, match="--force"), new_folder(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out/old").exists()
-    with new_folder(tmp_path / "out", force=True) as partial:
-        (partial / "new").write_text("x")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
-
-
-def test_unwritable_parent(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot be written"), new_folder(tmp_path / "file" / "out"):
-        pass
 
 
 def test_unknown_head(tmp_path: Path) -> None:

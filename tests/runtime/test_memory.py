@@ -1,4 +1,4 @@
-"""What a process says it held at most."""
+"""Peak and resident memory of a process."""
 
 import subprocess
 import sys
