@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from headstart.runtime.drafters.base import DraftRequest
-from headstart.runtime.tree import DraftTree
+from headstart.runtime.tree import ROOT, DraftTree, empty_tree
 
 Change = Callable[
     [Any, Any], tuple[Any, Any]
@@ -79,12 +79,12 @@ class LyingDrafter:
         return [self._change(tree) if len(tree) else tree for tree in self._drafter.propose(requests)]
 
 
-def claims_certainty(tree: DraftTree) -> DraftTree:
-    """Drawn tokens that claim to be deterministic: probability 1 each."""
+def claims_uniform(tree: DraftTree) -> DraftTree:
+    """Tokens drawn from one distribution that claim to be drawn from another: any that was possible, equally likely."""
     assert tree.draft_probs is not None
-    claimed = np.zeros_like(tree.draft_probs)
-    claimed[np.arange(len(tree)), tree.token_ids] = 1.0
-    return DraftTree(tree.token_ids, tree.parents, np.zeros(len(tree), np.float32), claimed, tree.classes)
+    claimed = (tree.draft_probs > 0).astype(np.float64)
+    claimed /= claimed.sum(axis=1, keepdims=True)
+    return DraftTree(tree.token_ids, tree.parents, tree.log_probs, claimed, tree.classes)
 
 
 def best_not_drawn(tree: DraftTree) -> DraftTree:
@@ -94,9 +94,22 @@ def best_not_drawn(tree: DraftTree) -> DraftTree:
     return DraftTree(best, tree.parents, tree.log_probs, tree.draft_probs, tree.classes)
 
 
-def swapped_parents(tree: DraftTree) -> DraftTree:
-    """Parent and child change places: each stands under a text that it was not drawn for."""
-    order = np.arange(len(tree))
-    order[:2] = order[:2][::-1]
+def kept_if_likely(tree: DraftTree) -> DraftTree:
+    """Withdrawn unless what was drawn first is the most probable token: selection by what was drawn."""
     assert tree.draft_probs is not None
-    return DraftTree(tree.token_ids[order], tree.parents, tree.log_probs, tree.draft_probs[order], tree.classes)
+    return tree if tree.token_ids[0] == tree.draft_probs[0].argmax() else empty_tree()
+
+
+class UniformDrafts:
+    """An honest change, unlike the others: one token, drawn uniformly from what was possible, and said to be."""
+
+    def __init__(self) -> None:
+        self._generator = np.random.default_rng(0)
+
+    def __call__(self, tree: DraftTree) -> DraftTree:
+        assert tree.draft_probs is not None
+        possible = np.flatnonzero(tree.draft_probs[0])
+        probabilities = np.zeros((1, tree.draft_probs.shape[1]))
+        probabilities[0, possible] = 1 / len(possible)
+        token = self._generator.choice(possible, 1).astype(np.int64)
+        return DraftTree(token, np.array([ROOT]), np.log(probabilities[:, token[0]]).astype(np.float32), probabilities)

@@ -22,12 +22,14 @@ TREES = 2  # per text, history and kind of tokens: one tree alone may hide what 
 ROUNDS = 3  # trees one after another, a path of each committed
 CHUNKS = (1, 7, 16)  # rows a forward
 LONGEST = 40  # tokens of a text
+LEAST = 2  # a tree's root always has a history: the prompt
 SLOTS = LONGEST + ROUNDS * (NODES + 1) + MAX_ROWS
 
 
 def check_forms(engine: Engine, reference: Reference, texts: Sequence[Text], precision: str, batch: int) -> list[LogitCheck]:
-    """Trees, commits, batches of `batch` sequences (none for 1) and chunked prefill; `texts` need a few tokens each."""
-    texts = [Text(text.token_ids[:LONGEST], text.source) for text in texts]
+    """Trees, commits, batches of `batch` sequences (none for 1) and chunked prefill."""
+    longest = min(LONGEST, engine.model.max_cache // 2)
+    texts = [Text((*text.token_ids[:longest], 0)[: max(LEAST, len(text.token_ids))], text.source) for text in texts]
     checks = [check_trees, check_commits, check_chunks]
     results = [check(engine, reference, texts, precision) for check in checks]
     return results if batch < 2 else [*results, check_batch(engine, reference, texts, precision, batch)]
@@ -56,8 +58,7 @@ def check_trees(engine: Engine, reference: Reference, texts: Sequence[Text], pre
                 for _ in range(TREES):
                     tree = random_tree(generator, tokens)
                     decoding = Decoding(engine, 1, SLOTS, text.source)
-                    if length > 1:
-                        decoding.prefill(0, history[:-1])
+                    decoding.prefill(0, history[:-1])
                     ours = decoding.verify([history[-1]], [tree])[0]
                     comparison.add(ours, reference.tree_logits(history, tree, text.source))
     return comparison.result()
@@ -71,8 +72,7 @@ def check_commits(engine: Engine, reference: Reference, texts: Sequence[Text], p
         for tokens in _vocabularies(engine, text):
             history = list(text.token_ids[: HISTORIES[1]])
             decoding = Decoding(engine, 1, SLOTS, text.source)
-            if len(history) > 1:
-                decoding.prefill(0, history[:-1])
+            decoding.prefill(0, history[:-1])
             for _ in range(ROUNDS):
                 tree = random_tree(generator, tokens)
                 ours = decoding.verify([history[-1]], [tree])[0]
@@ -109,10 +109,9 @@ def check_batch(engine: Engine, reference: Reference, texts: Sequence[Text], pre
     generator = np.random.default_rng(2)
     for text in texts:
         decoding = Decoding(engine, batch, SLOTS, text.source)
-        histories = [list(text.token_ids[: max(1, len(text.token_ids) - 3 * row)]) for row in range(batch)]
+        histories = [list(text.token_ids[: max(LEAST, len(text.token_ids) - 3 * row)]) for row in range(batch)]
         for row, history in enumerate(histories):
-            if len(history) > 1:
-                decoding.prefill(row, history[:-1])
+            decoding.prefill(row, history[:-1])
         for _ in range(ROUNDS):
             trees = [random_tree(generator, text.token_ids, NODES - 2 * row) for row in range(batch)]
             found = decoding.verify([history[-1] for history in histories], trees)
