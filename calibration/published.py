@@ -1,10 +1,10 @@
-"""Published speeds of speculative decoding on edge GPUs, batch 1 and 8: what the cost model is fitted to and tried on.
+"""Published speeds of speculative decoding on edge GPUs, batch 1 and 8: what the cost model is fitted to and tested on.
 
-NVIDIA, TensorRT-Edge-LLM 0.9.0, performance benchmarks (JetPack 7.2; MTBench, COCO for Qwen3-VL). The sizes are reckoned from
-the models' published dimensions; those of Qwen3.5 and of what drafts are estimates. The page does not say for each row how LM
-heads and drafters were stored; taken is float16 for LM heads beside INT4 layers, and NVFP4 for everything beside NVFP4 layers,
-with which the rounds follow from bytes and operations alone. One row is left out: a mixture of experts, whose bytes grow with
-the rows.
+NVIDIA, TensorRT-Edge-LLM 0.9.0, performance benchmarks (JetPack 7.2; MTBench, COCO for Qwen3-VL). Sizes are computed from the
+models' published dimensions; those of Qwen3.5 and of the drafters are estimates. The page does not say for each row how LM
+heads and drafters were stored; we assume float16 LM heads with INT4 layers, and NVFP4 throughout with NVFP4 layers, under
+which the rounds follow from bytes and operations alone. One row is omitted: a mixture of experts, whose bytes grow with the
+rows.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Weights in millions: of the layers, of the LM head, and of what drafts in each published method, its own head apart."""
+    """Weights in millions: of the layers, of the LM head, and of the drafter of each published method without its LM head."""
 
     body: float
     lm_head: float
@@ -36,7 +36,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One published pair: tokens/s of plain and of speculative decoding, and the acceptance length it came with."""
+    """One published pair: tokens/s of plain and of speculative decoding, and the acceptance length of the latter."""
 
     device: str
     model: str

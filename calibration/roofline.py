@@ -1,11 +1,11 @@
-"""What a pass costs on a device that is not at hand: bytes over bandwidth, operations over arithmetic, and launches.
+"""What a pass costs on a device that is not available here: bytes over bandwidth, operations over arithmetic, and launches.
 
     pass = sqrt((bytes / (bandwidth · memory))² + (operations / rate)²) + layers · launch
 
-- bytes: the weights, once a pass however many rows, and the caches.
-- rate: a share of the tensor cores' for float16 and for fp4. Whole numbers that are widened to float16 on the way (weight-only
-  INT4, INT8) are widened by the ordinary cores, and the published rows follow those cores' rate, not the tensor cores'.
-- The two overlap, but not wholly: their root of squares lies between maximum and sum.
+- bytes: the weights, read once per pass for any number of rows, and the caches.
+- rate: a share of the tensor cores' rate for float16 and for fp4. Integers that are widened to float16 on the way (weight-only
+  INT4, INT8) are widened by the CUDA cores, and the published rows follow those cores' rate, not the tensor cores'.
+- The two overlap, but not completely: their root of squares lies between maximum and sum.
 
 Four numbers are fitted to `published.ROWS`. The model speaks of relative costs and speed-ups: the absolute speed of a board
 differs with its clocks and power mode.
@@ -20,19 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.exporter.devices import DEVICES, Device
+from headstart.runtime.errors import missing_extra
 
 from .published import MODELS, ROWS, ModelSize, Row
 
-BITS = {"float16": 16.0, "bfloat16": 16.0, "int8": 8.1, "int4": 4.5, "nvfp4": 4.5}  # a weight's, its share of a scale included
+BITS = {"float16": 16.0, "bfloat16": 16.0, "int8": 8.1, "int4": 4.5, "nvfp4": 4.5}  # of a weight, with its share of a scale
 WIDENED = ("int4", "int8")
 TENSOR_SPEED = {"float16": 1, "bfloat16": 1, "nvfp4": 4}  # times the float16 rate
 HEAD_STORAGE = {"int4": "float16", "nvfp4": "nvfp4"}  # how the published rows' LM heads are taken to be stored
-TOLERANCE = 0.2  # of a logarithm: errors beyond it count less than squared
+TOLERANCE = 0.2  # of a logarithm: larger errors count linearly, so that one odd row does not bias the rest
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What the fit finds.
+    """The four fitted numbers.
 
     Attributes:
         memory: share of the published bandwidth.
@@ -47,7 +48,7 @@ class Coefficients:
     launch_us: float
 
 
-FITTED = Coefficients(0.864, 0.176, 3.959, 110.5)  # of all rows; a test fits them again
+FITTED = Coefficients(0.864, 0.176, 3.959, 110.5)  # to all rows; a test repeats the fit
 
 
 @dataclass(frozen=True)
@@ -103,51 +104,42 @@ DRAFTERS: dict[str, Callable[[ModelSize], tuple[float, float, int, int]]] = {
 
 
 def predicted_speedup(row: Row, fitted: Coefficients) -> float:
-    """Of a published row, its acceptance length taken as published."""
+    """Of a published row, with its published acceptance length."""
     plain, round_ms = row_ms(row, fitted)
     return row.acceptance * plain / round_ms
 
 
 def fit(rows: Sequence[Row], start: Coefficients = FITTED) -> Coefficients:
-    """Least error of plain steps, rounds and speed-ups, by pattern search over the coefficients' logarithms."""
-    place: NDArray[np.float64] = np.log(astuple(start))
-    steps, least = np.full(len(place), 0.4), _misfit(Coefficients(*astuple(start)), rows)
-    while steps.max() > 1e-3:
-        for index in range(len(place)):
-            for sign in (1, -1):
-                tried = place.copy()
-                tried[index] += sign * steps[index]
-                misfit = _misfit(Coefficients(*map(float, np.exp(tried))), rows)
-                if misfit < least:
-                    place, least = tried, misfit
-                    steps[index] *= 1.3
-                    break
-            else:
-                steps[index] /= 2
-    return Coefficients(*map(float, np.exp(place)))
+    """Robust least squares over the logarithms of plain steps, rounds and speed-ups. Needs scipy: `headstart[bench]`."""
+    try:
+        from scipy.optimize import least_squares
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "Fitting the cost model") from error
+
+    def errors(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
+        coefficients = Coefficients(*np.exp(logarithms).tolist())
+        return np.concatenate([_errors(row, coefficients) for row in rows])
+
+    solution = least_squares(errors, np.log(astuple(start)), loss="soft_l1", f_scale=TOLERANCE)
+    return Coefficients(*np.exp(solution.x).tolist())
 
 
-def _misfit(fitted: Coefficients, rows: Sequence[Row]) -> float:
-    """Sum of the logarithms' errors, squared where small and plain where large: one odd row must not bend the rest."""
-    total = 0.0
-    for row in rows:
-        plain, round_ms = row_ms(row, fitted)
-        published_plain = 1e3 * row.batch / row.plain
-        published_round = 1e3 * row.batch * row.acceptance / row.speculative
-        errors = (math.log(plain / published_plain), math.log(round_ms / published_round))
-        for error in (*errors, 2 * (errors[1] - errors[0])):
-            total += math.hypot(1, error / TOLERANCE) - 1
-    return total
+def _errors(row: Row, fitted: Coefficients) -> tuple[float, float, float]:
+    """Of the logarithms of a plain step, a round, and twice the speed-up, which is what the model is for."""
+    plain, round_ms = row_ms(row, fitted)
+    of_plain = math.log(plain * row.plain / (1e3 * row.batch))
+    of_round = math.log(round_ms * row.speculative / (1e3 * row.batch * row.acceptance))
+    return of_plain, of_round, 2 * (of_round - of_plain)
 
 
 def left_out_errors(rows: Sequence[Row] = ROWS) -> list[float]:
-    """|predicted / published speed-up - 1| of each row, by a fit to all the others."""
+    """|predicted / published speed-up - 1| of each row, by a fit to all other rows."""
     fits = [fit([other for other in rows if other is not row]) for row in rows]
     return [abs(predicted_speedup(row, fitted) / row.speedup - 1) for row, fitted in zip(rows, fits, strict=True)]
 
 
 def left_out_device_errors(rows: Sequence[Row] = ROWS) -> dict[str, float]:
-    """Device -> median error of its rows by a fit to the other devices' rows alone: what an unseen board may expect."""
+    """Device -> median error of its rows by a fit to the other devices' rows alone: the error to expect for a new board."""
     errors = {}
     for device in dict.fromkeys(row.device for row in rows):
         fitted = fit([row for row in rows if row.device != device])

@@ -29,6 +29,23 @@ Untuned = Annotated[bool, typer.Option("--untuned", help="Leave aside what heads
 DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from headstart import __version__
+
+        print(f"headstart {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
 class _Interrupted(KeyboardInterrupt):
     """A signal that ends the program, raised so that temporary files are removed as on Ctrl-C."""
 
@@ -482,8 +499,8 @@ def demo(
     ] = None,
 ) -> None:
     """The whole way on the shipped samples: export, quantize, build, tune, verify, decode with and without heads."""
-    from .demo import run
-    from .screen import show_demo, write_json
+    from .demo import run, show_demo
+    from .screen import write_json
 
     table = run(output, samples, prompts, rounds, sample or ())
     show_demo(table)
@@ -505,7 +522,10 @@ def _prompt(prompt: str | None) -> str:
     from headstart.runtime.errors import PromptError
 
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        return sys.stdin.read()
+        try:
+            return sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise PromptError(f"Standard input is not UTF-8 text ({error}). Fix: give text.") from error
     if prompt is None:
         raise PromptError("There is no prompt. Give it as an argument, or on standard input.")
     return prompt

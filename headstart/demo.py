@@ -1,4 +1,4 @@
-"""`headstart demo`: the shipped samples go the whole way, and a table says what came of it.
+"""`headstart demo`: the whole pipeline on the shipped samples, summarised in a table.
 
 Export, quantize, build, tune, verify; then decode held-out prompts with every drafter, greedy and sampled, in interleaved
 rounds.
@@ -18,7 +18,7 @@ from headstart.runtime.generation import Prompt, Result
 from headstart.runtime.model import Model
 from headstart.runtime.prompts import read_answers
 
-from .screen import counted, show_report, show_tuning, stages
+from .screen import counted, out, show_report, show_tuning, stages, table
 
 NEW_TOKENS = 128
 VERIFIED_PROMPTS = 4
@@ -228,3 +228,19 @@ def distinct_4grams(results: Sequence[Result]) -> float:
         grams = [tuple(result.token_ids[i : i + 4]) for i in range(len(result.token_ids) - 3)]
         shares += [len(set(grams)) / len(grams)] if grams else []
     return statistics.mean(shares) if shares else 1.0
+
+
+def show_demo(demo: DemoTable) -> None:
+    columns = ("sample", "T", "weights", "drafter", "tokens/s", "× plain", "acceptance", "equal", "right", "distinct")
+    grid = table(demo.title, *columns)
+    for row in demo.rows:
+        equal = "–" if row.equal is None else f"{row.equal} of {row.prompts}"
+        speed = (f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}", f"{row.acceptance_length:.2f}")
+        right = "–" if row.right is None else f"{row.right} of {row.prompts}"
+        counts = (equal, right, f"{row.distinct_4grams:.0%}")
+        grid.add_row(row.sample, f"{row.temperature:g}", row.weights, row.drafter, *speed, *counts)
+    out.print(grid)
+    out.print(
+        "acceptance: new tokens per verify call. equal: outputs equal to plain decoding, token by token. right: outputs that "
+        "are the expected text. distinct: share of distinct 4-grams; repetition lowers it."
+    )

@@ -29,16 +29,14 @@ if TYPE_CHECKING:
     from headstart.calibration.verification.outcome import Divergence, GreedyCheck, Report, SamplingCheck
     from headstart.exporter.memory_plan import MemoryPlan
 
-    from .demo import DemoTable
-
-WIDE = 132  # columns, where the output is no terminal and nobody says how wide it is
+WIDE = 132  # columns, where the output is not a terminal
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 err = Console(stderr=True)
 
 
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """A spinner with the present stage's name and the time so far."""
+    """A spinner with the current stage's name and the elapsed time."""
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda stage: bar.update(task, description=stage)
@@ -82,7 +80,7 @@ def show_bundle(bundle: Bundle) -> None:
         "engines": "; ".join(_engines(bundle)) or "none",
         "end tokens": ", ".join(map(str, manifest.generation.eos_token_ids)) or "none",
         "source": f"{manifest.provenance.source}, exported {manifest.provenance.created}",
-        "made with": ", ".join(f"{name} {version}" for name, version in manifest.provenance.versions.items()),
+        "written with": ", ".join(f"{name} {version}" for name, version in manifest.provenance.versions.items()),
         "files": f"{len(manifest.files)} files, {size / 1e6:.1f} MB, all hashes match",
     }
     for name, value in rows.items():
@@ -91,7 +89,7 @@ def show_bundle(bundle: Bundle) -> None:
 
 
 def _engines(bundle: Bundle) -> Iterator[str]:
-    """Each built engine: its device, what was chosen for it and what differs from that; or that it must be built again."""
+    """Each built engine: its device, its settings and the layers that differ from them; or that it must be rebuilt."""
     for file in sorted((bundle.path / "engines").glob(f"*/{ENGINE_FILE}")):
         try:
             device = json.loads(file.read_text("utf-8"))["device"]
@@ -99,11 +97,11 @@ def _engines(bundle: Bundle) -> Iterator[str]:
             assert info is not None
             yield f"{device} ({'; '.join((next(iter(info.settings.values()), 'as it is'), *_exceptions(info)))})"
         except (ValueError, KeyError, HeadstartError):
-            yield f"{file.parent.name} (no longer fits: build it again)"
+            yield f"{file.parent.name} (does not match this bundle: build it again)"
 
 
 def _exceptions(info: EngineInfo) -> Iterator[str]:
-    """The layers that an engine computes otherwise than the rest."""
+    """The layers that an engine computes differently from the rest."""
     for name, plan in info.plans.items():
         for layers, what in ((plan.decomposed_attention, "decomposed"), (plan.float32_layers, "in float32")):
             if layers:
@@ -138,7 +136,7 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
 
 
 def describe_plan(plan: PlanInfo) -> str:
-    """Size, time, layers that have kernels of their own, and the stored types, of one TensorRT plan."""
+    """Size, build time, layers with dedicated kernels, and stored types of one TensorRT plan."""
     kinds = ("kv_cache_update", "attention_output", "matrix_multiply", "dequantize")
     fused = plan.kernels.get("fused_attention", 0) // max(len(plan.profiles), 1)
     layers = ", ".join(f"{count} {name}" for name, count in plan.layers.items() if name.startswith(kinds))
@@ -150,12 +148,12 @@ def describe_plan(plan: PlanInfo) -> str:
         parts += [f"{layers_of_its_own - fused} attention layers that no kernel fuses, computed in parts by TensorRT"]
     parts += [stored]
     parts += [f"attention decomposed: {', '.join(plan.decomposed_attention)}"] if plan.decomposed_attention else []
-    parts += [f"float32, for what leaves float16's range: {', '.join(plan.float32_layers)}"] if plan.float32_layers else []
+    parts += [f"float32, for values beyond float16's range: {', '.join(plan.float32_layers)}"] if plan.float32_layers else []
     return "; ".join(part for part in parts if part)
 
 
 def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
-    columns = ("plans", "cache", "per 1k", "scratch", "needed", "there is", "fits", "build")
+    columns = ("plans", "cache", "per 1k", "scratch", "needed", "available", "fits", "build")
     grid = table(f"{bundle}: memory of a TensorRT engine in MB, predicted", "device", "--device", *columns)
     for one in plans:
         sizes = (one.engine_mb, one.cache_mb, one.cache_mb_per_1000, one.workspace_mb, one.needed_mb, one.available_mb)
@@ -167,7 +165,7 @@ def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
             f"{one.build_mb:.0f}",
         )
     out.print(grid)
-    out.print("per 1k: cache of 1,000 tokens. there is: without the system's share. build: peak memory of the build itself.")
+    out.print("per 1k: cache of 1,000 tokens. available: without the system's share. build: peak memory of the build itself.")
 
 
 def show_tuning(bundle: Path, tuning: Tuning) -> None:
@@ -193,7 +191,7 @@ def show_bench(bench: "Bench") -> None:
         grid.add_row(row.prompt_class, row.drafter, *start, *speed, f"{row.acceptance_length:.2f}", f"{row.round_cost:.2f}")
     out.print(grid)
     for history, line in bench.verify_ms.items():
-        out.print(f"verify pass after {history} tokens, ms by rows: " + ", ".join(f"{n}: {ms:.2f}" for n, ms in line.items()))
+        out.print(f"verify after {history} tokens, ms by rows: " + ", ".join(f"{n}: {ms:.2f}" for n, ms in line.items()))
     out.print(
         f"loaded in {bench.load_s:.2f} s, peak memory {bench.peak_memory_mb:.0f} MB; " + ", ".join(bench.machine.values())
     )
@@ -226,7 +224,7 @@ def show_heads(bundle: Bundle) -> None:
 
 
 def show_accuracy(report: dict[str, Any]) -> None:
-    grid = table("held-out accuracy of each head: the right token is among its best", "head", "1", "2", "3", "5", "10")
+    grid = table("held-out accuracy of each head: the right token is among its top k", "head", "1", "2", "3", "5", "10")
     for index, ranks in enumerate(report["held_out_accuracy"]):
         grid.add_row(f"{index} (token t + {index + 2})", *(f"{ranks[k - 1]:.1%}" for k in (1, 2, 3, 5, 10)))
     out.print(grid)
@@ -245,7 +243,7 @@ def print_generation(model: Model, prompt: str, options: dict[str, Any], stream:
 
 
 def print_transcript(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
-    """The text, or segments with their times where those were asked for; notes and figures on standard error."""
+    """The text, or segments with their times if requested; notes and figures on standard error."""
     started = time.perf_counter()
     transcript = model.transcribe(recording, **options)
     seconds = time.perf_counter() - started
@@ -256,11 +254,11 @@ def print_transcript(model: Model, recording: Path, options: dict[str, Any], sta
         for window in transcript.windows:
             err.print(escape(describe(window)))
         factor = f"{seconds / transcript.duration_s:.3f} of real time"
-        err.print(f"{transcript.duration_s:.2f} s of sound in {seconds:.2f} s: {factor}, opening the graphs included")
+        err.print(f"{transcript.duration_s:.2f} s of audio in {seconds:.2f} s: {factor}, including opening the graphs")
 
 
 def print_captions(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
-    """A recording as if it were heard live, a second at a time: a caption a line."""
+    """A recording as a live source, one second at a time: one caption per line."""
     audio = load_audio(recording)
     _print_notes(audio.notes)
     seconds = range(0, len(audio.samples), audio.sampling_rate)
@@ -342,22 +340,6 @@ def _sampling_grid(checks: "Sequence[SamplingCheck]") -> Table:
         verdict = "" if c.ok else f"FAULT{f': {c.impossible} impossible' if c.impossible else ''}"
         grid.add_row(c.drafter, c.rule, str(c.samples), f"{c.accepted} of {c.drafted}", *sizes, verdict)
     return grid
-
-
-def show_demo(demo: "DemoTable") -> None:
-    columns = ("sample", "T", "weights", "drafter", "tokens/s", "× plain", "acceptance", "equal", "right", "distinct")
-    grid = table(demo.title, *columns)
-    for row in demo.rows:
-        equal = "–" if row.equal is None else f"{row.equal} of {row.prompts}"
-        speed = (f"{row.tokens_per_s:.0f}", f"{row.speedup:.2f}", f"{row.acceptance_length:.2f}")
-        right = "–" if row.right is None else f"{row.right} of {row.prompts}"
-        counts = (equal, right, f"{row.distinct_4grams:.0%}")
-        grid.add_row(row.sample, f"{row.temperature:g}", row.weights, row.drafter, *speed, *counts)
-    out.print(grid)
-    out.print(
-        "acceptance: new tokens per verify call. equal: outputs that are plain decoding's, token by token. right: outputs that "
-        "are the wanted text. distinct: different 4-grams of the outputs over all of them; loops lower it."
-    )
 
 
 def write_json(file: Path, value: Any) -> None:

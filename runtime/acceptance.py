@@ -1,206 +1,174 @@
 """Acceptance: which path of a draft tree the target agrees with, and the token of its own that it adds.
 
-Every rule here is lossless: whatever was drafted, the tokens that come out follow the target's distribution after logit
-rules and warping (greedy: are the very tokens). Rows are processed only along the path that is walked.
-
-| rule | drafts | source |
-| --- | --- | --- |
-| greedy | any | longest path of best tokens |
-| deterministic | a function of the text | "delta-q", EAGLE-2, arXiv 2406.16858 |
-| without replacement | siblings drawn without replacement | arXiv 2402.14160, 2402.12374; a chain is arXiv 2211.17192 |
-| block | chains drawn from a draft model | arXiv 2403.10444 |
+`RULES` is the table. A lossless rule's output follows the target's distribution after logit rules and warpers whatever was
+drafted (greedy: the very tokens); tests prove it for every entry by enumeration. Adding a rule takes its function, a test,
+and one line here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .acceptance_rules import (
+    Accepted,
+    accept_block,
+    accept_greedy,
+    accept_sampled,
+    accept_typical,
+    accept_without_replacement,
+)
 from .engine import Scores
-from .sampling import LogitRules
+from .errors import OptionError
+from .rng import NumpyRng, Rng
+from .sampling import LogitState
 from .tree import DraftTree
 
-Probabilities = NDArray[np.float64]  # [V]
+__all__ = ["RULES", "Accepted", "Needs", "NumpyRng", "Rng", "Rule", "accept", "check_rule", "prune", "rule_for"]
 
 
-class Chance(Protocol):
-    """The only source of randomness, so that a test can enumerate every outcome."""
+class Needs(Enum):
+    """What a rule needs of the drafts."""
 
-    def accept(self, probability: float) -> bool:
-        """True with this probability."""
-        ...
+    ANY_TREE = "any draft tree"
+    WITHOUT_REPLACEMENT = "siblings drawn without replacement, with the distributions they were drawn from"
+    DRAWN_CHAIN = "a chain of drawn tokens, with the distributions they were drawn from"
 
-    def choose(self, probabilities: Probabilities) -> int:
-        """An index drawn from a distribution."""
-        ...
-
-
-class RandomChance:
-    """Chance by numpy's generator; equal seeds give equal decisions."""
-
-    def __init__(self, seed: int | None = None) -> None:
-        self._generator = np.random.default_rng(seed)
-
-    def accept(self, probability: float) -> bool:
-        return bool(self._generator.random() < probability)
-
-    def choose(self, probabilities: Probabilities) -> int:
-        cumulative = np.cumsum(probabilities)
-        # Scaled by the sum, so that rounding cannot push the draw behind the last token.
-        return int(np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right"))
+    def met_by(self, tree: DraftTree) -> bool:
+        """An empty tree meets every need: the round is then plain decoding."""
+        drawn = tree.draft_probs is not None
+        met = {
+            Needs.ANY_TREE: True,
+            Needs.WITHOUT_REPLACEMENT: drawn,
+            Needs.DRAWN_CHAIN: drawn and _is_chain(tree),
+        }
+        return len(tree) == 0 or met[self]
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """The outcome of one verify pass.
+class Rule:
+    """One way of accepting drafts.
 
     Attributes:
-        nodes: the tree nodes on the accepted path, the root excluded.
-        token_ids: their tokens and, unless the path ends with an end token, the target's own token behind them.
+        name: what a user calls it.
+        source: where it is published.
+        lossless: whether the output keeps the target's distribution whatever is drafted.
+        needs: of the drafts.
+        greedy: for decoding at temperature 0; else for sampling.
+        accept: the function; see `acceptance_rules`.
     """
 
-    nodes: list[int]
-    token_ids: list[int]
+    name: str
+    source: str
+    lossless: bool
+    needs: Needs
+    greedy: bool
+    accept: Callable[[DraftTree, Scores, LogitState, Rng, frozenset[int]], Accepted]
+
+    def fits(self, tree: DraftTree, logits: LogitState) -> bool:
+        return self.greedy == logits.options.greedy and self.needs.met_by(tree)
 
 
-# Decides one token: (row of the verify pass, child nodes of that row, text so far) -> (token, the child it is or None)
-Decide = Callable[[int, list[int], Sequence[int]], tuple[int, int | None]]
+CHAIN, SIBLINGS, ANY = Needs.DRAWN_CHAIN, Needs.WITHOUT_REPLACEMENT, Needs.ANY_TREE
+
+# The first lossless rule that fits a draft is its default, so those that accept most come first.
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("greedy", "arXiv 1811.03115", True, ANY, True, accept_greedy),
+        Rule("block", "arXiv 2403.10444", True, CHAIN, False, accept_block),
+        Rule(
+            "without_replacement",
+            "arXiv 2402.14160, 2402.12374; chains 2211.17192",
+            True,
+            SIBLINGS,
+            False,
+            accept_without_replacement,
+        ),
+        Rule("deterministic", "arXiv 2406.16858", True, ANY, False, accept_sampled),
+        Rule("typical", "arXiv 2401.10774", False, ANY, False, accept_typical),
+    )
+}
+
+
+def check_rule(name: str, lossy: bool) -> None:
+    """Raises OptionError for an unknown acceptance rule, and for a lossy one that the user did not allow."""
+    rule = RULES.get(name)
+    if rule is None:
+        known = ", ".join(other.name if other.lossless else f"{other.name} (lossy)" for other in RULES.values())
+        raise OptionError(f"acceptance rule {name!r} is unknown. Choose one of: {known}.")
+    if not rule.lossless and not lossy:
+        raise OptionError(
+            f"acceptance rule {name!r} is lossy: its output does not follow the target's distribution. "
+            f"Fix: allow it with --lossy, or leave --acceptance out."
+        )
+
+
+def rule_for(tree: DraftTree, logits: LogitState, wanted: str | None = None) -> Rule:
+    """The lossless default for this draft, or the rule that is wanted by name.
+
+    Raises OptionError when the wanted rule is unknown, or does not fit the draft or the sampling options.
+    """
+    if wanted is None:
+        return next(rule for rule in RULES.values() if rule.lossless and rule.fits(tree, logits))
+    check_rule(wanted, lossy=True)  # whether a lossy rule is allowed was checked where the user named it
+    rule = RULES[wanted]
+    if not rule.fits(tree, logits):
+        raise OptionError(_misfit(rule, tree, logits))
+    return rule
+
+
+def _misfit(rule: Rule, tree: DraftTree, logits: LogitState) -> str:
+    others = [other.name + ("" if other.lossless else " (lossy)") for other in RULES.values() if other.fits(tree, logits)]
+    fix = f"Fix: leave --acceptance out, or choose one of: {', '.join(others)}."
+    if rule.greedy != logits.options.greedy:
+        kinds = ("greedy decoding, temperature 0", "sampling, a temperature above 0")
+        return f"acceptance rule {rule.name!r} is for {kinds[not rule.greedy]}; got {logits.options.temperature}. {fix}"
+    return f"acceptance rule {rule.name!r} needs {rule.needs.value}; this draft is {_described(tree)}. {fix}"
+
+
+def _described(tree: DraftTree) -> str:
+    shape = "chain" if _is_chain(tree) else "tree"
+    return f"a {'deterministic' if tree.draft_probs is None else 'drawn'} {shape} of {len(tree)} nodes"
+
+
+def _is_chain(tree: DraftTree) -> bool:
+    return bool((tree.parents == np.arange(len(tree)) - 1).all())
 
 
 def accept(
     tree: DraftTree,
     scores: Scores,  # of N + 1 rows, row 0 the root's
-    rules: LogitRules,
-    context: Sequence[int],  # the text so far, root included
-    chance: Chance,
+    logits: LogitState,  # at the root; left as it is
+    rng: Rng,
     end_tokens: frozenset[int] = frozenset(),
+    wanted: str | None = None,
 ) -> Accepted:
-    """Apply the lossless rule that fits the options and the drafts. Nothing is accepted behind an end token."""
-    if rules.options.greedy:
-        return _walk(tree, context, end_tokens, _greedy(tree, scores, rules))
-    if tree.draft_probs is None:
-        return _walk(tree, context, end_tokens, _deterministic(tree, scores, rules, chance))
-    if len(tree) and (tree.parents == np.arange(len(tree)) - 1).all():
-        return accept_block(tree, scores, rules, context, chance, end_tokens)
-    return accept_without_replacement(tree, scores, rules, context, chance, end_tokens)
+    """Apply the wanted rule, or the lossless default. Nothing is accepted after an end token.
 
-
-def _walk(tree: DraftTree, context: Sequence[int], end_tokens: frozenset[int], decide: Decide) -> Accepted:
-    """From the root down, one decision a row, until the decided token is no child or ends the text."""
-    children = tree.children()
-    nodes: list[int] = []
-    text = list(context)
-    row = 0
-    while True:
-        token, child = decide(row, children[row], text)
-        text.append(token)
-        if child is not None:
-            nodes.append(child)
-        if child is None or token in end_tokens:
-            return Accepted(nodes, text[len(context) :])
-        row = child + 1
-
-
-def _child_with(tree: DraftTree, children: list[int], token: int) -> int | None:
-    return next((child for child in children if tree.token_ids[child] == token), None)
-
-
-def _greedy(tree: DraftTree, scores: Scores, rules: LogitRules) -> Decide:
-    def decide(row: int, children: list[int], text: Sequence[int]) -> tuple[int, int | None]:
-        token = int(rules.process(scores[row], text).argmax()) if rules else scores.best(row)
-        return token, _child_with(tree, children, token)
-
-    return decide
-
-
-def _deterministic(tree: DraftTree, scores: Scores, rules: LogitRules, chance: Chance) -> Decide:
-    """Draw from the target and follow the child that was drawn, if there is one.
-
-    The same law as testing the children in turn (accept x with p(x), else zero it and renormalise): either way child
-    x is followed with probability p(x), and what is drawn otherwise follows p outside the children.
+    Raises OptionError when the wanted rule does not fit, or when the logit rules forbid every token.
     """
-
-    def decide(row: int, children: list[int], text: Sequence[int]) -> tuple[int, int | None]:
-        token = chance.choose(rules.probabilities(scores[row], text))
-        return token, _child_with(tree, children, token)
-
-    return decide
+    return rule_for(tree, logits, wanted).accept(tree, scores, logits, rng, end_tokens)
 
 
-def accept_without_replacement(
-    tree: DraftTree,
-    scores: Scores,
-    rules: LogitRules,
-    context: Sequence[int],
-    chance: Chance,
-    end_tokens: frozenset[int] = frozenset(),
-) -> Accepted:
-    """Siblings in the order in which they were drawn: accept x with min(1, p/q), else p <- norm(max(p - q, 0)), q(x) <- 0."""
-    assert tree.draft_probs is not None
-    draft_probs = tree.draft_probs
+def prune(tree: DraftTree, logits: LogitState) -> DraftTree:
+    """The tree without the nodes that the logit rules forbid at the root's state `logits`, and their descendants.
 
-    def decide(row: int, children: list[int], text: Sequence[int]) -> tuple[int, int | None]:
-        target = rules.probabilities(scores[row], text)
-        draft = draft_probs[children[0]].copy() if children else target
-        for child in children:
-            token = int(tree.token_ids[child])
-            if chance.accept(min(1.0, target[token] / draft[token])):
-                return token, child
-            target = _normalised(np.maximum(target - draft, 0.0))
-            draft[token] = 0.0
-            draft = _normalised(draft)
-        return chance.choose(target), None
-
-    return _walk(tree, context, end_tokens, decide)
-
-
-def _normalised(weights: Probabilities) -> Probabilities:
-    total = weights.sum()
-    return weights / total if total > 0 else weights
-
-
-def accept_block(
-    tree: DraftTree,
-    scores: Scores,
-    rules: LogitRules,
-    context: Sequence[int],
-    chance: Chance,
-    end_tokens: frozenset[int] = frozenset(),
-) -> Accepted:
-    """A drawn chain tested as one block: never shorter in expectation than token by token (arXiv 2403.10444, algorithm 2).
-
-    w_0 = 1, w_i = min(1, w_{i-1} p(x_i) / q(x_i)); block i is accepted with h_i = S_i / (S_i + 1 - w_i), where
-    S_i = Σ_x max(w_i p(x) - q(x), 0) at the next position, and h_n = w_n; the longest accepted block counts. Testing
-    from the longest down gives the same law with fewer draws.
+    A drawn draft stays whole. Its rules correct for the distribution each token was drawn from; leaving out a token because
+    it was drawn would make a plain draw of that case, and the forbidden mass would not go to where the drafter is too low.
     """
-    assert tree.draft_probs is not None
-    tokens = _up_to_end(tree.token_ids.tolist(), end_tokens)
-    text = list(context)
-    targets = [rules.probabilities(scores[row], text + tokens[:row]) for row in range(len(tokens) + 1)]
-    drafts = tree.draft_probs
-    weights = [1.0]
-    for i, token in enumerate(tokens):
-        weights.append(min(1.0, weights[-1] * targets[i][token] / drafts[i][token]))
-    accepted, residual = len(tokens), targets[-1]
-    if not chance.accept(weights[-1]):
-        accepted -= 1
-        residual = np.maximum(weights[accepted] * targets[accepted] - drafts[accepted], 0.0)
-        while accepted > 0 and not chance.accept(_block_probability(residual.sum(), weights[accepted])):
-            accepted -= 1
-            residual = np.maximum(weights[accepted] * targets[accepted] - drafts[accepted], 0.0)
-    kept = tokens[:accepted]
-    if not kept or kept[-1] not in end_tokens:
-        kept = [*kept, chance.choose(_normalised(residual))]
-    return Accepted(list(range(accepted)), kept)
+    if not logits or tree.draft_probs is not None:
+        return tree
+    states: list[LogitState | None] = [logits]  # of each row; None where it was dropped
+    for parent, token in zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True):
+        state = states[parent + 1]
+        states.append(None if state is None or state.forbids(token) else _after(state, token))
+    kept = [node for node, state in enumerate(states[1:]) if state is not None]
+    return tree.subtree(kept)
 
 
-def _block_probability(surplus: float, weight: float) -> float:
-    below = surplus + 1.0 - weight
-    return surplus / below if below > 0 else 0.0  # 0/0: the next token is accepted with certainty, so never asked
-
-
-def _up_to_end(tokens: list[int], end_tokens: frozenset[int]) -> list[int]:
-    end = next((i for i, token in enumerate(tokens) if token in end_tokens), len(tokens) - 1)
-    return tokens[: end + 1]
+def _after(state: LogitState, token: int) -> LogitState:
+    fork = state.fork()
+    fork.advance(token)
+    return fork

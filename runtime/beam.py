@@ -17,7 +17,7 @@ from .engine import Engine
 from .errors import OptionError
 from .prefill import check_prompts, prefill
 from .rules import TokenRules
-from .sampling import LogitRules, SamplingOptions
+from .sampling import LogitRules, LogitState, SamplingOptions
 
 NO_BEAM = -1e9  # score of a beam that is not there yet: all begin as copies of one prompt
 
@@ -133,12 +133,14 @@ def beam_search(
     logits = np.repeat(prefill(engine, cache.row(0), prompt).logits[0], count, axis=0)
     cache.gather([0] * count)
     beams = Beams(options, longest - len(prompt))
+    states = [rules.start(prompt)] * count
     while True:
-        texts = [[*prompt, *output] for output in beams.outputs]
-        rows = [_log_probs(row, rules, text, options.renormalize) for row, text in zip(logits, texts, strict=True)]
-        moves = beams.advance(np.stack(rows))
+        moves = beams.advance(np.stack([_log_probs(*row, options.renormalize) for row in zip(logits, states, strict=True)]))
         if beams.done:
             return beams.finished
+        states = [states[move].fork() for move in moves]
+        for state, output in zip(states, beams.outputs, strict=True):
+            state.advance(output[-1])
         cache.gather(moves)
         logits = _step(engine, cache, [output[-1] for output in beams.outputs])
 
@@ -159,9 +161,9 @@ def _step(engine: Engine, cache: KVCache, token_ids: Sequence[int]) -> NDArray[n
     return output.logits[:, 0]
 
 
-def _log_probs(logits: NDArray[np.float32], rules: LogitRules, text: Sequence[int], renormalize: bool) -> NDArray[np.float64]:
+def _log_probs(logits: NDArray[np.float32], state: LogitState, renormalize: bool) -> NDArray[np.float64]:
     """[V] log-probabilities after the rules, which see log-probabilities as they do in transformers' beam search."""
-    ruled = rules.process(_log_softmax(logits.astype(np.float64)).astype(np.float32), text).astype(np.float64)
+    ruled = state.process(_log_softmax(logits.astype(np.float64)).astype(np.float32)).astype(np.float64)
     return _log_softmax(ruled) if renormalize else ruled
 
 

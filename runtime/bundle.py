@@ -209,7 +209,8 @@ class Bundle:
         if name not in self.manifest.heads:
             known = ", ".join(self.manifest.heads) or "none"
             raise BundleError(f"{self.path} has no draft head {name!r}. It has: {known}.")
-        return from_json(HeadInfo, (self.path / "heads" / name / "head.json").read_text("utf-8"))
+        file = self.path / "heads" / name / "head.json"
+        return from_json(HeadInfo, file.read_text("utf-8"), str(file))
 
 
 def read_manifest(path: Path) -> Manifest:

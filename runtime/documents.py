@@ -1,50 +1,100 @@
-"""JSON documents: frozen dataclasses to JSON text and back. Unknown and missing keys are errors."""
+"""JSON documents: frozen dataclasses to JSON text and back, by cattrs.
+
+Nothing is converted on the way: an unknown or missing key, and a value of another type, are errors that name the field.
+"""
 
 import dataclasses
 import json
-import types
-import typing
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args, get_origin
+
+import cattrs
+from cattrs.cols import list_structure_factory
+from cattrs.strategies import configure_union_passthrough
 
 from .errors import BundleError
 
 T = TypeVar("T")
+NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
 def to_json(value: Any) -> str:
     return json.dumps(dataclasses.asdict(value), indent=2) + "\n"
 
 
-def from_json(kind: type[T], text: str) -> T:
-    """The inverse of `to_json`. Raises BundleError on missing or unknown keys."""
-    return from_document(kind, json.loads(text), kind.__name__)
+def from_json(kind: type[T], text: str, where: str = "") -> T:
+    """The inverse of `to_json`. Raises BundleError for a text that is no JSON, or not that of a `kind`."""
+    where = where or kind.__name__
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{where} is not JSON ({error}). Fix: export or copy the bundle again.") from error
+    return from_document(kind, document, where)
 
 
 def from_document(kind: type[T], document: Any, where: str) -> T:
     """As `from_json`, of parsed JSON; `where` names the document in errors."""
-    return typing.cast(T, _decode(kind, document, where))
+    try:
+        return _CONVERTER.structure(document, kind)
+    except (cattrs.BaseValidationError, TypeError) as error:
+        faults = cattrs.transform_error(error, path=where, format_exception=_described)
+        raise BundleError(f"{'; '.join(faults[:3])}. Fix: export or copy the bundle again, with this version.") from error
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Rebuild dataclasses, tuples, dicts and unions of scalars from plain JSON."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        optional = {
-            n for n, f in fields.items() if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        }
-        wrong = (set(value) - set(fields)) | (set(fields) - optional - set(value))
-        if wrong:
-            raise BundleError(f"{where}: unknown or missing keys {sorted(wrong)}. Fix: export again with this version.")
-        return kind(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        return tuple(_decode(args[0], item, where) for item in value)
-    if origin is dict:
-        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, dict) and args:
-        return _decode(args[0], value, where)  # an optional dataclass
-    scalars = args if origin in (typing.Union, types.UnionType) else (kind,)
-    if not isinstance(value, scalars):
-        raise BundleError(f"{where}: expected {kind}, found {value!r}. Fix: export or copy the bundle again.")
-    return value
+def _described(error: BaseException, kind: type | None) -> str:
+    if isinstance(error, KeyError):
+        return f"missing keys: {error}"
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        return f"unknown keys: {', '.join(map(repr, sorted(error.extra_fields)))}"
+    return str(error)
+
+
+def _exactly(kind: type, *accepted: type) -> Callable[[Any, Any], Any]:
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) not in (kind, *accepted):
+            raise TypeError(f"expected {NAMES[kind]}, found {value!r}")
+        return kind(value)
+
+    return structure
+
+
+def _is_tuple(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin is tuple
+
+
+def _tuple_hook(kind: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """cattrs takes any iterable, so a string for a tuple of strings."""
+    of_list: Any = list[get_args(kind)[0]]  # type: ignore[misc]
+    structure = list_structure_factory(of_list, converter)
+
+    def of_tuple(value: Any, _: Any) -> Any:
+        if not isinstance(value, list):
+            raise TypeError(f"expected a list, found {value!r}")
+        return tuple(structure(value, of_list))
+
+    return of_tuple
+
+
+def _dataclass_hook(kind: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    structure = cattrs.gen.make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
+
+    def of_object(value: Any, _: Any) -> Any:
+        if not isinstance(value, dict):
+            raise TypeError(f"expected an object, found {value!r}")
+        return structure(value, kind)
+
+    return of_object
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind, accepted in ((int, ()), (float, (int,)), (str, ()), (bool, ())):
+        converter.register_structure_hook(kind, _exactly(kind, *accepted))
+    configure_union_passthrough(int | float | str | bool | None, converter)
+    converter.register_structure_hook_factory(_is_tuple, _tuple_hook)
+    converter.register_structure_hook_factory(dataclasses.is_dataclass, _dataclass_hook)
+    return converter
+
+
+_CONVERTER = _converter()

@@ -35,6 +35,8 @@ _EXTRAS = {
     "cuda": "trt-rtx",
     "soundfile": "audio",
     "soxr": "audio",
+    "matplotlib": "bench",
+    "scipy": "bench",
 } | dict.fromkeys(("torch", "transformers", "optimum", "onnx", "onnx_ir", "safetensors"), "export")
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .acceptance import Accepted, RandomChance, accept
+from .acceptance import Accepted, NumpyRng, Rng, accept, prune
 from .budget import Budget
 from .cache import KVCache
 from .drafters.base import NO_HIDDEN, Drafter, DraftRequest, SourceReader
@@ -22,7 +22,7 @@ from .engine import MAX_ROWS, SLOT_STEP, Engine, StepOutput
 from .errors import OptionError
 from .prefill import check_prompts, prefill
 from .rules import TokenRules
-from .sampling import LogitRules, SamplingOptions
+from .sampling import LogitRules, LogitState, SamplingOptions
 from .tree import DraftTree, empty_tree
 
 FinishReason = Literal["end_token", "stop_string", "length", "cache_full"]
@@ -60,7 +60,8 @@ class Text:
     token_ids: list[int]
     prompt_tokens: int
     rules: LogitRules
-    chance: RandomChance
+    logits: LogitState  # after token_ids
+    rng: Rng
     hidden: NDArray[np.float32]
     budget: Budget | None = None
     finish_reason: FinishReason | None = None
@@ -137,8 +138,9 @@ class DecodingLoop:
         seed = None if seed is None else seed + row
         budget = self._options.budgets() if self._options.draft_nodes is None else None
         hidden = self._hidden(output, 0, -1)
-        sequence = Text(row, prompt, len(prompt), self._rules(row, prompt), RandomChance(seed), hidden, budget)
-        first = accept(empty_tree(), output.scores(0), sequence.rules, prompt, sequence.chance, self._options.end_tokens)
+        rules = self._rules(row, prompt)
+        sequence = Text(row, prompt, len(prompt), rules, rules.start(prompt), NumpyRng(seed), hidden, budget)
+        first = accept(empty_tree(), output.scores(0), sequence.logits, sequence.rng, self._options.end_tokens)
         self._append(sequence, first.token_ids)
         return sequence
 
@@ -155,7 +157,7 @@ class DecodingLoop:
         for sequence, tree in zip(self.sequences, trees, strict=True):
             if sequence.finish_reason is None:
                 scores, end_tokens = output.scores(sequence.row), self._options.end_tokens
-                path = accept(tree, scores, sequence.rules, sequence.token_ids, sequence.chance, end_tokens)
+                path = accept(tree, scores, sequence.logits, sequence.rng, end_tokens)
                 emitted[sequence.row] = self._take(sequence, tree, path, output)
         return emitted
 
@@ -169,7 +171,7 @@ class DecodingLoop:
         requests = [request for request in map(self._request, active) if request.max_depth > 0]
         if requests:
             for request, tree in zip(requests, self._drafter.propose(requests), strict=True):
-                budget = self.sequences[request.row].budget
+                budget, tree = self.sequences[request.row].budget, prune(tree, self.sequences[request.row].logits)
                 trees[request.row] = tree if budget is None else budget.cut(tree, len(request.token_ids))
         self.clock.draft_s += time.perf_counter() - started
         return trees
@@ -181,7 +183,7 @@ class DecodingLoop:
             nodes = self._drafter.default_nodes if sequence.budget is None else sequence.budget.max_nodes
         # The target adds one token of its own behind the path, so a deeper path than this could not be used.
         tokens_left = min(self._limit - len(sequence.token_ids), self._options.max_new_tokens - sequence.new_tokens) - 1
-        sampling, rules = self._options.sampling, sequence.rules.text_rules
+        sampling, rules = self._options.sampling, tuple(sequence.rules.text_rules)
         row, hypotheses = sequence.row, self._options.hypotheses
         return DraftRequest(
             row,
@@ -238,6 +240,8 @@ class DecodingLoop:
         room = min(self._options.max_new_tokens - sequence.new_tokens, self._limit - len(sequence.token_ids))
         taken = token_ids[:room]
         sequence.token_ids.extend(taken)
+        for token in taken:
+            sequence.logits.advance(token)
         if taken[-1] in self._options.end_tokens:
             sequence.finish_reason = "end_token"
         elif sequence.new_tokens >= self._options.max_new_tokens:

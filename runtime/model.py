@@ -13,8 +13,8 @@ from .budget import Budget, Standing
 from .bundle import Bundle
 from .drafters.aligned_copy import source_copy
 from .drafters.base import Drafter, TunedDrafter
+from .drafters.cascade import Cascade
 from .drafters.draft_model import DraftModelDrafter
-from .drafters.first_that_pays import FirstThatPays
 from .drafters.medusa import MedusaDrafter
 from .drafters.ngram import NGramDrafter
 from .engines.onnxruntime import CUDA_DEVICES, DRAFT_THREADS, OnnxRuntimeEngine
@@ -305,7 +305,7 @@ def _drafters(
 def with_rates(drafters: Mapping[str, TunedDrafter], name: str, found: DrafterTuning) -> TunedDrafter:
     """The drafter of that name, or the pair that it names, believing the rates that were found."""
     parts = [drafters[part] for part in name.split("+")]
-    drafter = parts[0] if len(parts) == 1 else FirstThatPays(parts[0], parts[1], found.enough)
+    drafter = parts[0] if len(parts) == 1 else Cascade(parts[0], parts[1], found.enough)
     drafter.use_rates(found.rates)
     return drafter
 

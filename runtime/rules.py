@@ -1,14 +1,16 @@
 """Logit rules: which tokens may follow, given the tokens before them.
 
-A rule changes one row of logits. Every row of a verify pass that is tested goes through all rules with the tokens on its
-own path (prompt, output, ancestors in the tree), so a drafted token that a rule forbids has probability 0 and is
-rejected like any other wrong guess. Names, meaning and order are those of transformers' logits processors.
+A rule is started once for a text and then follows it: its state advances by a token, forks along the paths of a draft
+tree, and changes the logits of the next token. Every row of a verify pass that is tested is masked by the states on its
+own path, so a drafted token that a rule forbids has probability 0. Names, meaning and order are those of transformers'
+logits processors.
 
 `TokenRules` is what a model demands of every text; `for_text` turns it into rules once the text's lengths are known.
 """
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,15 +19,36 @@ from numpy.typing import NDArray
 
 from .bundle import GenerationRules
 from .errors import OptionError
+from .token_history import Followers, NGramHistory, SeenTokens, last_tokens, ngram_followers
 
 Logits = NDArray[np.float32]  # [V]
 
 
-class LogitRule(Protocol):
-    """One rule."""
+class RuleState(Protocol):
+    """One rule at one point of one text."""
 
-    def apply(self, logits: Logits, text: Sequence[int]) -> None:
-        """Change [V] logits in place; `text` holds all tokens before them."""
+    def advance(self, token: int) -> None:
+        """The text goes on with this token."""
+        ...
+
+    def fork(self) -> "RuleState":
+        """A state of its own at the same point: advancing either leaves the other as it is. Must be cheap."""
+        ...
+
+    def mask(self, logits: Logits) -> None:
+        """Change the next token's [V] float32 logits in place."""
+        ...
+
+    def forbids(self, token: int) -> bool:
+        """True only where `mask` sets this token to -inf whatever the logits are: such a draft need not be verified."""
+        ...
+
+
+class LogitRule(Protocol):
+    """One rule. It does not change: its states do."""
+
+    def start(self, prompt: Sequence[int]) -> RuleState:
+        """The state after the prompt."""
         ...
 
 
@@ -35,10 +58,28 @@ class RepetitionPenalty:
 
     penalty: float
 
-    def apply(self, logits: Logits, text: Sequence[int]) -> None:
-        seen = np.asarray(text, dtype=np.int64)
+    def start(self, prompt: Sequence[int]) -> "PenaltyState":
+        return PenaltyState(self.penalty, SeenTokens(prompt))
+
+
+@dataclass
+class PenaltyState:
+    penalty: float
+    seen: SeenTokens
+
+    def advance(self, token: int) -> None:
+        self.seen.advance(token)
+
+    def fork(self) -> "PenaltyState":
+        return PenaltyState(self.penalty, self.seen.fork())
+
+    def mask(self, logits: Logits) -> None:
+        seen = self.seen.array()
         scores = logits[seen]
         logits[seen] = np.where(scores < 0, scores * self.penalty, scores / self.penalty)
+
+    def forbids(self, token: int) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -47,8 +88,25 @@ class NoRepeatNGram:
 
     size: int
 
-    def apply(self, logits: Logits, text: Sequence[int]) -> None:
-        logits[_completions(text, text, self.size)] = -np.inf
+    def start(self, prompt: Sequence[int]) -> "NGramState":
+        return NGramState(NGramHistory(self.size, prompt))
+
+
+@dataclass
+class NGramState:
+    history: NGramHistory
+
+    def advance(self, token: int) -> None:
+        self.history.advance(token)
+
+    def fork(self) -> "NGramState":
+        return NGramState(self.history.fork())
+
+    def mask(self, logits: Logits) -> None:
+        _forbid(logits, self.history.repeats())
+
+    def forbids(self, token: int) -> bool:
+        return token in self.history.repeats()
 
 
 @dataclass(frozen=True)
@@ -58,18 +116,8 @@ class SourceNoRepeatNGram:
     size: int
     source_ids: tuple[int, ...]
 
-    def apply(self, logits: Logits, text: Sequence[int]) -> None:
-        logits[_completions(self.source_ids, text, self.size)] = -np.inf
-
-
-def _completions(tokens: Sequence[int], text: Sequence[int], size: int) -> NDArray[np.int64]:
-    """Last tokens of the n-grams of `tokens` whose beginning is the end of `text`."""
-    if len(tokens) < size or len(text) + 1 < size:
-        return np.empty(0, np.int64)
-    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens, np.int64), size)
-    prefix = np.asarray(text[len(text) + 1 - size :], np.int64)
-    found: NDArray[np.int64] = windows[(windows[:, :-1] == prefix).all(axis=1), -1]
-    return found
+    def start(self, prompt: Sequence[int]) -> "CompletionState":
+        return CompletionState({self.size - 1: ngram_followers(self.source_ids, self.size)}, prompt)
 
 
 @dataclass(frozen=True)
@@ -78,10 +126,64 @@ class ForbiddenSequences:
 
     sequences: tuple[tuple[int, ...], ...]
 
-    def apply(self, logits: Logits, text: Sequence[int]) -> None:
-        for *prefix, last in self.sequences:
-            if not prefix or list(text[-len(prefix) :]) == prefix:
-                logits[last] = -np.inf
+    def start(self, prompt: Sequence[int]) -> "CompletionState":
+        by_length: dict[int, Followers] = {}
+        for sequence in self.sequences:
+            length = len(sequence) - 1
+            by_length[length] = ngram_followers(sequence, len(sequence), by_length.get(length))
+        return CompletionState(by_length, prompt)
+
+
+class CompletionState:
+    """Where the text ends with one of these beginnings, given by their length, the tokens that complete it are forbidden."""
+
+    def __init__(self, completions: Mapping[int, Followers], text: Sequence[int]) -> None:
+        self._completions = completions
+        self._longest = max(completions, default=0)
+        self._recent = last_tokens(text, self._longest)
+
+    def advance(self, token: int) -> None:
+        self._recent = last_tokens((*self._recent, token), self._longest)
+
+    def fork(self) -> "CompletionState":
+        return copy.copy(self)
+
+    def mask(self, logits: Logits) -> None:
+        for completions in self._matching():
+            _forbid(logits, completions)
+
+    def forbids(self, token: int) -> bool:
+        return any(token in completions for completions in self._matching())
+
+    def _matching(self) -> Iterable[frozenset[int]]:
+        for length, followers in self._completions.items():
+            yield followers.get(last_tokens(self._recent, length), frozenset())
+
+
+class LengthRule(Protocol):
+    """A rule that looks at nothing but the number of tokens before."""
+
+    def mask_at(self, length: int, logits: Logits) -> None: ...
+
+    def forbids_at(self, length: int, token: int) -> bool: ...
+
+
+@dataclass
+class LengthState:
+    rule: LengthRule
+    length: int
+
+    def advance(self, token: int) -> None:
+        self.length += 1
+
+    def fork(self) -> "LengthState":
+        return LengthState(self.rule, self.length)
+
+    def mask(self, logits: Logits) -> None:
+        self.rule.mask_at(self.length, logits)
+
+    def forbids(self, token: int) -> bool:
+        return self.rule.forbids_at(self.length, token)
 
 
 @dataclass(frozen=True)
@@ -91,22 +193,34 @@ class MinLength:
     length: int
     end_tokens: tuple[int, ...]
 
-    def apply(self, logits: Logits, text: Sequence[int]) -> None:
-        if len(text) < self.length:
-            logits[list(self.end_tokens)] = -np.inf
+    def start(self, prompt: Sequence[int]) -> LengthState:
+        return LengthState(self, len(prompt))
+
+    def mask_at(self, length: int, logits: Logits) -> None:
+        if length < self.length:
+            _forbid(logits, self.end_tokens)
+
+    def forbids_at(self, length: int, token: int) -> bool:
+        return length < self.length and token in self.end_tokens
 
 
 @dataclass(frozen=True)
 class ForcedTokens:
-    """At this position of the text stands one of these tokens: a language, a task, the last end token."""
+    """The token at this position of the text is one of these: a language, a task, the last end token."""
 
     position: int
     token_ids: tuple[int, ...]
 
-    def apply(self, logits: Logits, text: Sequence[int]) -> None:
-        if len(text) == self.position:
+    def start(self, prompt: Sequence[int]) -> LengthState:
+        return LengthState(self, len(prompt))
+
+    def mask_at(self, length: int, logits: Logits) -> None:
+        if length == self.position:
             logits[:] = -np.inf
-            logits[list(self.token_ids)] = 0.0
+            logits[_within(self.token_ids, logits)] = 0.0
+
+    def forbids_at(self, length: int, token: int) -> bool:
+        return length == self.position and token not in self.token_ids
 
 
 @dataclass(frozen=True)
@@ -116,9 +230,15 @@ class SuppressedTokens:
     token_ids: tuple[int, ...]
     position: int | None = None
 
-    def apply(self, logits: Logits, text: Sequence[int]) -> None:
-        if self.position is None or len(text) == self.position:
-            logits[list(self.token_ids)] = -np.inf
+    def start(self, prompt: Sequence[int]) -> LengthState:
+        return LengthState(self, len(prompt))
+
+    def mask_at(self, length: int, logits: Logits) -> None:
+        if self.position in (None, length):
+            _forbid(logits, self.token_ids)
+
+    def forbids_at(self, length: int, token: int) -> bool:
+        return self.position in (None, length) and token in self.token_ids
 
 
 @dataclass(frozen=True)
@@ -129,8 +249,8 @@ class WhisperTimestamps:
 
     Attributes:
         no_timestamps: the id of <|notimestamps|>.
-        end_token: ids from here on may stand where a pair is to be closed.
-        begin: first position behind the prompt, where a timestamp is due.
+        end_token: ids from here on are allowed where a pair must be closed.
+        begin: the first position after the prompt, where a timestamp is due.
         max_initial: the latest first timestamp, in steps; None is any.
     """
 
@@ -139,28 +259,70 @@ class WhisperTimestamps:
     begin: int = 0
     max_initial: int | None = None
 
-    def apply(self, logits: Logits, text: Sequence[int]) -> None:
-        first = self.no_timestamps + 1
-        logits[self.no_timestamps] = -np.inf
-        self._pair(logits, text[self.begin :], first)
-        if len(text) == self.begin:
-            logits[:first] = -np.inf
-            if self.max_initial is not None:
-                logits[first + self.max_initial + 1 :] = -np.inf
+    def start(self, prompt: Sequence[int]) -> "TimestampState":
+        state = TimestampState(self, min(len(prompt), self.begin))
+        for token in prompt[self.begin :]:
+            state.advance(token)
+        return state
+
+
+@dataclass
+class TimestampState:
+    """What the rules need of a text: the kinds of the output's last two tokens, and its latest timestamp."""
+
+    rule: WhisperTimestamps
+    length: int
+    last_is_time: bool = False
+    ends_segment: bool = False  # a timestamp after text
+    latest: int | None = None
+
+    def advance(self, token: int) -> None:
+        if self.length >= self.rule.begin:
+            is_time, in_output = token > self.rule.no_timestamps, self.length > self.rule.begin
+            self.ends_segment = is_time and in_output and not self.last_is_time
+            self.last_is_time = is_time
+            self.latest = token if is_time else self.latest
+        self.length += 1
+
+    def fork(self) -> "TimestampState":
+        return copy.copy(self)
+
+    def mask(self, logits: Logits) -> None:
+        first = self.rule.no_timestamps + 1
+        logits[self.rule.no_timestamps] = -np.inf
+        for start, stop in self._forbidden():
+            logits[start:stop] = -np.inf
         if _log_sum(logits[first:]) > logits[:first].max():
             logits[:first] = -np.inf
 
-    def _pair(self, logits: Logits, output: Sequence[int], first: int) -> None:
-        """What the last two tokens and the last timestamp allow."""
-        last_is_time = len(output) > 0 and output[-1] >= first
-        ends_segment = last_is_time and len(output) >= 2 and output[-2] < first
-        if ends_segment:
-            logits[: self.end_token] = -np.inf  # the next segment begins, or the text ends
-        elif last_is_time:
-            logits[first:] = -np.inf  # a segment has begun: text is due
-        latest = next((token for token in reversed(output) if token >= first), None)
-        if latest is not None:
-            logits[first : latest if ends_segment else latest + 1] = -np.inf  # segments may touch, and are not empty
+    def forbids(self, token: int) -> bool:
+        ranges = self._forbidden()
+        return token == self.rule.no_timestamps or any(
+            start <= token and (stop is None or token < stop) for start, stop in ranges
+        )
+
+    def _forbidden(self) -> Iterable[tuple[int, int | None]]:
+        """The ranges of ids that the text so far rules out; None is the end of the vocabulary."""
+        first = self.rule.no_timestamps + 1
+        if self.ends_segment:
+            yield 0, self.rule.end_token  # the next segment begins, or the text ends
+        elif self.last_is_time:
+            yield first, None  # a segment has begun: text is due
+        if self.latest is not None:
+            yield first, self.latest + (not self.ends_segment)  # segments may touch, and are not empty
+        if self.length == self.rule.begin:
+            yield 0, first
+            if self.rule.max_initial is not None:
+                yield first + self.rule.max_initial + 1, None
+
+
+def _forbid(logits: Logits, token_ids: Iterable[int]) -> None:
+    logits[_within(token_ids, logits)] = -np.inf
+
+
+def _within(token_ids: Iterable[int], logits: Logits) -> list[int]:
+    """Those that the vocabulary has: configurations name tokens beyond it, which transformers ignores."""
+    return [token for token in token_ids if 0 <= token < len(logits)]
 
 
 def _log_sum(logits: Logits) -> float:
@@ -182,6 +344,13 @@ ORDER: tuple[type, ...] = (
 )
 
 
+def replaces(state: RuleState) -> bool:
+    """Whether its mask now sets every logit anew, so that nothing earlier rules forbade is certain any more."""
+    if not isinstance(state, LengthState) or not isinstance(state.rule, ForcedTokens):
+        return False
+    return state.length == state.rule.position
+
+
 def in_order(rules: Sequence[LogitRule]) -> tuple[LogitRule, ...]:
     """The rules as transformers would apply them; rules of other kinds come last."""
     return tuple(sorted(rules, key=lambda rule: ORDER.index(type(rule)) if type(rule) in ORDER else len(ORDER)))
@@ -192,14 +361,14 @@ class TokenRules:
     """What a model's generation configuration demands of every text.
 
     Attributes:
-        forced_bos_token_id: the first token behind the decoder's start token (BART; mBART's and NLLB's language).
+        forced_bos_token_id: the first token after the decoder's start token (BART; mBART's and NLLB's language).
         forced_eos_token_ids: the tokens of which one ends a text that reaches its length limit.
         begin_suppress_tokens: not the first of the output.
         min_length: no end before the text has so many tokens, prompt included.
         min_new_tokens: no end before the output has so many.
         forbidden_sequences: "bad words".
         source_no_repeat_ngram: no n-gram of this size is copied from the source; 0 is off.
-        timestamps: Whisper's, to be moved to where a text's output begins; None leaves time alone.
+        timestamps: Whisper's, to be moved to where a text's output begins; None applies no rule of time.
     """
 
     forced_bos_token_id: int | None = None

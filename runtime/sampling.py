@@ -1,6 +1,6 @@
 """From logits to the distribution the next token is drawn from.
 
-Logit rules (`rules`) change logits with the text so far in view: suppressed and forced tokens, no-repeat n-gram; the
+Logit rules (`rules`) change logits by the text so far: suppressed and forced tokens, no-repeat n-gram; the
 warpers (temperature, top-k, top-p, min-p) then shape the distribution. Order and meaning are those of transformers'
 processors. A verify pass applies all of them to every row it tests, so speculative decoding follows the warped target.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import OptionError
-from .rules import LogitRule, NoRepeatNGram, RepetitionPenalty, SuppressedTokens, in_order
+from .rules import LogitRule, NoRepeatNGram, RepetitionPenalty, RuleState, SuppressedTokens, in_order, replaces
 
 
 @dataclass(frozen=True)
@@ -69,35 +69,70 @@ def _require(holds: bool, message: str) -> None:
         raise OptionError(message)
 
 
+@dataclass(frozen=True)
 class LogitRules:
-    """The options, and the rules of the model and of the text, applied to one row of logits at a time."""
+    """The user's options, and the rules of the model and of the text: what is started for each text."""
 
-    def __init__(self, options: SamplingOptions, rules: Sequence[LogitRule] = ()) -> None:
+    options: SamplingOptions
+    text_rules: Sequence[LogitRule] = ()
+
+    def start(self, prompt: Sequence[int]) -> "LogitState":
+        """The state after the prompt."""
+        rules = in_order([*self.options.rules(), *self.text_rules])
+        return LogitState(self.options, rules, [rule.start(prompt) for rule in rules], len(prompt))
+
+
+class LogitState:
+    """All rules and options at one point of one text: from the logits there to the next token's distribution."""
+
+    def __init__(self, options: SamplingOptions, rules: tuple[LogitRule, ...], states: list[RuleState], tokens: int) -> None:
         self.options = options
-        self.text_rules = tuple(rules)
-        self._rules = in_order([*options.rules(), *rules])
+        self._rules, self._states, self._tokens = rules, states, tokens
 
     def __bool__(self) -> bool:
         """Whether any rule is on: else logits stay as they are."""
-        return bool(self._rules)
+        return bool(self._states)
 
-    def process(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float32]:
-        """[V] logits after the rules; the very input when no rule is on, never a changed input.
+    def advance(self, token: int) -> None:
+        """The text goes on with this token."""
+        self._tokens += 1
+        for state in self._states:
+            state.advance(token)
+
+    def fork(self) -> "LogitState":
+        """A state of its own at the same point of the text."""
+        return LogitState(self.options, self._rules, [state.fork() for state in self._states], self._tokens)
+
+    def forbids(self, token: int) -> bool:
+        """True only where `process` sets this token to -inf whatever the logits are."""
+        for state in reversed(self._states):
+            if state.forbids(token):
+                return True
+            if replaces(state):
+                return False
+        return False
+
+    def process(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[V] float32 logits after the rules; the very input when no rule is on, never a changed input.
 
         Raises OptionError when the rules together leave no token.
         """
-        if not self._rules:
+        if not self._states:
             return logits
         logits = logits.copy()
-        for rule in self._rules:
-            rule.apply(logits, context)
+        for state in self._states:
+            state.mask(logits)
         if logits.max() == -np.inf:
-            raise OptionError(f"after {len(context)} tokens the generation rules forbid every token: {list(self._rules)}.")
+            names = ", ".join(type(rule).__name__ for rule in self._rules)
+            raise OptionError(
+                f"after {self._tokens} tokens the generation rules forbid every token: {names}. "
+                "At least one must remain. Fix: leave out one of these rules."
+            )
         return logits
 
-    def probabilities(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float64]:
-        """[V] the distribution the next token is drawn from; a one-hot of the best token when greedy."""
-        scores = self.process(logits, context).astype(np.float64)
+    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """[V] float64, the distribution the next token is drawn from; a one-hot of the best token when greedy."""
+        scores = self.process(logits).astype(np.float64)
         options = self.options
         if options.greedy:
             result = np.zeros_like(scores)
@@ -121,7 +156,7 @@ def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _outside_top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Indices behind the smallest set of best tokens whose probability reaches top_p; the best token always stays."""
+    """Indices outside the smallest set of best tokens whose probability reaches top_p; the best token always stays."""
     order = np.argsort(scores, kind="stable")  # rising, as transformers sorts
     rising = np.cumsum(_softmax(scores)[order])
     removed = rising <= 1 - top_p

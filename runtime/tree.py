@@ -73,12 +73,18 @@ class DraftTree:
         if len(allowed) <= nodes and len(allowed) == len(self):
             return self
         by_probability = allowed[np.argsort(-self.log_probs[allowed], kind="stable")]
-        kept = np.sort(by_probability[:nodes])
+        return self.subtree(np.sort(by_probability[:nodes]).tolist())
+
+    def subtree(self, kept: Sequence[int]) -> "DraftTree":
+        """The nodes `kept`, in rising order; every one's parent must be kept too."""
+        if len(kept) == len(self):
+            return self
+        nodes = np.array(kept, np.int64)
         renumbered = np.full(len(self) + 1, ROOT)  # the last entry serves parent -1
-        renumbered[kept] = np.arange(len(kept))
-        probs = None if self.draft_probs is None else self.draft_probs[kept]
-        classes = None if self.classes is None else self.classes[kept]
-        return DraftTree(self.token_ids[kept], renumbered[self.parents[kept]], self.log_probs[kept], probs, classes)
+        renumbered[nodes] = np.arange(len(nodes))
+        probs = None if self.draft_probs is None else self.draft_probs[nodes]
+        classes = None if self.classes is None else self.classes[nodes]
+        return DraftTree(self.token_ids[nodes], renumbered[self.parents[nodes]], self.log_probs[nodes], probs, classes)
 
 
 def empty_tree() -> DraftTree:

@@ -97,7 +97,7 @@ def read_tuning(bundle: Bundle, device: str, built: EngineInfo | None, threads: 
     try:
         if json.loads(file.read_text("utf-8"))["schema_version"] != TUNING_SCHEMA:
             raise EngineError(f"{file} has another schema version than this Headstart's {TUNING_SCHEMA}. {fix}")
-        tuning = from_json(Tuning, file.read_text("utf-8"))
+        tuning = from_json(Tuning, file.read_text("utf-8"), str(file))
     except (ValueError, KeyError, TypeError, BundleError) as error:
         raise EngineError(f"{file} is no valid tuning file ({error}). {fix}") from error
     for name, value in fingerprint(bundle, built, threads).items():

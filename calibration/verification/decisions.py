@@ -31,12 +31,14 @@ class Request:
 
     def processed(self, tokens: Sequence[int], logits: Logits) -> Iterator[Logits]:
         """[V] logits after the rules at each position of the output `tokens`, of [len(tokens), V] raw ones."""
-        for position, row in enumerate(logits):
-            yield self.rules.process(row, [*self.start, *tokens[:position]])
+        state = self.rules.start(self.start)
+        for row, token in zip(logits, tokens, strict=True):
+            yield state.process(row)
+            state.advance(token)
 
     def probabilities(self, tokens: Sequence[int], logits: Logits) -> NDArray[np.float64]:
         """[V] the distribution of the token after the output `tokens`, from [V] raw logits."""
-        return self.rules.probabilities(logits, [*self.start, *tokens])
+        return self.rules.start([*self.start, *tokens]).probabilities(logits)
 
 
 def request_of(

@@ -29,7 +29,7 @@ SLOTS = LONGEST + ROUNDS * (NODES + 1) + MAX_ROWS
 def check_forms(engine: Engine, reference: Reference, texts: Sequence[Text], precision: str, batch: int) -> list[LogitCheck]:
     """Trees, commits, batches of `batch` sequences (none for 1) and chunked prefill."""
     longest = min(LONGEST, engine.model.max_cache // 2)
-    texts = [Text((*text.token_ids[:longest], 0)[: max(LEAST, len(text.token_ids))], text.source) for text in texts]
+    texts = [Text(text.token_ids[:longest] + (0,) * (LEAST - len(text.token_ids)), text.source) for text in texts]
     checks = [check_trees, check_commits, check_chunks]
     results = [check(engine, reference, texts, precision) for check in checks]
     return results if batch < 2 else [*results, check_batch(engine, reference, texts, precision, batch)]

@@ -70,14 +70,15 @@ class DraftModelDrafter:
         if steps <= 0:
             return empty_tree()
         logits = self._catch_up(request.row, tokens)
-        rules = LogitRules(request.sampling, request.rules)
+        state = LogitRules(request.sampling, request.rules).start(tokens)
         drafted: list[int] = []
         distributions: list[NDArray[np.float64]] = []
         for step in range(steps):
-            probabilities = rules.probabilities(logits, tokens + drafted)
+            probabilities = state.probabilities(logits)
             greedy = request.sampling.greedy
             token = int(probabilities.argmax()) if greedy else self._draw(request, probabilities)
             drafted.append(token)
+            state.advance(token)
             distributions.append(probabilities)
             if step + 1 < steps:
                 logits = self._feed(request.row, [token])

@@ -118,7 +118,7 @@ def built_engine(bundle: Bundle, device: str) -> EngineInfo | None:
         version = json.loads(file.read_text("utf-8"))["schema_version"]
         if version != ENGINE_SCHEMA:
             raise EngineError(f"{file} has schema version {version}, this Headstart reads {ENGINE_SCHEMA}. {fix}")
-        info = from_json(EngineInfo, file.read_text("utf-8"))
+        info = from_json(EngineInfo, file.read_text("utf-8"), str(file))
     except (ValueError, KeyError, TypeError, BundleError) as error:
         raise EngineError(f"{file} is no valid engine description ({error}). {fix}") from error
     if info.device != device:

@@ -34,7 +34,6 @@ from headstart.calibration.verify import golden_texts, verify, verify_model
 from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.exporter.golden import read_golden
-from headstart.runtime.acceptance import RandomChance
 from headstart.runtime.bundle import GOLDEN, Bundle, write_manifest
 from headstart.runtime.engines.info import ENGINE_FILE, built_engine, engine_folder
 from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -42,6 +41,7 @@ from headstart.runtime.engines.provider import Provider
 from headstart.runtime.errors import OptionError
 from headstart.runtime.model import Model, load
 from headstart.runtime.output import hash_files
+from headstart.runtime.rng import NumpyRng
 from headstart.runtime.tokenizer import Tokenizer
 
 BundleOf = Callable[[str], Bundle]
@@ -320,14 +320,14 @@ def test_a_rule_that_accepts_too_much_is_a_fault(drafted: Model, monkeypatch: py
         return sampled(with_drafters(drafted, {"draft_model": drafter}), "draft_model")
 
     assert check().ok, "drafts far from the target, but honest"
-    honest = RandomChance.accept
-    monkeypatch.setattr(RandomChance, "accept", lambda self, probability: honest(self, probability**0.1))
+    honest = NumpyRng.accept
+    monkeypatch.setattr(NumpyRng, "accept", lambda self, probability: honest(self, probability**0.1))
     assert not check().ok
 
 
 def test_biased_draws_are_a_fault_without_any_drafter(drafted: Model, monkeypatch: Any) -> None:
-    honest = RandomChance.choose
-    monkeypatch.setattr(RandomChance, "choose", lambda self, probabilities: honest(self, probabilities**1.5))
+    honest = NumpyRng.choose
+    monkeypatch.setattr(NumpyRng, "choose", lambda self, probabilities: honest(self, probabilities**1.5))
     assert not sampled(drafted, "none").ok
 
 

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -291,30 +290,6 @@ def test_processes_that_write_to_one_target_leave_a_whole_bundle(tmp_path: Path)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     assert content_of(target) in ("a39", "b39", "c39")
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
-    """The command line's own handler, and a command that has begun to write."""
-    code = (
-        "import pathlib, sys, time\n"
-        "from headstart import cli\n"
-        "from headstart.runtime.output import new_folder\n"
-        "def work():\n"
-        "    with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
-        "        print(folder, flush=True)\n"
-        "        time.sleep(60)\n"
-        "cli.app = work\n"
-        "cli.main()\n"
-    )
-    arguments = [sys.executable, "-c", code, str(tmp_path / "out")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert Path(process.stdout.readline().strip()).is_dir()
-        process.send_signal(number)
-        assert process.wait(30) == 128 + number
-        assert process.stderr.read() == "headstart: interrupted; nothing half-written was left.\n"
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_atomic_write_leaves_one_of_both_texts_and_nothing_else(tmp_path: Path) -> None:

@@ -42,28 +42,27 @@ def test_probabilities_are_those_of_transformers(case: str, seed: int) -> None:
     scores = torch.from_numpy(logits.copy())[None].double()
     for processor in processors:
         scores = processor(torch.tensor([CONTEXT]), scores)
-    ours = LogitRules(SamplingOptions(**options)).probabilities(logits, CONTEXT)
+    ours = LogitRules(SamplingOptions(**options)).start(CONTEXT).probabilities(logits)
     np.testing.assert_allclose(ours, torch.softmax(scores, -1)[0].numpy(), atol=1e-6)
 
 
 def test_logits_are_never_written_into() -> None:
     logits = np.arange(12, dtype=np.float32)
-    rules = LogitRules(
-        SamplingOptions(temperature=0.5, top_k=3, repetition_penalty=2.0, no_repeat_ngram=2, suppress_tokens=(1,))
-    )
-    rules.probabilities(logits, CONTEXT)
-    rules.process(logits, CONTEXT)
+    options = SamplingOptions(temperature=0.5, top_k=3, repetition_penalty=2.0, no_repeat_ngram=2, suppress_tokens=(1,))
+    state = LogitRules(options).start(CONTEXT)
+    state.probabilities(logits)
+    state.process(logits)
     assert logits.tolist() == list(range(12))
 
 
 def test_greedy_probabilities_are_one_hot_after_the_rules() -> None:
-    rules = LogitRules(SamplingOptions(suppress_tokens=(11,)))
-    assert rules.probabilities(np.arange(12, dtype=np.float32), []).argmax() == 10
+    state = LogitRules(SamplingOptions(suppress_tokens=(11,))).start([])
+    assert state.probabilities(np.arange(12, dtype=np.float32)).argmax() == 10
 
 
 def test_no_repeat_in_a_short_text_forbids_nothing() -> None:
-    rules = LogitRules(SamplingOptions(no_repeat_ngram=4))
-    assert np.isfinite(rules.process(np.zeros(12, np.float32), [1, 2])).all()
+    state = LogitRules(SamplingOptions(no_repeat_ngram=4)).start([1, 2])
+    assert np.isfinite(state.process(np.zeros(12, np.float32))).all()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
-"""Several drafters, cheapest first: the first whose draft promises enough is used.
+"""Two drafters, the cheaper first: where its draft promises enough, the other is not asked.
 
 A copy out of the text costs next to nothing, and is right either often or hardly ever; a head costs a graph and is right
 about as often everywhere. So the head is asked only where the copy is unsure of itself.
+
+Which tree is used must not depend on tokens that were drawn: an acceptance rule corrects for the distribution a token was
+drawn from, not for a draft kept because of what it happened to be. So a drawn tree, once there is one, is the draft.
 """
 
 from collections.abc import Sequence
@@ -16,8 +19,8 @@ from headstart.runtime.tree import DraftTree
 from .base import DraftRequest, SourceReader, TunedDrafter
 
 
-class FirstThatPays:
-    """Family F with A (or any other) behind it.
+class Cascade:
+    """Family F followed by A (or any other).
 
     `enough` is the number of tokens the first drafter's tree must promise, 1 + Σ path probability over its best nodes, for
     the second not to be asked. Tuning sets it to what the second brings on average.
@@ -50,12 +53,16 @@ class FirstThatPays:
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         trees = self._first.propose(requests)
-        unsure = [i for i, tree in enumerate(trees) if promised(tree) < self._enough]
+        unsure = [i for i, tree in enumerate(trees) if not _drawn(tree) and promised(tree) < self._enough]
         if unsure:
             for i, tree in zip(unsure, self._second.propose([requests[i] for i in unsure]), strict=True):
-                if promised(tree) > promised(trees[i]):
+                if _drawn(tree) or promised(tree) > promised(trees[i]):
                     trees[i] = tree
         return trees
+
+
+def _drawn(tree: DraftTree) -> bool:
+    return tree.draft_probs is not None
 
 
 def promised(tree: DraftTree) -> float:
