@@ -79,12 +79,16 @@ class LyingDrafter:
         return [self._change(tree) if len(tree) else tree for tree in self._drafter.propose(requests)]
 
 
-def claims_uniform(tree: DraftTree) -> DraftTree:
-    """Tokens drawn from one distribution that claim to be drawn from another: any that was possible, equally likely."""
-    assert tree.draft_probs is not None
-    claimed = (tree.draft_probs > 0).astype(np.float64)
-    claimed /= claimed.sum(axis=1, keepdims=True)
-    return DraftTree(tree.token_ids, tree.parents, tree.log_probs, claimed, tree.classes)
+class UniformNotClaimed:
+    """Tokens drawn uniformly from what was possible, with the distribution from which they should have been drawn."""
+
+    def __init__(self) -> None:
+        self._generator = np.random.default_rng(0)
+
+    def __call__(self, tree: DraftTree) -> DraftTree:
+        assert tree.draft_probs is not None
+        drawn = [self._generator.choice(np.flatnonzero(law)) for law in tree.draft_probs]
+        return DraftTree(np.array(drawn, np.int64), tree.parents, tree.log_probs, tree.draft_probs, tree.classes)
 
 
 def best_not_drawn(tree: DraftTree) -> DraftTree:

@@ -14,8 +14,8 @@ from faulty import (
     FaultyEngine,
     LyingDrafter,
     UniformDrafts,
+    UniformNotClaimed,
     best_not_drawn,
-    claims_uniform,
     hide_one_ancestor,
     kept_if_likely,
     shift_positions,
@@ -307,7 +307,7 @@ def test_lossless_sampling_passes(drafted: Model) -> None:
     assert check == sampled(drafted, "draft_model"), "seeds are fixed"
 
 
-@pytest.mark.parametrize("lie", [claims_uniform, best_not_drawn, kept_if_likely])
+@pytest.mark.parametrize("lie", [UniformNotClaimed(), best_not_drawn, kept_if_likely])
 def test_a_drafter_that_lies_is_a_fault(drafted: Model, lie: Any) -> None:
     liar = LyingDrafter(drafted.drafter("draft_model"), lie)
     check = sampled(with_drafters(drafted, {"draft_model": liar}), "draft_model")
