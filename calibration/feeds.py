@@ -1,4 +1,4 @@
-"""What a graph is fed while it is observed: the inputs of one run for each passage, made when their turn comes."""
+"""Inputs of the graphs under observation: those of one run for each passage, computed lazily."""
 
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -22,7 +22,7 @@ class Feeds(Protocol):
     """Inputs by name, run by run."""
 
     def __call__(self, wanted: Collection[str]) -> Iterator[Inputs]:
-        """Of each run those that are `wanted`, and no others are computed."""
+        """The `wanted` inputs of each run; no others are computed."""
         ...
 
 
@@ -42,9 +42,9 @@ class EncoderFeeds:
 
 
 class DecoderFeeds:
-    """One run of the decoder over each passage: a causal chain over an empty cache, and what the encoder makes of the source.
+    """One run of the decoder over each passage: a causal chain over an empty cache, and the encoder's states of the source.
 
-    `encoder`: a session of the encoder's graph. It runs again for each run here: what it makes of all sources would not fit
+    `encoder`: a session of the encoder's graph. It runs again for each run here: the states of all sources would not fit
     in memory.
     """
 
@@ -70,7 +70,7 @@ class DecoderFeeds:
 
 @contextmanager
 def decoder_feeds(bundle: Bundle, passages: Sequence[Passage], encoder: Any = None) -> Iterator[Feeds]:
-    """The decoder's, behind `encoder` as it is now (an onnx_ir Model), where the bundle has one."""
+    """The decoder's feeds, after the current state of `encoder` (an onnx_ir Model) if the bundle has one."""
     if encoder is None:
         yield DecoderFeeds(bundle, passages)
         return

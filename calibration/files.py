@@ -1,15 +1,15 @@
-"""Which files of a folder a model is trained on."""
+"""Choosing the files of a folder that a model is trained on."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")  # what libsndfile reads by name
+SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")  # by name, what libsndfile reads
 
 
 def training_files(paths: Sequence[Path], sound: bool) -> list[Path]:
-    """Files as given. A folder stands for the sound files below it where `sound` is what the model reads, else for its text.
+    """Files as given; of a folder, the sound files below it if the model reads `sound`, else its text files.
 
-    Text is told as git does it: no NUL among the first bytes.
+    Text is recognised as in git: no NUL among the first bytes.
     """
     files: list[Path] = []
     for path in paths:

@@ -1,7 +1,7 @@
-"""Activations and caches in 8 bits with fixed scales: QuantizeLinear and DequantizeLinear where TensorRT looks for them.
+"""Activations and caches in 8 bits with fixed scales: QuantizeLinear and DequantizeLinear where TensorRT expects them.
 
-Scales are found on calibration data and are part of the graph, so a row's result still does not depend on its neighbours.
-Symmetric, as everywhere here.
+Scales come from calibration data and are part of the graph, so a row's result still does not depend on other rows.
+Symmetric, as all of Headstart's quantization.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ from .feeds import Feeds
 from .observers import activations
 
 LARGEST = 127
-SMALLEST = 1e-8  # range of what is always zero
+SMALLEST = 1e-8  # range of values that are always zero
 
 
 def quantize_inputs(model: Any, layers: Sequence[Linear], feeds: Feeds) -> None:
-    """Let each of `layers` read its input rounded to int8, in steps of 1/127 of the largest magnitude found on the data."""
+    """Let each of `layers` read its input rounded to int8, in steps of 1/127 of the largest magnitude in the data."""
     sources: dict[str, Linear] = {}
     for linear in layers:
-        sources.setdefault(linear.node.inputs[0].name, linear)  # the first reader: nodes stand in the order of computation
+        sources.setdefault(linear.node.inputs[0].name, linear)  # the first reader: nodes are in the order of computation
     largest = dict.fromkeys(sources, 0.0)
     for arrays in activations(model, list(sources), feeds):
         for name, values in zip(sources, arrays, strict=True):

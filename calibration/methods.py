@@ -1,9 +1,9 @@
-"""Rounding that looks at what a layer reads: GPTQ (arXiv 2210.17323), AWQ (arXiv 2306.00978), SmoothQuant (arXiv 2211.10438).
+"""Rounding by statistics of the inputs: GPTQ (arXiv 2210.17323), AWQ (arXiv 2306.00978), SmoothQuant (arXiv 2211.10438).
 
-All are asked for one layer after the other and see the layers before already quantized. AWQ scales inputs up and SmoothQuant
-scales them down where that is exact and nothing else reads them, which is behind a norm: its vectors take the inverse. What
-attention's output and the feed-forward's inner product are projected by is not scaled (their producers are quantized before
-they are); there AWQ only searches the ranges.
+Layers are processed in order, and each sees the preceding layers already quantized. AWQ scales inputs up and SmoothQuant
+scales them down where that is exact and nothing else reads them, which is after a norm: its vectors take the inverse. The
+inputs of the projections of attention's output and of the feed-forward's inner product are not scaled (their producers are
+already quantized); there AWQ only searches the ranges.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,18 +20,18 @@ from .observers import Statistics, layer_of, observe
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest, scales_of, spread
 
 Progress = Callable[[str, int, int], None]
-InputScale = Callable[[NDArray[np.float32], Statistics], NDArray[np.float32]]  # ([K, N] weight, what it reads) -> [K]
-DAMPING = 0.01  # of the mean diagonal, added to the Hessian: it has to be invertible
-BLOCK = 128  # inputs whose errors are passed on together
+InputScale = Callable[[NDArray[np.float32], Statistics], NDArray[np.float32]]  # ([K, N] weight, its inputs) -> [K]
+DAMPING = 0.01  # of the mean diagonal, added to the Hessian to make it invertible
+BLOCK = 128  # inputs whose errors are propagated together
 CLIPS = np.linspace(1.0, 0.6, 17)  # shares of a group's largest magnitude tried as its range
 POWERS = np.linspace(0.0, 1.0, 21)  # of the mean magnitude, tried as an input's scale
-MIGRATION = 0.5  # SmoothQuant's α: the share of an input's range that its weights take over
+MIGRATION = 0.5  # SmoothQuant's α: the share of an input's range that moves into its weights
 
 
 class CalibratedRounder:
-    """Observes a layer of encoder or decoder when its first weight is asked for, and rounds each weight by what it reads.
+    """Observes an encoder or decoder layer when its first weight is requested, and rounds each weight by its inputs.
 
-    To be asked for the layers of `model` in the order of computation, while it is quantized in place.
+    Request the layers of `model` in the order of computation, while it is quantized in place.
     """
 
     def __init__(self, model: Any, vocab_size: int, method: str, feeds: Feeds, progress: Progress) -> None:
@@ -59,7 +59,7 @@ class CalibratedRounder:
         self._layer = layer
         own = [linear for linear in self._own() if layer_of(linear) == layer and not linear.quantized]
         read = {linear.node.inputs[0].name for linear in own}
-        # What the layer before read, too, has not changed since: the encoder's states, which all cross-attention reads.
+        # Inputs that the previous layer shares have not changed: the encoder's states, which all cross-attention reads.
         known = {name: seen for name, seen in self._statistics.items() if name in read}
         new = [linear for linear in own if linear.node.inputs[0].name not in known]
         self._statistics = known | observe(self._model, new, self._feeds)
@@ -73,14 +73,14 @@ class CalibratedRounder:
 
 
 def gptq(weight: NDArray[np.float32], hessian: NDArray[np.float64], scheme: WeightScheme) -> QuantizedWeight:
-    """[K, N] rounded input by input; each input's error is made up for by the inputs that are still to come.
+    """[K, N] rounded input by input; the remaining inputs compensate each input's error.
 
-    `hessian`: [K, K], E[xᵀx]. Scales of a group are found when it begins, on the weights as corrected so far.
+    `hessian`: [K, K], E[xᵀx]. The scales of a group are computed at its start, from the weights as corrected so far.
     """
     inputs, group = len(weight), scheme.group or len(weight)
     dead = np.diag(hessian) == 0
     work = np.where(dead[:, None], 0, weight).astype(np.float32)
-    importance = np.diag(hessian).copy()  # of each input alone: errors that go together are made up for below
+    importance = np.diag(hessian).copy()  # of each input alone: correlated errors are compensated below
     upper = _inverse_root(hessian, dead)
     values = np.zeros(weight.shape, np.int8)
     scales: list[NDArray[np.float32]] = []
@@ -100,7 +100,7 @@ def gptq(weight: NDArray[np.float32], hessian: NDArray[np.float64], scheme: Weig
 
 
 def _inverse_root(hessian: NDArray[np.float64], dead: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """[K, K] upper triangular U with UᵀU = H⁻¹ (its rows are what GPTQ passes errors on by)."""
+    """[K, K] upper triangular U with UᵀU = H⁻¹ (its rows are the factors by which GPTQ propagates errors)."""
     damped = hessian.copy()
     damped[dead, dead] = 1
     damped[np.diag_indices_from(damped)] += DAMPING * np.diag(damped).mean()
@@ -109,17 +109,17 @@ def _inverse_root(hessian: NDArray[np.float64], dead: NDArray[np.bool_]) -> NDAr
 
 
 def round_clipped(weight: NDArray[np.float32], gram: NDArray[np.float64], scheme: WeightScheme) -> QuantizedWeight:
-    """To the nearest value of scales that were searched; `gram`: [K, K], E[xᵀx] of the inputs."""
+    """To the nearest value, with searched scales; `gram`: [K, K], E[xᵀx] of the inputs."""
     scales = clipped_scales(weight, gram, scheme)
     values = np.clip(np.rint(weight / spread(scales, len(weight))), -scheme.largest, scheme.largest)
     return QuantizedWeight(values.astype(np.int8), scales)
 
 
 def clipped_scales(weight: NDArray[np.float32], gram: NDArray[np.float64], scheme: WeightScheme) -> NDArray[np.float32]:
-    """[N] or [K / group, N]: of each group, the range whose rounding moves the group's share of the output least.
+    """[N] or [K / group, N]: for each group, the range whose rounding changes the group's share of the output least.
 
-    `gram`: [K, K], of which the groups' own blocks are read: errors of inputs that move together add up or cancel, which
-    their magnitudes alone do not tell. int8 keeps the whole range.
+    `gram`: [K, K], of which the groups' own blocks are read: errors of correlated inputs add up or cancel, which
+    magnitudes alone do not show. int8 keeps the full range.
     """
     whole = scales_of(weight, scheme)
     if scheme.bits == 8:
@@ -138,9 +138,9 @@ def clipped_scales(weight: NDArray[np.float32], gram: NDArray[np.float64], schem
 
 
 def scale_inputs(group: Sequence[Linear], statistics: Statistics, scale_of: InputScale) -> bool:
-    """Scales for the inputs of layers that read one value, folded into the norm that makes it; False where no norm does.
+    """Scales for the inputs of layers that read one value, folded into the norm that produces it; False if no norm does.
 
-    The weights of an input are made larger by s and the input smaller, in the norm: in float nothing changes.
+    The weights of an input are multiplied by s and the norm's vectors divided by it: in float nothing changes.
     """
     norm = _norm_parameters(group[0].node.inputs[0], len(group))
     if norm is None or any(linear.transposed or len(linear.weight.uses()) > 1 for linear in group):
@@ -163,7 +163,7 @@ def smooth_input_scale(weight: NDArray[np.float32], statistics: Statistics) -> N
 
 
 def best_input_scale(weight: NDArray[np.float32], statistics: Statistics, scheme: WeightScheme) -> NDArray[np.float32]:
-    """[K]: the power of the mean magnitude under which rounding disturbs the outputs least: ‖X ΔW‖², by the Gram matrix."""
+    """[K]: the power of the mean magnitude whose rounding changes the outputs least: ‖X ΔW‖², by the Gram matrix."""
     magnitude = np.maximum(statistics.magnitude / statistics.rows, 1e-8)
     gram = (statistics.gram / statistics.rows).astype(np.float32)
     best, least = np.ones(len(weight), np.float32), np.inf
@@ -179,25 +179,25 @@ def best_input_scale(weight: NDArray[np.float32], statistics: Statistics, scheme
 
 
 def _norm_parameters(value: Any, readers: int) -> list[tuple[Any, int]] | None:
-    """Where the vectors to divide are read, as (node, input): an RMSNorm's weight, or a LayerNorm's weight and bias.
+    """The vectors to divide, as (node, input): an RMSNorm's weight, or a LayerNorm's weight and bias.
 
-    None when something else reads `value`, too, or when it comes from no norm.
+    None if something else also reads `value`, or if no norm produces it.
     """
     if value.shape is None or len(value.uses()) != readers or value.is_graph_output():
         return None
     norm = producer(value, "LayerNormalization")
     if norm is not None:
-        found = [index for index, v in enumerate(norm.inputs) if index and v is not None]
+        indices = [index for index, v in enumerate(norm.inputs) if index and v is not None]
     else:
         norm = producer(value, "Mul")
-        found = [index for index, v in enumerate(norm.inputs) if v.is_initializer()] if norm is not None else []
+        indices = [index for index, v in enumerate(norm.inputs) if v.is_initializer()] if norm is not None else []
     width = value.shape[-1]
-    vectors = all(constant_of(norm.inputs[index]) is not None and norm.inputs[index].shape == (width,) for index in found)
-    return [(norm, index) for index in found] if found and vectors else None
+    vectors = all(constant_of(norm.inputs[index]) is not None and norm.inputs[index].shape == (width,) for index in indices)
+    return [(norm, index) for index in indices] if indices and vectors else None
 
 
 def _own_parameter(node: Any, index: int) -> Any:
-    """The initializer `node` reads there; a copy of its own where others read it (equal vectors are stored once)."""
+    """The initializer that `node` reads there; a separate copy if others read it too (equal vectors are stored once)."""
     import onnx_ir as ir
 
     shared = node.inputs[index]

@@ -1,7 +1,7 @@
-"""What the linear layers read: statistics of their inputs over calibration data, one encoder or decoder layer at a time.
+"""Statistics of the linear layers' inputs over calibration data, one encoder or decoder layer at a time.
 
-The canonical graph is cut behind the layer that is looked at and run by ONNX Runtime, passage by passage, so that memory
-holds one layer's sums and never the data's activations.
+The canonical graph is cut after the observed layer and run by ONNX Runtime, passage by passage, so that memory
+holds one layer's sums and never all activations.
 """
 
 import re
@@ -16,7 +16,7 @@ from headstart.exporter.passes.linear import Linear
 
 from .feeds import Feeds, opened
 
-ROWS = 2048  # whose products are summed at once
+ROWS = 2048  # multiplied at once
 LAYER = re.compile(r".*?\.(?:layers?|h|blocks?)\.\d+(?=\.)")  # up to the first number: T5 counts blocks, and parts in them
 
 
@@ -28,7 +28,7 @@ class Statistics:
         gram: [K, K] float64, Σ xᵀx: the Hessian of the layer's squared output error, up to a factor.
         magnitude: [K] float64, Σ |x|.
         largest: [K] float64, max |x|.
-        rows: how many.
+        rows: their number.
     """
 
     gram: NDArray[np.float64]
@@ -41,7 +41,7 @@ class Statistics:
         return cls(np.zeros((width, width)), np.zeros(width), np.zeros(width))
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Take in [rows, K]."""
+        """Add [rows, K]."""
         self.gram += values.T @ values
         self.magnitude += np.abs(values).sum(axis=0)
         self.largest = np.maximum(self.largest, np.abs(values).max(axis=0))
@@ -55,9 +55,9 @@ class Statistics:
 
 
 def layer_of(linear: Linear) -> str:
-    """Which encoder or decoder layer a weight belongs to, by its name in the checkpoint; its own name where that tells none."""
-    found = LAYER.match(f".{linear.name}")
-    return found[0] if found else linear.name
+    """Which encoder or decoder layer a weight belongs to, by its name in the checkpoint; its own name if it has none."""
+    match = LAYER.match(f".{linear.name}")
+    return match[0] if match else linear.name
 
 
 def observe(model: Any, linears: Sequence[Linear], feeds: Feeds) -> dict[str, Statistics]:
@@ -71,7 +71,7 @@ def observe(model: Any, linears: Sequence[Linear], feeds: Feeds) -> dict[str, St
 
 
 def _gathered(runs: Iterator[list[NDArray[Any]]]) -> Iterator[list[NDArray[Any]]]:
-    """[…, K] values of several runs as [rows, K] behind one another: many short passages would make many small products."""
+    """[…, K] values of several runs concatenated to [rows, K]: many short passages would mean many small products."""
     waiting: list[list[NDArray[Any]]] = []
     rows = 0
     for arrays in runs:

@@ -1,4 +1,4 @@
-"""What is read when something is measured: windows of a text that a decoder continues, or sources and their answers."""
+"""Calibration and evaluation data: windows of a text that a decoder continues, or sources with their targets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from headstart.runtime.tokenizer import Tokenizer
 from headstart.runtime.transcription import Transcriber
 
 WINDOW = 256  # tokens that attend to one another
-LEAST = 64  # tokens of answers from which anything is concluded
-KEYS = ("text", "prompt")  # of a JSON line, the first that is there
+LEAST = 64  # tokens of targets: less would prove nothing
+KEYS = ("text", "prompt")  # of a JSON line; the first present one counts
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What a decoder reads in one forward, and its encoder beside it.
+    """The input of one forward pass of a decoder, and of its encoder.
 
     Attributes:
         token_ids: [T] int64, the decoder's.
-        given: how many of them it starts from; the others are to be predicted.
+        given: number of prompt tokens among them; the others are to be predicted.
         source: what the encoder reads, as Engine.encode takes it; None without an encoder.
         prompt: the same as Model.generate takes it; empty without an encoder.
-        target: the text that should come of the source, where that is known.
+        target: the expected output, if known.
     """
 
     token_ids: NDArray[np.int64]
@@ -42,7 +42,7 @@ class Passage:
 
     @property
     def start(self) -> list[int]:
-        """What the decoder starts from."""
+        """The decoder's prompt."""
         ids: list[int] = self.token_ids[: self.given].tolist()
         return ids
 
@@ -51,7 +51,7 @@ class Passage:
 class Answers:
     """Passages of an encoder-decoder.
 
-    `left_out`: lines whose source is longer than the encoder reads at once, or whose target than the decoder's cache.
+    `left_out`: number of lines whose source exceeds the encoder's limit, or whose target exceeds the decoder's cache.
     """
 
     passages: tuple[Passage, ...]
@@ -66,12 +66,12 @@ def calibration_passages(bundle: Bundle, data: Path, tokens: int) -> Sequence[Pa
 
 
 def of_windows(windows: NDArray[np.int64]) -> list[Passage]:
-    """[windows, T] tokens of a text; each window but its first token is to be predicted."""
+    """[windows, T] tokens of a text; all tokens of a window except its first are to be predicted."""
     return [Passage(window) for window in windows]
 
 
 def calibration_windows(bundle: Bundle, data: Path, tokens: int) -> NDArray[np.int64]:
-    """[windows, WINDOW] of the text's first tokens. Raises OptionError when the file holds too little, or no text."""
+    """[windows, WINDOW] of the text's first tokens. Raises OptionError when the file has too little text, or none."""
     window = min(WINDOW, bundle.manifest.model.max_cache)
     text = "\n".join(read_texts(data))
     ids = Tokenizer.load(bundle.path / "tokenizer").encode(text)
@@ -112,11 +112,11 @@ def _text_of(data: Path, number: int, line: str) -> str:
 def read_answered(model: Model, data: Path, tokens: int) -> Answers:
     """The file's sources, each with its target, until the decoder has read `tokens` of them.
 
-    Where a line has no target, the decoder reads what the model itself answers, greedily.
+    Where a line has no target, the model's own greedy output takes its place.
 
     Raises:
-        PromptError: the file cannot be read, or holds text where the model reads recordings.
-        OptionError: it gives less than LEAST tokens.
+        PromptError: the file cannot be read, or has text where the model reads recordings.
+        OptionError: it yields fewer than LEAST tokens.
     """
     passages: list[Passage] = []
     left_out, seen = 0, 0

@@ -1,4 +1,4 @@
-"""Recordings as the sources that a speech model's own outputs are made from, for training its draft heads."""
+"""Recordings as sources of a speech model's own outputs, on which its draft heads are trained."""
 
 import random
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ WINDOW_S = 30  # seconds, where the feature extractor names no window
 
 
 class AudioInputs(Sequence[Inputs]):
-    """Batches of windows of the recordings, and what the decoder starts from; features are made as they are asked for.
+    """Batches of windows of the recordings, and the decoder's prompts; features are computed on access.
 
-    Raises OptionError for no files, AudioError for one that cannot be read.
+    Raises OptionError without files, AudioError for one that cannot be read.
     """
 
     def __init__(self, model: Any, extractor: Any, files: Sequence[Path], options: DistillOptions, seed: int) -> None:
@@ -46,9 +46,9 @@ class AudioInputs(Sequence[Inputs]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         extractor = self._extractor
-        padding = "max_length" if hasattr(extractor, "n_samples") else "longest"  # what has a window must fill it
-        made = extractor(self._batches[index], sampling_rate=extractor.sampling_rate, return_tensors="pt", padding=padding)
-        inputs = dict(made)
+        padding = "max_length" if hasattr(extractor, "n_samples") else "longest"  # a fixed window must be filled
+        features = extractor(self._batches[index], sampling_rate=extractor.sampling_rate, return_tensors="pt", padding=padding)
+        inputs = dict(features)
         return {**inputs, "decoder_input_ids": decoder_prompts(self._model, inputs)}
 
 

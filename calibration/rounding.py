@@ -1,6 +1,6 @@
 """Weights rounded to a few bits: schemes, and the nearest value of each weight.
 
-Symmetric throughout: no zero points, so that integer products need no correction and every runtime reads them.
+Always symmetric: without zero points integer products need no correction, and every runtime reads them.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class WeightScheme:
 
     Attributes:
         bits: 8 or 4.
-        group: rows of one column that share a scale; 0 for one scale per column (output channel).
+        group: rows of one column that share a scale; 0 means one scale per column (output channel).
     """
 
     bits: int
@@ -38,7 +38,7 @@ class WeightScheme:
         return 127 if self.bits == 8 else 7
 
     def fitting(self, inputs: int) -> "WeightScheme":
-        """For a weight of that many input rows: the same, or the next smaller group that divides them, or 8 bits."""
+        """For a weight of that many input rows: the same, the next smaller group that divides them, or 8 bits."""
         if not self.group or inputs % self.group == 0:
             return self
         smaller = [group for group in GROUPS if group < self.group and inputs % group == 0]
@@ -65,7 +65,7 @@ def round_to_nearest(weight: NDArray[np.float32], scheme: WeightScheme) -> Quant
 
 
 def scales_of(weight: NDArray[np.float32], scheme: WeightScheme) -> NDArray[np.float32]:
-    """[N] or [K / group, N]: the largest magnitude of each group onto the largest whole number; 1 where all are zero."""
+    """[N] or [K / group, N]: maps the largest magnitude of each group to the largest integer; 1 if all are zero."""
     if scheme.group:
         grouped = np.abs(weight).reshape(-1, scheme.group, weight.shape[1]).max(axis=1)
     else:

@@ -22,7 +22,7 @@ from .screen import counted, out, show_report, show_tuning, stages, table
 
 NEW_TOKENS = 128
 VERIFIED_PROMPTS = 4
-TUNING_PROMPTS = 8  # the file's last, which are not measured; of a short file, its second half
+TUNING_PROMPTS = 8  # the file's last, which are not measured; of a short file, the second half
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Sample:
     """A shipped checkpoint: `checkpoints/<name>` below the samples, its heads in `medusa`.
 
     Attributes:
-        data: its held-out prompts, relative to that folder: JSON Lines, with what should come out where that is known.
-        without: class of prompts in that file which are not for the demo.
-        endless: it continues texts, and is decoded past end tokens so that all drafters write equally much.
+        data: its held-out prompts, relative to that folder: JSON Lines, with the expected output where it is known.
+        without: class of prompts in that file that the demo skips.
+        endless: it continues texts; decoding ignores end tokens, so that all drafters write the same number of tokens.
         temperatures: to decode at.
     """
 
@@ -52,7 +52,7 @@ SAMPLES = (
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt, and the text that should come of it, where there is one right answer."""
+    """A prompt, and the expected output if there is exactly one."""
 
     prompt: Prompt
     wanted: str | None
@@ -76,9 +76,9 @@ class DemoRow:
         speedup: tokens_per_s over plain decoding's at the same temperature.
         acceptance_length: new tokens per verify call.
         equal: prompts whose tokens are those of plain decoding; None where sampling makes texts differ.
-        right: prompts whose output is the text that should come of them; None where there is no one right answer.
-        prompts: of how many.
-        distinct_4grams: share of the outputs' 4-grams that are distinct, so that loops cannot flatter the drafter.
+        right: prompts with the expected output; None where more than one is right.
+        prompts: their number.
+        distinct_4grams: share of the outputs' 4-grams that are distinct, since repetition favours copying drafters.
     """
 
     sample: str
@@ -104,15 +104,16 @@ class DemoTable:
 
     @property
     def ok(self) -> bool:
-        """No fault; where integers round, `verify` has named what a tree's near-ties may change."""
+        """No fault; where activations are integers, `verify` lists the near-ties that a tree may change."""
         exact = [row for row in self.rows if row.weights == "float32" and row.equal is not None]
         return self.verified and all(row.equal == row.prompts for row in exact)
 
 
 def run(output: Path, samples: Path | None, prompt_count: int, rounds: int, names: Sequence[str] = ()) -> DemoTable:
-    """Take the samples (all, or those named) the whole way. Bundles go to `output`/NAME and NAME-int8, anew each time.
+    """Take the samples (all, or those named) through the whole pipeline. Bundles go to `output`/NAME and
+    NAME-int8, and are replaced each time.
 
-    Raises OptionError for an unknown sample, BundleError where the samples' folder does not hold them.
+    Raises OptionError for an unknown sample, BundleError if the samples' folder does not contain them.
     """
     folder = (samples or Path(__file__).parent.parent / "samples") / "checkpoints"
     unknown = set(names) - {sample.name for sample in SAMPLES}
@@ -123,7 +124,7 @@ def run(output: Path, samples: Path | None, prompt_count: int, rounds: int, name
     for sample in chosen:
         if not (folder / sample.name / sample.data).is_file():
             raise BundleError(
-                f"{folder / sample.name / sample.data} is not there: the samples come with the repository. "
+                f"{folder / sample.name / sample.data} does not exist: the samples are part of the repository. "
                 "Fix: run in a clone, or --samples DIR."
             )
     parts = [run_sample(sample, folder / sample.name, output, prompt_count, rounds) for sample in chosen]
@@ -152,7 +153,7 @@ def run_sample(
 
 
 def read_items(file: Path, without: str = "") -> list[Item]:
-    """The prompts of a JSON Lines file, but those of one class, each with its "target", or the "text" of its recording."""
+    """The prompts of a JSON Lines file, except those of one class, each with its "target", or the "text" of its recording."""
     records = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
     pairs = zip(read_answers(file), records, strict=True)
     return [Item(prompt, wanted) for (prompt, wanted), record in pairs if not without or record.get("class") != without]
@@ -172,7 +173,7 @@ def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[Prompt]
 
 
 def measure(sample: Sample, models: dict[str, Model], items: Sequence[Item], rounds: int) -> tuple[DemoRow, ...]:
-    """Every bundle, drafter and temperature, interleaved so that a noisy moment hits all alike."""
+    """Every bundle, drafter and temperature, interleaved so that noise affects all of them alike."""
     settings = [
         Setting(weights, temperature, drafter)
         for temperature in sample.temperatures

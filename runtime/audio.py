@@ -1,4 +1,4 @@
-"""A recording as numbers: one channel of float32 samples between -1 and 1, at the rate the model was trained on.
+"""Recordings as arrays: one channel of float32 samples between -1 and 1, at the model's sampling rate.
 
 Files are read by libsndfile (WAV, FLAC, OGG, MP3, AIFF …) and resampled by soxr. Knows nothing of models or features.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import AudioError, missing_extra
 
-SAMPLING_RATE = 16_000  # Hz, of every published recogniser so far
+SAMPLING_RATE = 16_000  # Hz, of every published speech model so far
 Samples = NDArray[np.float32]
 
 
@@ -24,7 +24,7 @@ class Audio:
     Attributes:
         samples: [samples] float32.
         sampling_rate: Hz.
-        notes: what had to be converted, in words; empty when it came as it was needed.
+        notes: conversions that were applied, as text; empty if there were none.
     """
 
     samples: Samples
@@ -37,14 +37,14 @@ class Audio:
 
 
 def load_audio(source: str | Path | NDArray[Any], sampling_rate: int = SAMPLING_RATE) -> Audio:
-    """Read a file, or take an array that is at `sampling_rate` already.
+    """Read a file, or take an array that already has `sampling_rate`.
 
     Args:
         source: a sound file; or [samples], or [samples, channels], floats in -1 … 1 or integers of their full range.
         sampling_rate: Hz, of the result.
 
     Raises:
-        AudioError: no such file, no sound file, empty, truncated, or samples that are no numbers.
+        AudioError: no such file, not a sound file, empty, truncated, or samples that are not finite.
         MissingExtraError: a file was given and `headstart[audio]` is not installed.
     """
     if isinstance(source, np.ndarray):
@@ -86,19 +86,19 @@ def read_file(path: Path) -> Audio:
 
 
 def _refuse_truncated_wav(path: Path) -> None:
-    """libsndfile reads what is left of a cut-off WAV without a word. Writers to a pipe leave its size at 0 or at the most."""
+    """libsndfile reads a truncated WAV without an error. Writers to a pipe leave its size at 0 or at the maximum."""
     with path.open("rb") as file:
         header = file.read(12)
     if len(header) < 12 or header[:4] != b"RIFF" or header[8:] != b"WAVE":
         return
     (promised,) = struct.unpack("<I", header[4:8])
-    found = path.stat().st_size - 8
-    if found < promised < 0xFFFFFFFF - 8:
-        raise _truncated(path, promised, found, "bytes")
+    present = path.stat().st_size - 8
+    if present < promised < 0xFFFFFFFF - 8:
+        raise _truncated(path, promised, present, "bytes")
 
 
-def _truncated(path: Path, promised: int, found: int, unit: str) -> AudioError:
-    return AudioError(f"{path} is truncated: its header promises {promised} {unit}, {found} are there. Fix: copy it again.")
+def _truncated(path: Path, promised: int, present: int, unit: str) -> AudioError:
+    return AudioError(f"{path} is truncated: its header promises {promised} {unit}, it has {present}. Fix: copy it again.")
 
 
 def _resampled(audio: Audio, rate: int) -> Audio:
@@ -116,7 +116,7 @@ def _floats(array: NDArray[Any]) -> Samples:
     """[samples] or [samples, channels] of floats or integers as [samples] float32."""
     if array.ndim not in (1, 2) or array.dtype.kind not in "fiu":
         raise AudioError(
-            f"An array of shape {list(array.shape)} and type {array.dtype} is no recording. "
+            f"An array of shape {list(array.shape)} and type {array.dtype} is not a recording. "
             "Fix: [samples] or [samples, channels] of floats between -1 and 1, or of integers."
         )
     samples = array.astype(np.float32)

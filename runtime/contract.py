@@ -25,6 +25,10 @@ ENCODER_HIDDEN = "encoder_hidden"  # [B, E, H of the encoder]
 ROW_MASK = "row_mask"  # [B, T, T] bool, in the place of attention_mask: which of the new rows each new row sees
 BEST_IDS = "best_ids"  # [B, R] int32
 
+# The mask's last axis in graphs that read no more of the caches than the mask covers, and whose batches need no padding of
+# single rows; S, the capacity, elsewhere.
+USED_SLOTS = "used_slots"
+
 STEP_INPUTS = (INPUT_IDS, POSITION_IDS, ATTENTION_MASK, WRITE_INDEX, OUTPUT_ROWS)
 
 

@@ -2,11 +2,11 @@
 
     HeadstartError
     ├── MissingExtraError        an optional package is not installed
-    ├── OptionError              an option or an argument has a value it cannot have
+    ├── OptionError              an option or an argument has an invalid value
     ├── PromptError              a prompt that cannot be decoded: empty, or longer than the cache
-    ├── AudioError               a recording that cannot be used: empty, truncated, or no sound at all
+    ├── AudioError               a recording that cannot be used: empty, truncated, or not a sound file
     ├── BundleError              a bundle that is missing, incomplete, edited, or of another schema
-    ├── OutputError              an output folder that exists or cannot be written
+    ├── OutputError              an output that may not be replaced or cannot be written
     ├── CheckpointError          a checkpoint that is missing, truncated, or of an unknown architecture
     ├── HeadError                a draft head that does not fit the model, or whose format is not known
     └── EngineError              an engine that cannot run this bundle
@@ -49,7 +49,7 @@ def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingExtraError
 
 
 class OptionError(HeadstartError):
-    """A value an option cannot have."""
+    """An invalid value of an option."""
 
 
 class PromptError(HeadstartError):
@@ -65,7 +65,7 @@ class BundleError(HeadstartError):
 
 
 class OutputError(HeadstartError):
-    """An output folder that exists or cannot be written."""
+    """An output that may not be replaced or cannot be written."""
 
 
 class CheckpointError(HeadstartError):

@@ -1,6 +1,6 @@
 """Files of prompts: plain text with one prompt a line, or JSON Lines with a "prompt" (or "text", or "audio") in each object.
 
-What should come of a prompt may stand beside it: its "target", or the "text" of an "audio".
+Each object may also have the expected output: a "target", or the "text" of an "audio".
 """
 
 import json
@@ -30,7 +30,7 @@ def read_inputs(file: str | Path) -> list[str | Path]:
 
 
 def read_answers(file: str | Path) -> list[tuple[str | Path, str | None]]:
-    """As `read_inputs`, each with the text that should come of it: its "target", or the "text" of an "audio"; else None."""
+    """As `read_inputs`, each with its expected output: its "target", or the "text" of an "audio"; else None."""
     file = Path(file)
     inputs = read_inputs(file)
     if file.suffix != ".jsonl":
@@ -60,7 +60,7 @@ def _lines(file: Path) -> list[tuple[int, str]]:
         raise PromptError(f"{file} cannot be read as UTF-8 text ({error}).") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise PromptError(f"{file} holds no prompt: at least one line that is not blank is needed.")
+        raise PromptError(f"{file} has no prompt: at least one line must not be blank.")
     return numbered
 
 
@@ -72,7 +72,7 @@ def _recording_of(file: Path, number: int, line: str) -> Path | None:
 def _prompt_of(file: Path, number: int, line: str) -> str:
     text = _text_at(file, number, line, KEYS)
     if text is None:
-        raise PromptError(f'{file} line {number}: an object with a text under "prompt" is needed, found {line[:60]!r}.')
+        raise PromptError(f'{file} line {number}: the rule is an object with a text under "prompt", found {line[:60]!r}.')
     return text
 
 
@@ -84,7 +84,7 @@ def _text_at(file: Path, number: int, line: str, keys: Sequence[str]) -> str | N
 
 
 def text_of(line: str, keys: Sequence[str]) -> str | None:
-    """The text under the first of `keys` that a JSON line's object has; None without one. Raises ValueError for no JSON."""
+    """The text under the first of `keys` that a JSON line's object has; None without one. Raises ValueError for other text."""
     record = json.loads(line)
     texts = [record[key] for key in keys if isinstance(record.get(key), str)] if isinstance(record, dict) else []
     return texts[0] if texts else None

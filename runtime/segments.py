@@ -1,8 +1,8 @@
 """From the tokens of one window of audio to segments with times, and to where the next window begins.
 
 Whisper writes a timestamp at both ends of a segment: `<|0.00|> Hello.<|1.20|><|1.50|> Who is`. Two in a row end one segment
-and begin the next. What stands behind the last pair is unfinished: the window cut it off, so the next window begins where
-the last finished segment ended. Source: openai/whisper, transcribe.py. Knows nothing of engines or of sound.
+and begin the next. Whatever follows the last pair is unfinished: the window cut it off, so the next window begins where
+the last finished segment ended. Source: openai/whisper, transcribe.py. Knows nothing of engines or of audio.
 """
 
 import itertools
@@ -32,12 +32,12 @@ class Span:
 
 
 def split_window(tokens: Sequence[int], first: int, length: int) -> tuple[list[Span], int]:
-    """(the spans that stand, steps until the next window begins).
+    """(the finished spans, steps until the next window begins).
 
     Args:
         tokens: the window's output, without prompt and end token.
         first: the id of <|0.00|>; all ids from there on are timestamps.
-        length: steps of sound in the window.
+        length: steps of audio in the window.
     """
     times = [token >= first for token in tokens]
     pairs = [i + 1 for i in range(len(tokens) - 1) if times[i] and times[i + 1]]

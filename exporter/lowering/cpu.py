@@ -1,7 +1,7 @@
 """The recipe for ONNX Runtime's CPU provider: which passes, in which order, and two forms of the decoder.
 
-One sequence decodes through GroupQueryAttention; a batch, which that operator refuses, through the portable attention.
-Everything else is the same, and both forms read one file of weights.
+One sequence decodes through GroupQueryAttention; a batch, which that operator refuses, through the portable attention over
+the used slots. Everything else is the same, and both forms read one file of weights.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headstart.exporter.passes.gemm import split_gemms
+from headstart.exporter.passes.grouped_heads import fold_grouped_heads
 from headstart.exporter.passes.grouped_query_attention import fuse_attention, fused_layers
 from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.normalization import fuse_normalization
 from headstart.exporter.passes.packed_linears import pack_linears
 from headstart.exporter.passes.per_row_int8 import Product, lower_linears
+from headstart.exporter.passes.query_rows import pad_query_rows
+from headstart.exporter.passes.used_slots import read_used_slots
 
 Pass = Callable[[Any], tuple[Any, bool]]
 
@@ -33,7 +36,9 @@ def lower_decoder(model: Any, positions: int, product: Product) -> Lowered:
     for lowering in _common(product):
         model, _ = lowering(model)
     batch = model.clone()
-    single, _ = fuse_attention(model, positions)
+    for lowering in (fold_grouped_heads, pad_query_rows, read_used_slots):
+        batch, _ = lowering(batch)
+    single, _ = read_used_slots(fuse_attention(model, positions)[0])
     counts = {
         "fused_norms": sum(node.op_type.endswith("LayerNormalization") for node in single.graph),
         "quantized_linears": quantized,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.cache import CrossState, KVCache
-from headstart.runtime.engine import HostOutput
+from headstart.runtime.engine import SLOT_STEP, HostOutput
 from headstart.runtime.engines.step import StepInputs
 
 MIN_ROWS = 2
@@ -30,11 +30,16 @@ class HostMemory:
         return KVCache(self._manifest.caches, batch, slots + MIN_ROWS, self._manifest.model.dtype, cross)
 
     def binding(self, session: Any, cache: KVCache, rows: int, chosen: int) -> "HostBinding":
-        """Made once for each cache, session and shape."""
-        key = (id(session), max(rows, MIN_ROWS), chosen)
+        """Made once for each cache, session and shape; the mask covers the used slots, where the graph reads no others."""
+        cuts = _reads_used_slots(session)
+        rows = rows if cuts and cache.batch > 1 else max(rows, MIN_ROWS)
+        key = (id(session), rows, chosen)
         if key not in cache.engine_state:
-            cache.engine_state[key] = HostBinding(session, self._manifest.model, cache, *key[1:])
+            cache.engine_state[key] = HostBinding(session, self._manifest.model, cache, rows, chosen)
         kept: HostBinding = cache.engine_state[key]
+        if cuts:
+            used = int(cache.lengths.max()) + rows
+            kept.use(min(-(-used // SLOT_STEP) * SLOT_STEP, cache.slots))
         return kept
 
     def run(self, session: Any, wanted: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -60,6 +65,16 @@ class HostBinding:
             width = model.hidden_size * len(model.aux_layers)
             self.outputs[contract.AUX_HIDDEN] = np.zeros((batch, rows, width), model.dtype)
         self._session, self._binding = session, _bind(session, self.inputs.arrays, self.outputs, cache)
+        self._slots = cache.slots
+
+    def use(self, slots: int) -> None:
+        """Bind a mask of `slots` columns; the buffers stay."""
+        if slots != self._slots:
+            import onnxruntime as ort
+
+            mask = ort.OrtValue.ortvalue_from_numpy(self.inputs.use(slots))
+            self._binding.bind_ortvalue_input(contract.ATTENTION_MASK, mask)
+            self._slots = slots
 
     def run(self) -> None:
         self._session.run_with_iobinding(self._binding)
@@ -72,6 +87,12 @@ class HostBinding:
             self.outputs[contract.HIDDEN][:, :rows].astype(np.float32, copy=False),
             None if aux is None else aux[:, :rows].astype(np.float32, copy=False),
         )
+
+
+def _reads_used_slots(session: Any) -> bool:
+    """Whether the graph's mask has a size of its own, see the exporter's `used_slots`."""
+    masks = [node.shape for node in session.get_inputs() if node.name == contract.ATTENTION_MASK]
+    return bool(masks) and masks[0][3] == contract.USED_SLOTS
 
 
 def _bind(session: Any, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]], cache: KVCache) -> Any:

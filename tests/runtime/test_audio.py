@@ -90,7 +90,7 @@ def test_no_sound_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("array", [np.zeros((2, 3, 4)), np.array(["a"]), np.array([True])])
 def test_an_array_that_is_no_recording(array: Any) -> None:
-    with pytest.raises(AudioError, match="is no recording"):
+    with pytest.raises(AudioError, match="is not a recording"):
         load_audio(array)
 
 
