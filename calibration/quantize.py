@@ -29,6 +29,7 @@ from headstart.exporter.passes.values import name_of
 from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, write_manifest
 from headstart.runtime.documents import to_json
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_session import AS_WRITTEN, Provider
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 from headstart.runtime.output import new_folder
 from headstart.runtime.precision import FloatAgreement
@@ -333,7 +334,7 @@ def _write_golden(bundle: Bundle, golden: dict[str, NDArray[Any]]) -> FloatAgree
     Warns where quantized weights do not represent the model.
     """
     model = bundle.manifest.model
-    engine = OnnxRuntimeEngine(bundle)
+    engine = OnnxRuntimeEngine(bundle, provider=Provider(entries=AS_WRITTEN))
     texts = Texts(golden["input_ids"], golden.get("sources"))
     tokens = min(GREEDY, model.max_cache - texts.input_ids.shape[1])
     logits = np.stack([all_logits(engine, ids, source) for ids, source in texts.pairs()])

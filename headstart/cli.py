@@ -26,6 +26,9 @@ app.add_typer(heads_app, name="heads")
 
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, or what the bundle was built for: cuda, cuda:tensorrt, trt-rtx:sm89, tensorrt.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
 Untuned = Annotated[bool, typer.Option("--untuned", help="Ignore what headstart tune measured.")]
 DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
@@ -415,6 +418,7 @@ def bench(
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts of each class.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.")] = 5,
+    device: Device = "cpu",
     drafter: Annotated[list[str] | None, typer.Option(help="Measure this one; may be repeated. All by default.")] = None,
     draft_model: DraftModel = None,
     untuned: Untuned = False,
@@ -434,7 +438,7 @@ def bench(
 
     classes = {kind: texts[:limit] for kind, texts in read_prompt_classes(prompts).items()}
     started = time.perf_counter()
-    model = load(bundle, threads=threads, draft_model=draft_model, tuned=not untuned)
+    model = load(bundle, device, threads, draft_model, tuned=not untuned)
     load_s = time.perf_counter() - started
     with counted() as progress:
         result = run(model, classes, max_new_tokens, rounds, drafter or (), load_s, progress)
@@ -459,6 +463,8 @@ def compare(
     prompts: Annotated[Path, typer.Option(help="Prompts for the acceptance lengths.", show_default=False)],
     limit: Annotated[int, typer.Option(help="Use the first N prompts.", min=1)] = 12,
     tokens: Annotated[int, typer.Option(help="Of the text.", min=256)] = 16384,
+    device: Device = "cpu",
+    threads: Threads = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw it there; needs the bench extra.")] = None,
 ) -> None:
@@ -470,7 +476,8 @@ def compare(
     from .screen import counted, show_quantization, write_json
 
     with counted() as progress:
-        report = run(bundles, data, read_inputs(prompts)[:limit], tokens, progress=progress)
+        texts = read_inputs(prompts)[:limit]
+        report = run(bundles, data, texts, tokens, progress=progress, device=device, threads=threads)
     show_quantization(report)
     if json_file:
         write_json(json_file, report)
@@ -485,10 +492,15 @@ def verify(
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     checkpoint: Annotated[Path | None, typer.Option(help="Compare with this checkpoint in torch, too.")] = None,
+    samples: Annotated[
+        int, typer.Option(help="Continuations drawn with each drafter to test sampled decoding; 0 leaves that out.", min=0)
+    ] = 1000,
+    device: Device = "cpu",
+    threads: Threads = None,
     draft_model: DraftModel = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
 ) -> None:
-    """Lossless? Equal to the checkpoint? Exit code 1 on a fault."""
+    """Intact, equal to the checkpoint, lossless? Exit code 1 on a fault."""
     from headstart.calibration.verify import verify as run
     from headstart.runtime.prompts import read_inputs
 
@@ -496,7 +508,7 @@ def verify(
 
     texts = read_inputs(prompts)[:limit] if prompts else []
     with counted() as progress:
-        report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, progress=progress)
+        report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, device, progress, threads=threads, samples=samples)
     show_report(report)
     if json_file:
         write_json(json_file, report)

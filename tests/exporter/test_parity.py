@@ -7,7 +7,7 @@ import pytest
 from architectures import ARCHITECTURES, LENGTH_DEPENDENT, SELF_POSITIONED, tiny_model
 from trees import random_tree
 
-from headstart.calibration.verify import check_golden
+from headstart.calibration.verification.logits import check_golden
 from headstart.exporter.comparison import all_logits
 from headstart.exporter.golden import read_golden, reference_greedy, reference_logits
 from headstart.runtime.bundle import Bundle
@@ -68,9 +68,9 @@ def test_tree_rows_equal_their_paths(name: str, bundle_of: BundleOf) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_golden_check_fails_for_another_model(name: str, bundle_of: BundleOf) -> None:
     engine, golden = OnnxRuntimeEngine(bundle_of(name)), read_golden(bundle_of(name))
-    assert check_golden(engine, golden).ok
+    assert check_golden(engine, golden, "float32").ok
     golden["top_logits"] = golden["top_logits"] + 0.01 * golden["spread"][..., None]
-    assert not check_golden(engine, golden).ok
+    assert not check_golden(engine, golden, "float32").ok
 
 
 def test_graph_holds_standard_operators_only(bundle_of: BundleOf) -> None:

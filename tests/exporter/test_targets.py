@@ -169,7 +169,7 @@ def _json(value: object) -> str:
     return to_json(value)
 
 
-@pytest.mark.parametrize("limits", [Limits(0.0, 1.0, ""), Limits(1.0, 0.0, "")])
+@pytest.mark.parametrize("limits", [Limits(0.0, 1.0, 0.0, ""), Limits(1.0, 0.0, 0.0, "")])
 def test_both_bounds_of_the_table_count(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, limits: Limits) -> None:
     monkeypatch.setitem(LIMITS, "float32", limits)
     with pytest.raises(EngineError, match="float32 may differ by"):
