@@ -51,18 +51,19 @@ def decoder_inputs(decoder: Any, mask: Tensor) -> dict[str, Any]:
     """Masks and positions of the current step for the decoder of an encoder-decoder. `mask` [B, 1, T, S] bool.
 
     T5Gemma 2 joins self- and cross-attention, so its window has to be in the mask before the source's columns are.
-    Positions are left out where the decoder takes none: `explicit_positions` has then replaced what computes them.
+    Positions are left out where the decoder takes none: `explicit_positions` has then replaced what computes them. So is the
+    source's mask (Whisper): our attention falls back to the step's own.
 
-    Raises CheckpointError for a decoder that does not take the masks: without them it would see what it must not.
+    Raises CheckpointError for a decoder that takes no mask: without one it would see what it must not.
     """
-    require_inputs(decoder, "attention_mask", "encoder_attention_mask")
+    require_inputs(decoder, "attention_mask")
     step = current_step()
     masks: Any = mask
     if type(decoder).__name__.startswith("T5Gemma2"):
         window = inside_window(step, mask.shape[-1], decoder.config.sliding_window)
         masks = {"full_attention": mask, "sliding_attention": mask & window}
-    ours = {"attention_mask": masks, "encoder_attention_mask": step.cross_mask}
-    return ours | ({"position_ids": step.position_ids} if takes(decoder, "position_ids") else {})
+    optional = {"encoder_attention_mask": step.cross_mask, "position_ids": step.position_ids}
+    return {"attention_mask": masks} | {name: value for name, value in optional.items() if takes(decoder, name)}
 
 
 def require_inputs(module: Any, *names: str) -> None:
