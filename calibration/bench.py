@@ -12,12 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from headstart.runtime.budget import VerifyCost
 from headstart.runtime.errors import OptionError
-from headstart.runtime.generation import Generation, Prompt
 from headstart.runtime.memory import peak_memory_mb
-from headstart.runtime.model import Model
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.tuning import processor
+from headstart.runtime.verify_cost import VerifyCost
 
 from .picture import load_pyplot
 from .tune import verify_cost
@@ -100,14 +99,14 @@ def bench(
         raise OptionError(f"--rounds must be at least 1, got {rounds}.")
     names = ["none", *(drafters or [*model.drafters, "auto"])]
     for name in names:
-        model.drafter(name)
+        model.generator.drafter(name)
     runs: dict[tuple[str, str], list[_Run]] = {}
     for done in range(rounds):
         for kind, texts in prompts.items():
             for name in names:
                 runs.setdefault((name, kind), []).append(_run(model, name, texts, max_new_tokens))
         progress("decoding", done + 1, rounds)
-    cost = verify_cost(model.engine, progress, model.inputs(next(iter(prompts.values()))[0])[0])
+    cost = verify_cost(model.engine, progress, model.input(next(iter(prompts.values()))[0]).source)
     return Bench(
         machine=machine(model.engine.threads),
         commit=_commit(),
@@ -123,10 +122,7 @@ def bench(
 def _run(model: Model, drafter: str, texts: Sequence[Prompt], max_new_tokens: int) -> _Run:
     clocks, sequences = [], []
     for text in texts:
-        generation = Generation(model, [text], max_new_tokens=max_new_tokens, drafter=drafter, ignore_end=not model.answers)
-        for _ in generation.pieces():
-            pass
-        result = generation.results()[0]
+        result = model.generate(text, max_new_tokens=max_new_tokens, drafter=drafter, ignore_end=not model.answers)
         clocks.append((result.stats.prefill_s, result.stats.decode_s))
         sequences.append((result.prompt_tokens, len(result.token_ids) - 1, result.stats.verify_calls))
     prompt_tokens, tokens, calls = (sum(column) for column in zip(*sequences, strict=True))
@@ -155,8 +151,8 @@ def _row(name: str, kind: str, runs: dict[tuple[str, str], list[_Run]]) -> Bench
 
 def _by_rows(cost: VerifyCost) -> dict[str, dict[str, float]]:
     return {
-        str(history): {str(rows): round(ms, 4) for rows, ms in zip(cost.rows, line, strict=True)}
-        for history, line in zip(cost.histories, cost.milliseconds, strict=True)
+        str(history): {str(rows): round(ms, 4) for rows, ms in zip(cost.single.rows, line, strict=True)}
+        for history, line in zip(cost.single.histories, cost.single.milliseconds, strict=True)
     }
 
 

@@ -24,9 +24,9 @@ from headstart.exporter.heads.storage import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, replace_value
-from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, Manifest, WeightInfo, write_manifest
+from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, write_manifest
 from headstart.runtime.documents import to_json
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 from headstart.runtime.output import new_folder
 
@@ -168,7 +168,7 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     wanted = options.calibrated and data is not None
     passages = calibration_passages(bundle, Path(str(data)), options.calibration_tokens) if wanted else ()
     decoder, encoder = models["decoder"], models.get("encoder")
-    caches = _quantize_graphs(bundle, decoder, encoder, options, passages, progress)
+    _quantize_graphs(bundle, decoder, encoder, options, passages, progress)
     save_graph(decoder, folder / DECODER)
     graphs["decoder"] = graph_info(decoder, DECODER)
     if encoder is not None:  # beside the decoder: tables they share lie there
@@ -178,7 +178,6 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
         save_graph(ir.load(bundle.path / graphs["frontend"].file), folder / graphs["frontend"].file)
     manifest = dataclasses.replace(
         bundle.manifest,
-        caches=caches,
         graphs=graphs,
         weights=weight_infos(folder / DECODER, "graphs"),
         quantization=options.described()
@@ -194,18 +193,16 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
 
 def _quantize_graphs(
     bundle: Bundle, decoder: Any, encoder: Any, options: QuantizeOptions, passages: Sequence[Passage], progress: Progress
-) -> tuple[CacheInfo, ...]:
-    """Both graphs in place, the decoder measured behind the encoder as that will be; returns the caches as they are then."""
-    caches, vocab_size = bundle.manifest.caches, bundle.manifest.model.vocab_size
+) -> None:
+    """Both graphs in place, the decoder measured with the quantized encoder's states."""
+    slots, vocab_size = bundle.manifest.graphs["decoder"].slots, bundle.manifest.model.vocab_size
     if encoder is not None:
         _quantize_layers(encoder, vocab_size, options, EncoderFeeds(bundle, passages) if passages else None, progress)
     with decoder_feeds(bundle, passages, encoder) if passages else nullcontext() as feeds:
-        ranges = cache_ranges(decoder, caches, feeds) if feeds is not None and options.kv_cache == "int8" else {}
+        ranges = cache_ranges(decoder, slots, feeds) if feeds is not None and options.kv_cache == "int8" else {}
         _quantize_layers(decoder, vocab_size, options, feeds, progress)
-    if not ranges:
-        return caches
-    quantize_caches(decoder, caches, ranges)
-    return tuple(dataclasses.replace(cache, dtype="int8") for cache in caches)
+    if ranges:
+        quantize_caches(decoder, slots, ranges)
 
 
 def _quantize_layers(model: Any, vocab_size: int, options: QuantizeOptions, feeds: Feeds | None, progress: Progress) -> None:

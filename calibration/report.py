@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from headstart.exporter.comparison import all_logits
 from headstart.runtime.bundle import GOLDEN, Bundle
-from headstart.runtime.engine import Engine
 from headstart.runtime.engines.info import engine_folder
 from headstart.runtime.errors import OptionError
-from headstart.runtime.generation import Prompt
-from headstart.runtime.model import Model, load
+from headstart.runtime.graph import Engine
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model, Prompt
 
 from .answers import exact_share, word_error_rate
 from .passages import WINDOW, Answers, Passage, of_windows, read_answered, read_texts

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from headstart.exporter.build import LIMITS
 from headstart.exporter.comparison import all_logits, compare_greedy, top_two_margin
 from headstart.exporter.golden import Texts, read_golden
-from headstart.runtime.engine import MAX_ROWS, Engine
+from headstart.runtime.contract import LOGITS
 from headstart.runtime.errors import OptionError, missing_extra
-from headstart.runtime.generation import Prompt
-from headstart.runtime.model import ARRAYS, Model, load
-from headstart.runtime.prefill import open_cache, prefill
+from headstart.runtime.graph import MAX_ROWS, Engine
+from headstart.runtime.loading import load
+from headstart.runtime.model import ARRAYS, Model, Prompt
+from headstart.runtime.options import GenerateOptions
+from headstart.runtime.prefill import last_logits, open_state, prefill, run_decoder
 from headstart.runtime.tree import ROOT, DraftTree, chain
 
 # Largest |Δlogit| allowed, relative to the row's logit range (max - min), where only the order of summation differs.
@@ -222,12 +224,12 @@ def _behind(
     engine: Engine, history: NDArray[np.int64], tree: DraftTree, root: int, source: NDArray[Any] | None
 ) -> NDArray[np.float32]:
     """[1 + nodes, V] logits of a root and its tree behind some history."""
-    cache = open_cache(engine, len(history) + MAX_ROWS, source)
-    prefill(engine, cache, history.tolist())
+    state = open_state(engine, len(history) + MAX_ROWS, source)
+    prefill(engine, state, history.tolist())
     rows = np.arange(len(tree) + 1)[None]
     ids = np.array([[root, *tree.token_ids]], np.int64)
     mask = tree.ancestor_mask()[None]
-    return np.array(engine.forward(cache, ids, len(history) + tree.depths()[None], mask, rows).logits[0])
+    return np.array(run_decoder(engine, state, ids, len(history) + tree.depths()[None], mask, rows)[LOGITS][0])
 
 
 def check_drafters(
@@ -237,16 +239,16 @@ def check_drafters(
 
     `tolerance`: by how much of their range the logits of two runs may differ from rounding alone.
     """
-    settings = {"max_new_tokens": max_new_tokens, "ignore_end": not model.answers}
+    settings: GenerateOptions = {"max_new_tokens": max_new_tokens, "ignore_end": not model.answers}
     plain = []
     for done, prompt in enumerate(prompts):
-        plain.append(model.generate(prompt, drafter="none", **settings))
+        plain.append(model.generate(prompt, **(settings | {"drafter": "none"})))
         progress("plain", done + 1, len(prompts))
     checks = []
     for name in model.drafters:
         results = []
         for done, prompt in enumerate(prompts):
-            results.append(model.generate(prompt, drafter=name, **settings))
+            results.append(model.generate(prompt, **(settings | {"drafter": name})))
             progress(name, done + 1, len(prompts))
         found = [
             _divergence(model, index, prompt, p.token_ids, r.token_ids, tolerance)
@@ -266,9 +268,9 @@ def _divergence(
         return None
     both = zip(plain, speculative, strict=False)
     first = next((i for i, (a, b) in enumerate(both) if a != b), min(len(plain), len(speculative)))
-    source, start = model.inputs(prompt)
-    token_ids = start + plain[:first]
-    logits = prefill(model.engine, open_cache(model.engine, len(token_ids), source), token_ids).logits[0, 0]
+    given = model.input(prompt)
+    token_ids = [*given.prompt_ids, *plain[:first]]
+    logits = last_logits(prefill(model.engine, open_state(model.engine, len(token_ids), given.source), token_ids))
     margin = top_two_margin(logits)
     tie = margin <= 2 * tolerance * float(logits.max() - logits.min())  # both of the two best logits may have moved
     one_ended = first >= min(len(plain), len(speculative))

@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime.bundle import GOLDEN, Bundle
+from headstart.runtime.contract import LOGITS
 from headstart.runtime.documents import to_json
 from headstart.runtime.engines.info import ENGINE_FILE, ENGINE_SCHEMA, EngineInfo, engine_folder, engine_source
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.provider import AS_WRITTEN, CPU, Provider
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_session import AS_WRITTEN, CPU, Provider
 from headstart.runtime.errors import EngineError, OptionError, missing_extra
 from headstart.runtime.output import atomic_write, hash_files, new_folder
+from headstart.runtime.prefill import run_decoder
 from headstart.runtime.tree import ROOT, DraftTree
 
 from .cuda import build_cuda
@@ -157,15 +159,16 @@ def _compare(bundle: Bundle, folder: Path, info: EngineInfo, limit: float, provi
 def _outputs(engine: OnnxRuntimeEngine, input_ids: NDArray[np.int64], sources: list[NDArray[Any]]) -> list[NDArray[np.float32]]:
     """Logits of a prefill, and of a tree behind it, so that history, ancestors and positions are all in play."""
     batch, length = input_ids.shape
-    cache = engine.new_cache(batch, 2 * length, engine.encode(sources) if sources else None)
+    state = engine.graph("decoder").new_state(batch, 2 * length, engine.encode(sources) if sources else None)
     rows = np.broadcast_to(np.arange(length), (batch, length))
     causal = np.broadcast_to(np.tri(length, dtype=np.bool_), (batch, length, length))
-    first = engine.forward(cache, input_ids, rows, causal, rows).logits.copy()
-    cache.lengths[:] = length
+    first = run_decoder(engine, state, input_ids, rows, causal, rows)[LOGITS].copy()
+    for row in range(batch):
+        state.commit(row, range(length))
     parents = np.array([ROOT, ROOT, 0, 0, 1], np.int64)
     tree = DraftTree(input_ids[0, :5], parents, np.zeros(5, np.float32))
     ids = np.broadcast_to(input_ids[0, :6], (batch, 6))
     mask = np.broadcast_to(tree.ancestor_mask(), (batch, 6, 6))
     rows = np.broadcast_to(np.arange(6), (batch, 6))
-    second = engine.forward(cache, ids, length + np.broadcast_to(tree.depths(), (batch, 6)), mask, rows).logits.copy()
+    second = run_decoder(engine, state, ids, length + np.broadcast_to(tree.depths(), (batch, 6)), mask, rows)[LOGITS].copy()
     return [first[0], second[0]]

@@ -1,14 +1,15 @@
 """The traced graph on its way to disk: weights get their checkpoint's names, shared ones are found, files are written."""
 
 import ast
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from headstart.exporter.passes.linear import is_lm_head, linears
-from headstart.runtime.bundle import GraphInfo, TensorInfo, WeightInfo
+from headstart.runtime import contract
+from headstart.runtime.bundle import GraphInfo, KeyValueInfo, RecurrentInfo, TensorInfo, WeightInfo
 
 SMALL = 1024  # bytes; smaller weights stand inside the graph's own file
 SCOPES = "pkg.torch.onnx.name_scopes"  # metadata the tracer leaves on each node: the module path it came from
@@ -102,7 +103,36 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def graph_info(model: Any, file: str) -> GraphInfo:
-    return GraphInfo(file, tensor_infos(model.graph.inputs), tensor_infos(model.graph.outputs))
+    """The manifest's description of a graph: its states and sources are told by the contract's names."""
+    return described_graph(file, tensor_infos(model.graph.inputs), tensor_infos(model.graph.outputs))
+
+
+def described_graph(file: str, inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]) -> GraphInfo:
+    """An input whose updated self comes out is a state: key/value slots by their names, all others recurrent."""
+    updated = {tensor.name for tensor in outputs}
+    states = {tensor.name: tensor for tensor in inputs if contract.updated(tensor.name) in updated}
+    slots = _pairs(states, contract.key_name, contract.value_name)
+    paired = {name for pair in slots for name in pair.sizes()}
+    recurrent = tuple(_recurrent(tensor) for name, tensor in states.items() if name not in paired)
+    reads = _pairs({tensor.name: tensor for tensor in inputs}, contract.cross_key_name, contract.cross_value_name)
+    return GraphInfo(file, inputs, outputs, slots, recurrent, reads)
+
+
+def _pairs(
+    tensors: Mapping[str, TensorInfo], key_name: Callable[[int], str], value_name: Callable[[int], str]
+) -> tuple[KeyValueInfo, ...]:
+    """The keys and values among `tensors`, by layer. A graph of a model's last layers may begin with any."""
+    prefix = key_name(0).removesuffix("0")
+    layers = [int(name.removeprefix(prefix)) for name in tensors if name.startswith(prefix)]
+    pairs = [(tensors[key_name(layer)], tensors[value_name(layer)]) for layer in layers]
+    return tuple(
+        KeyValueInfo(key.name, value.name, int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), key.dtype)
+        for key, value in pairs
+    )
+
+
+def _recurrent(tensor: TensorInfo) -> RecurrentInfo:
+    return RecurrentInfo(tensor.name, tuple(int(size) for size in tensor.shape[1:]), tensor.dtype)
 
 
 def tensor_infos(values: Any) -> tuple[TensorInfo, ...]:

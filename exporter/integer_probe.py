@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from headstart.exporter.graph import save_graph
 from headstart.exporter.passes.per_row_int8 import LARGEST, PRODUCTS, ZERO_POINTS, Product, shifted
 from headstart.exporter.passes.surgery import MICROSOFT
-from headstart.runtime.engines.provider import open_session
+from headstart.runtime.engines.ort_session import open_session
 from headstart.runtime.errors import EngineError
 
 SIZE = 1024  # inputs and outputs of the layer that is timed: the hidden size of a small language model

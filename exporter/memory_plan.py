@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.errors import EngineError, missing_extra
+from headstart.runtime.graph import MAX_ROWS
 
 from .devices import Device, device_named
 from .tensorrt.build import LEAST_TOKENS, TensorRtOptions
@@ -78,7 +78,9 @@ def memory_plan(bundle: str | Path | Bundle, device: str, options: TensorRtOptio
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Planning memory") from error
     model, slots = opened.manifest.model, options.slots(opened)
-    per_token = 2 * sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in opened.manifest.caches) / MB
+    per_token = (
+        2 * sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in opened.manifest.graphs["decoder"].slots) / MB
+    )
     rows = min(options.prefill_rows, options.tokens(opened))
     profiles = len(decoder_profiles(rows))
     return MemoryPlan(
@@ -147,9 +149,10 @@ def _build_mb(weights: dict[str, float]) -> float:
 
 def _source_mb(bundle: Bundle, options: TensorRtOptions) -> float:
     """What the decoder reads of one source, and which of its rows exist."""
-    if not bundle.manifest.cross_caches:
+    reads = bundle.manifest.graphs["decoder"].reads
+    if not reads:
         return 0.0
-    per_row = sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in bundle.manifest.cross_caches)
+    per_row = sum(pair.kv_heads * (pair.key_size + pair.value_size) for pair in reads)
     return options.source_rows(bundle) * (2 * per_row + 1) / MB
 
 
@@ -157,7 +160,9 @@ def _workspace_mb(bundle: Bundle, rows: int, slots: int) -> float:
     """Scratch of one sequence: a few layers' activations, the mask, one layer's caches copied for its attention, logits."""
     model = bundle.manifest.model
     widest = 8 * model.hidden_size  # query, key, value and a gated MLP of about three times the hidden size, and their sum
-    attention = max((c.kv_heads * (c.key_size + c.value_size) * slots for c in bundle.manifest.caches), default=0)
+    attention = max(
+        (c.kv_heads * (c.key_size + c.value_size) * slots for c in bundle.manifest.graphs["decoder"].slots), default=0
+    )
     return 2 * (rows * (widest + slots) + attention + MAX_ROWS * model.vocab_size) / MB
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from headstart.runtime import contract
 from headstart.runtime.bundle import GOLDEN, Manifest
-from headstart.runtime.engines.provider import open_session
+from headstart.runtime.engines.ort_session import open_session
 
 from .chain import causal_chain
 

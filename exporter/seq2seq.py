@@ -20,7 +20,7 @@ from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from headstart.runtime import contract
-from headstart.runtime.bundle import CacheInfo
+from headstart.runtime.bundle import KeyValueInfo
 from headstart.runtime.errors import CheckpointError
 
 from .architectures import always_clamped, decoder_inputs, encoder_masks, explicit_positions, refuse_sparse
@@ -31,6 +31,7 @@ from .tracing import (
     Step,
     check_attended,
     chosen_rows,
+    dtype_of,
     during,
     dynamic_shapes,
     example_inputs,
@@ -210,7 +211,7 @@ def _told(model: Any, attention_mask: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def cache_infos(model: Any) -> tuple[tuple[CacheInfo, ...], tuple[CacheInfo, ...]]:
+def cache_infos(model: Any) -> tuple[tuple[KeyValueInfo, ...], tuple[KeyValueInfo, ...]]:
     """The decoder's own caches and those of the source, found by running an example through the model.
 
     Raises CheckpointError when its layers keep other state than that.
@@ -227,16 +228,24 @@ def cache_infos(model: Any) -> tuple[tuple[CacheInfo, ...], tuple[CacheInfo, ...
             f"{type(model).__name__} is not supported: it needs more of its cache or inputs than keys, values, masks and "
             f"positions ({error}). Nearest supported: an encoder-decoder such as T5, BART or Whisper."
         ) from error
-    own = [CacheInfo(contract.key_name(i), contract.value_name(i), *probe.shapes[i]) for i in range(len(probe.shapes))]
+    names = [(contract.key_name(layer), contract.value_name(layer)) for layer in range(len(probe.shapes))]
+    own = [KeyValueInfo(*pair, *probe.shapes[layer], dtype_of(model)) for layer, pair in enumerate(names)]
     pairs = list(zip(cross[::2], cross[1::2], strict=True))
     source = [
-        CacheInfo(contract.cross_key_name(i), contract.cross_value_name(i), key.shape[1], key.shape[3], value.shape[3])
-        for i, (key, value) in enumerate(pairs)
+        KeyValueInfo(
+            contract.cross_key_name(layer),
+            contract.cross_value_name(layer),
+            key.shape[1],
+            key.shape[3],
+            value.shape[3],
+            dtype_of(model),
+        )
+        for layer, (key, value) in enumerate(pairs)
     ]
     return tuple(own), tuple(source)
 
 
-def trace_encoder(model: Any, cross_caches: tuple[CacheInfo, ...]) -> Any:
+def trace_encoder(model: Any, cross_caches: tuple[KeyValueInfo, ...]) -> Any:
     """The canonical encoder as an onnx_ir Model. Raises CheckpointError when the model does not fit the contract."""
     source = _example_source(model)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("source")
@@ -250,7 +259,7 @@ def trace_encoder(model: Any, cross_caches: tuple[CacheInfo, ...]) -> Any:
     return program.model
 
 
-def trace_assistant(model: Any, cross_caches: tuple[CacheInfo, ...]) -> Any:
+def trace_assistant(model: Any, cross_caches: tuple[KeyValueInfo, ...]) -> Any:
     """The graph that stands in the encoder's place, as an onnx_ir Model; raises as `trace_encoder`."""
     width = _encoder_states(model, _example_source(model)[0]).shape[-1]
     states = torch.zeros(EXAMPLE["batch"], SOURCE, width, dtype=model.dtype)
@@ -285,7 +294,7 @@ def encoder_sha256(model: Any) -> str:
 
 
 def trace_decoder(
-    model: Any, caches: tuple[CacheInfo, ...], cross_caches: tuple[CacheInfo, ...], aux_layers: tuple[int, ...] = ()
+    model: Any, caches: tuple[KeyValueInfo, ...], cross_caches: tuple[KeyValueInfo, ...], aux_layers: tuple[int, ...] = ()
 ) -> Any:
     """The canonical decoder as an onnx_ir Model. Raises CheckpointError when the model does not fit the contract."""
     batch = EXAMPLE["batch"]
@@ -324,7 +333,7 @@ def _export(graph: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[Any, ..
             ) from error
 
 
-def _names(infos: tuple[CacheInfo, ...]) -> list[str]:
+def _names(infos: tuple[KeyValueInfo, ...]) -> list[str]:
     return [name for info in infos for name in (info.key_name, info.value_name)]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headstart.runtime import contract
-from headstart.runtime.bundle import CacheInfo
+from headstart.runtime.bundle import KeyValueInfo
 from headstart.runtime.errors import CheckpointError
 
 ATTENTION = "headstart"
@@ -266,7 +266,7 @@ class ShapeProbe:
         return 0
 
 
-def cache_infos(model: Any) -> tuple[CacheInfo, ...]:
+def cache_infos(model: Any) -> tuple[KeyValueInfo, ...]:
     """The caches the model asks for, found by running two tokens through it.
 
     Raises CheckpointError when it keeps other state than one key and value cache per layer.
@@ -294,10 +294,16 @@ def cache_infos(model: Any) -> tuple[CacheInfo, ...]:
     layers = model.config.get_text_config().num_hidden_layers
     if sorted(probe.shapes) != list(range(layers)):
         raise CheckpointError(not_through_us(model, len(probe.shapes), layers))
-    return tuple(CacheInfo(contract.key_name(i), contract.value_name(i), *probe.shapes[i]) for i in range(layers))
+    names = ((contract.key_name(layer), contract.value_name(layer)) for layer in range(layers))
+    return tuple(KeyValueInfo(*pair, *probe.shapes[layer], dtype_of(model)) for layer, pair in enumerate(names))
 
 
-def trace_decoder(model: Any, caches: tuple[CacheInfo, ...], aux_layers: tuple[int, ...] = ()) -> Any:
+def dtype_of(model: Any) -> str:
+    """numpy's name of the type a model computes in."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def trace_decoder(model: Any, caches: tuple[KeyValueInfo, ...], aux_layers: tuple[int, ...] = ()) -> Any:
     """The canonical decoder as an onnx_ir Model with the contract's input and output names.
 
     Raises CheckpointError when the model does not fit the contract.
@@ -320,7 +326,7 @@ def trace_decoder(model: Any, caches: tuple[CacheInfo, ...], aux_layers: tuple[i
     return program.model
 
 
-def example_inputs(model: Any, caches: tuple[CacheInfo, ...]) -> tuple[Any, ...]:
+def example_inputs(model: Any, caches: tuple[KeyValueInfo, ...]) -> tuple[Any, ...]:
     batch, rows, slots, chosen = EXAMPLE.values()
     whole = {"dtype": torch.long}
     buffers = [

@@ -5,10 +5,15 @@ Heavy packages are imported inside the commands, so that `--help` is instant and
 
 import signal
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
+
+if TYPE_CHECKING:
+    from headstart.runtime.model import Model
+    from headstart.runtime.options import DecodeOptions
 
 app = typer.Typer(
     help="From a Hugging Face checkpoint with draft heads to fast, lossless decoding on the edge.",
@@ -22,7 +27,7 @@ app.add_typer(heads_app, name="heads")
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
-Untuned = Annotated[bool, typer.Option("--untuned", help="Leave aside what headstart tune found.")]
+Untuned = Annotated[bool, typer.Option("--untuned", help="Ignore what headstart tune measured.")]
 DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
 
 
@@ -43,6 +48,18 @@ def options(
     """Options of the program itself."""
 
 
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line on standard error, in place of Python's, which names a line of source code."""
+    print(f"headstart: warning: {message}", file=sys.stderr)
+
+
 class _Interrupted(KeyboardInterrupt):
     """A signal that ends the program, raised so that temporary files are removed as on Ctrl-C."""
 
@@ -59,6 +76,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
     from headstart.runtime.errors import HeadstartError, missing_extra
 
+    warnings.showwarning = _print_warning
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
@@ -214,6 +232,18 @@ def inspect(bundle: BundleArg) -> None:
 
 
 @app.command()
+def upgrade(bundle: BundleArg) -> None:
+    """Convert a bundle that an older Headstart wrote, in place."""
+    from headstart.runtime.upgrade import outdated
+    from headstart.runtime.upgrade import upgrade as run
+
+    upgraded = run(bundle)
+    print(f"{bundle}: schema {upgraded.manifest.schema_version}")
+    for command in outdated(upgraded):
+        print(f"to be done again: {command}")
+
+
+@app.command()
 def generate(
     bundle: BundleArg,
     prompt: Annotated[str | None, typer.Argument(help="The text to complete; - reads standard input.")] = None,
@@ -235,7 +265,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is off; the checkpoint's own when not given.")] = None,
     no_repeat_ngram: Annotated[int | None, typer.Option(help="0 is off; the checkpoint's own when not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
@@ -243,6 +273,10 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
+    acceptance: Annotated[
+        str | None, typer.Option(help="Name of an acceptance rule; the lossless one that fits the draft by default.")
+    ] = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Allow an acceptance rule that changes the distribution.")] = False,
     device: Annotated[
         str, typer.Option(help="cpu, or what the bundle was built for: cuda (or cuda:tensorrt), trt-rtx:sm89, tensorrt.")
     ] = "cpu",
@@ -250,39 +284,66 @@ def generate(
     untuned: Untuned = False,
 ) -> None:
     """Complete a prompt, or transcribe a recording."""
-    from headstart.runtime.model import load
+    from headstart.runtime.loading import load
+    from headstart.runtime.options import DecodeOptions
 
-    from .screen import print_captions, print_generation, print_transcript
+    from .screen import SpeechOptions, print_captions, print_generation, print_transcript
 
-    model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
-    given = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | {**sampling, **rules}
+    options: DecodeOptions = {
+        "max_new_tokens": max_new_tokens,
+        "draft_nodes": draft_nodes,
+        "acceptance": acceptance,
+        "lossy": lossy,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram": no_repeat_ngram,
+        "seed": seed,
+        "stop": stop or (),
+    }
+    if drafter is not None:
+        options["drafter"] = drafter
     if beams is not None:
-        _check_beams(audio=audio, stream=stream, stop=stop, stats=stats, **given | {"max_new_tokens": None})
+        _check_beams(audio, stream, stats, options)
+    model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
+    speech = SpeechOptions(language, task, timestamps)
     if audio is not None and stream:
-        print_captions(model, audio, {"language": language, "task": task, **options}, stats)
+        print_captions(model, audio, speech, options, stats)
     elif audio is not None:
-        print_transcript(model, audio, {"language": language, "task": task, "timestamps": timestamps, **options}, stats)
+        print_transcript(model, audio, speech, options, stats)
     else:
         text = _prompt(prompt)
         if chat:
             text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        if beams is not None:
-            del options["stop"]
-            print(model.beam_search(text, beams or None, decoder_prompt=decoder_prompt, **options)[0].text)
-            return
-        print_generation(model, text, {"decoder_prompt": decoder_prompt, **options}, stream, stats)
+        if beams is None:
+            print_generation(model, text, decoder_prompt, options, stream, stats)
+        else:
+            print(_best_beam(model, text, beams, decoder_prompt, options))
 
 
-def _check_beams(**given: Any) -> None:
-    """Raises OptionError for options that beam search knows nothing of; of sampling it speaks itself."""
+def _best_beam(model: "Model", text: str, beams: int, decoder_prompt: str, options: "DecodeOptions") -> str:
+    limit = options.get("max_new_tokens")
+    return model.beam_search(
+        text,
+        beams or None,
+        decoder_prompt=decoder_prompt,
+        max_new_tokens=limit,
+        repetition_penalty=options.get("repetition_penalty"),
+        no_repeat_ngram=options.get("no_repeat_ngram"),
+    )[0].text
+
+
+def _check_beams(audio: Path | None, stream: bool, stats: bool, options: "DecodeOptions") -> None:
+    """Raises OptionError for options that beam search does not have."""
     from headstart.runtime.errors import OptionError
 
+    refused = ("drafter", "draft_nodes", "acceptance", "lossy", "stop", "temperature", "top_k", "min_p", "seed")
+    given = {"audio": audio, "stream": stream, "stats": stats, **{name: options.get(name) for name in refused}}
     named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
     if named:
-        raise OptionError(f"{named[0]} does not go with --beams: beam search neither drafts nor streams. Fix: leave one out.")
+        raise OptionError(f"{named[0]} does not go with --beams: beam search neither drafts nor samples. Fix: leave one out.")
 
 
 @app.command()
@@ -339,7 +400,7 @@ def bench(
 
     from headstart.calibration.bench import bench as run
     from headstart.calibration.bench import draw
-    from headstart.runtime.model import load
+    from headstart.runtime.loading import load
     from headstart.runtime.prompts import read_prompt_classes
 
     from .screen import counted, show_bench, write_json

@@ -14,9 +14,9 @@ from typing import Any
 
 import headstart
 from headstart.runtime.errors import BundleError, OptionError
-from headstart.runtime.generation import Prompt, Result
-from headstart.runtime.model import Model
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.prompts import read_answers
+from headstart.runtime.results import Result
 
 from .screen import counted, out, show_report, show_tuning, stages, table
 

@@ -18,9 +18,10 @@ from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo, built_engine
 from headstart.runtime.errors import HeadstartError
-from headstart.runtime.generation import Generation, Result
 from headstart.runtime.model import Model
+from headstart.runtime.options import DecodeOptions
 from headstart.runtime.output import atomic_write
+from headstart.runtime.results import Result
 from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def table(title: str, *columns: str) -> Table:
 def show_bundle(bundle: Bundle) -> None:
     manifest, model = bundle.manifest, bundle.manifest.model
     size = sum((bundle.path / name).stat().st_size for name in manifest.files)
-    cache = sum(c.kv_heads * (c.key_size + c.value_size) for c in manifest.caches)
+    cache = sum(c.kv_heads * (c.key_size + c.value_size) for c in manifest.graphs["decoder"].slots)
     grid = table(f"{bundle.path}", "what", "value")
     bytes_each = 2 if model.dtype in ("float16", "bfloat16") else 4
     rows = {
@@ -111,7 +112,8 @@ def _exceptions(info: EngineInfo) -> Iterator[str]:
 def _source(manifest: Manifest) -> str:
     shape = manifest.graphs["encoder"].inputs[0].shape
     longest = f"at most {manifest.model.max_source}" if manifest.model.max_source else "of any length"
-    return f"{manifest.model.source} {list(shape[1:])}, {longest}; cross-attention of {len(manifest.cross_caches)} layers"
+    layers = len(manifest.graphs["decoder"].reads)
+    return f"{manifest.model.source} {list(shape[1:])}, {longest}; cross-attention of {layers} layers"
 
 
 def show_engine(bundle: Path, info: EngineInfo) -> None:
@@ -170,10 +172,12 @@ def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
 
 def show_tuning(bundle: Path, tuning: Tuning) -> None:
     simulated = f", predicted for {tuning.device}" if tuning.simulated else ""
-    grid = table(f"{bundle}: verify pass in ms{simulated}", "history", *map(str, tuning.verify.rows))
-    for history, line in zip(tuning.verify.histories, tuning.verify.milliseconds, strict=True):
-        grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
-    out.print(grid)
+    for cost in tuning.verify.batches:
+        title = f"{bundle}: verify pass in ms, batch {cost.batch}{simulated}"
+        grid = table(title, "history", *map(str, cost.rows))
+        for history, line in zip(cost.histories, cost.milliseconds, strict=True):
+            grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
+        out.print(grid)
     grid = table(f"{tuning.prompts} prompts, each drafter with its budget", "drafter", "draft ms", "acceptance", "× plain")
     for name, one in tuning.drafters.items():
         grid.add_row(name, f"{one.draft_ms:.2f}", f"{one.acceptance_length:.2f}", f"{one.speedup:.2f}")
@@ -228,9 +232,9 @@ def show_accuracy(report: dict[str, Any]) -> None:
     out.print(grid)
 
 
-def print_generation(model: Model, prompt: str, options: dict[str, Any], stream: bool, stats: bool) -> None:
+def print_generation(model: Model, prompt: str, decoder_prompt: str, options: DecodeOptions, stream: bool, stats: bool) -> None:
     """The completion on standard output, the figures on standard error."""
-    generation = Generation(model, [prompt], **options)
+    generation = model.start([prompt], decoder_prompt=decoder_prompt, **options)
     for pieces in generation.pieces():
         if stream:
             print(pieces[0], end="", flush=True)
@@ -240,14 +244,23 @@ def print_generation(model: Model, prompt: str, options: dict[str, Any], stream:
         err.print(escape(describe(result)))
 
 
-def print_transcript(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+@dataclasses.dataclass(frozen=True)
+class SpeechOptions:
+    """How a recording is heard: see Model.transcribe."""
+
+    language: str | None = None
+    task: str = "transcribe"
+    timestamps: bool | None = None
+
+
+def print_transcript(model: Model, recording: Path, speech: SpeechOptions, options: DecodeOptions, stats: bool) -> None:
     """The text, or segments with their times if requested; notes and figures on standard error."""
     started = time.perf_counter()
-    transcript = model.transcribe(recording, **options)
+    transcript = model.transcribe(recording, speech.language, speech.task, speech.timestamps, **options)
     seconds = time.perf_counter() - started
     _print_notes(transcript.notes)
     times = [f"[{segment.start:6.2f} → {segment.end:6.2f}] {segment.text}" for segment in transcript.segments]
-    print("\n".join(times) if options["timestamps"] else transcript.text)
+    print("\n".join(times) if speech.timestamps else transcript.text)
     if stats:
         for window in transcript.windows:
             err.print(escape(describe(window)))
@@ -255,13 +268,13 @@ def print_transcript(model: Model, recording: Path, options: dict[str, Any], sta
         err.print(f"{transcript.duration_s:.2f} s of audio in {seconds:.2f} s: {factor}, including opening the graphs")
 
 
-def print_captions(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+def print_captions(model: Model, recording: Path, speech: SpeechOptions, options: DecodeOptions, stats: bool) -> None:
     """A recording as a live source, one second at a time: one caption per line."""
     audio = load_audio(recording)
     _print_notes(audio.notes)
     seconds = range(0, len(audio.samples), audio.sampling_rate)
     chunks = (audio.samples[begin : begin + audio.sampling_rate] for begin in seconds)
-    for caption in model.stream_audio(chunks, **options):
+    for caption in model.stream_audio(chunks, speech.language, speech.task, **options):
         print(f"[{caption.heard_s:6.2f} s] {caption.text}")
         if stats and caption.window is not None:
             err.print(escape(describe(caption.window)))

@@ -14,7 +14,7 @@ import soundfile
 from speech import recording
 
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
 CheckpointOf = Callable[[str], Path]

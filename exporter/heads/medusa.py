@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from headstart.exporter.graph import tensor_infos
+from headstart.exporter.graph import described_graph, tensor_infos
 from headstart.exporter.graph_builder import GraphBuilder
+from headstart.runtime import contract
 from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, WeightInfo
 from headstart.runtime.documents import to_json
 from headstart.runtime.errors import HeadError
@@ -246,11 +247,11 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
     if weights.token_map is not None:
         ids = graph.node("Gather", [graph.constant("token_map", weights.token_map), ids])
     outputs = [
-        _output(ids, "topk_ids", ir.DataType.INT64, heads, top_k),
-        _output(values, "topk_log_probs", ir.DataType.FLOAT, heads, top_k),
+        _output(ids, contract.TOPK_IDS, ir.DataType.INT64, heads, top_k),
+        _output(values, contract.TOPK_LOG_PROBS, ir.DataType.FLOAT, heads, top_k),
     ]
     save_head(graph.model([source], outputs, "head"), file)
-    return GraphInfo(name, tensor_infos([source]), tensor_infos(outputs))
+    return described_graph(name, tensor_infos([source]), tensor_infos(outputs))
 
 
 def _first_block(graph: GraphBuilder, weights: MedusaWeights, source: Any) -> Any:

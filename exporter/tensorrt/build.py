@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.info import ENGINE_SCHEMA, EngineInfo, PlanInfo, Profile, engine_source
 from headstart.runtime.errors import EngineError, OptionError
+from headstart.runtime.graph import MAX_ROWS
 from headstart.runtime.memory import peak_memory_mb
 
 from .builder import BuilderOptions, build_plan
@@ -122,7 +122,7 @@ def build_tensorrt(bundle: Bundle, device: str, folder: Path, options: TensorRtO
 
 def _check_caches(bundle: Bundle) -> None:
     """TensorRT's cache update takes floats only (found with TensorRT-RTX 1.7.1: its parser refuses TensorScatter on int8)."""
-    if any(cache.dtype == "int8" for cache in bundle.manifest.caches):
+    if any(slots.dtype == "int8" for slots in bundle.manifest.graphs["decoder"].slots):
         raise EngineError(
             f"{bundle.path} keeps its cache in int8, which TensorRT cannot update in place. "
             "Fix: headstart quantize without --kv-cache int8."

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from headstart.runtime.bundle import GraphInfo
 from headstart.runtime.errors import BundleError, PromptError
 
-from .half import narrowed
 from .info import PlanInfo
 
 OPERATORS: dict[type, Callable[[int, int], int]] = {
@@ -70,7 +69,7 @@ class Source:
     mask: NDArray[np.bool_]
 
 
-def read_source(graph: GraphInfo, plan: PlanInfo | None, source: NDArray[Any], most: int, precision: str) -> Source:
+def read_source(graph: GraphInfo, plan: PlanInfo | None, source: NDArray[Any], most: int) -> Source:
     """Text is padded to `most` rows; features and samples are taken as they are.
 
     Raises PromptError for a source that the encoder was not built for.
@@ -91,7 +90,7 @@ def read_source(graph: GraphInfo, plan: PlanInfo | None, source: NDArray[Any], m
         length = source.shape[shape.index(axis)]
         check_length(plan, axis, length, "frames" if len(shape) > 1 else "samples")
         rows = axis_size(graph.outputs[0].shape[1], {axis: length})
-    return Source({info.name: narrowed(source[None], precision)}, rows, np.arange(most)[None] < rows)
+    return Source({info.name: source[None]}, rows, np.arange(most)[None] < rows)
 
 
 def check_length(plan: PlanInfo, axis: str, length: int, unit: str) -> None:

@@ -17,7 +17,7 @@ from headstart.exporter.heads.install import import_head
 from headstart.exporter.heads.recognise import recognise
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from tests.architectures import byte_tokenizer
 
 SMALL = DistillOptions(new_tokens=12, sequences=10, batch=4)

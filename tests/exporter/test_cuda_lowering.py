@@ -18,7 +18,7 @@ from headstart.exporter.passes.matmul_nbits import pack_weights
 from headstart.exporter.tensorrt.build import TensorRtOptions
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import engine_folder
-from headstart.runtime.engines.provider import open_session
+from headstart.runtime.engines.ort_session import open_session
 from headstart.runtime.errors import EngineError
 
 BundleOf = Callable[[str], Bundle]

@@ -16,9 +16,9 @@ from headstart.exporter.heads import install
 from headstart.exporter.heads.install import import_head
 from headstart.exporter.heads.recognise import recognise
 from headstart.runtime.bundle import Bundle, Manifest, write_manifest
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import HeadError, OptionError, OutputError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
 HEADS, LAYERS, HIDDEN, VOCAB = 3, 2, 64, 300
@@ -94,13 +94,17 @@ def bundle(bundle_of: BundleOf, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle_of("llama_tied").path, tmp_path / "bundle"))
 
 
+def proposals(bundle: Bundle, name: str, hidden: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+    outputs = OnnxRuntimeEngine(bundle).graph(f"heads/{name}").run({"hidden": hidden})
+    return outputs["topk_ids"], outputs["topk_log_probs"]
+
+
 def assert_equals_reference(
     bundle: Path, name: str, blocks: Blocks, projections: list[NDArray[np.float32]], heads: int = HEADS
 ) -> None:
     loaded = Bundle.load(bundle)
-    head = OnnxRuntimeEngine(loaded).head(loaded.head(name))
     hidden = np.random.default_rng(0).standard_normal((2, 1, HIDDEN)).astype(np.float32)
-    ids, log_probs = head.propose(hidden)
+    ids, log_probs = proposals(loaded, name, hidden)
     wanted = reference(hidden[:, 0], blocks, projections)
     assert ids.shape == log_probs.shape == (2, heads, 10)
     assert (ids == np.argsort(-wanted, axis=-1)[..., :10]).all()
@@ -136,7 +140,7 @@ def test_blockwise_heads_are_those_that_were_trained(bundle: Path, tmp_path: Pat
     logits = [state @ projection.T for state, projection in zip(states, projections, strict=True)]
     wanted = torch.stack(logits, 1).log_softmax(-1).topk(10)
     loaded = Bundle.load(bundle)
-    ids, log_probs = OnnxRuntimeEngine(loaded).head(loaded.head("medusa")).propose(hidden.numpy())
+    ids, log_probs = proposals(loaded, "medusa", hidden.numpy())
     assert (ids == wanted.indices.numpy()).all()
     np.testing.assert_allclose(log_probs, wanted.values, rtol=1e-5, atol=1e-4)
 
@@ -189,7 +193,7 @@ def test_truncated_vocabulary_proposes_the_target_s_ids(already_cut: bool, bundl
     import_head(bundle, write_head(tmp_path / "head", tensors, {"truncated_vocab_size": 40, "vocab_size": VOCAB}))
     loaded = Bundle.load(bundle)
     hidden = np.random.default_rng(0).standard_normal((1, 1, HIDDEN)).astype(np.float32)
-    ids, log_probs = OnnxRuntimeEngine(loaded).head(loaded.head("medusa")).propose(hidden)
+    ids, log_probs = proposals(loaded, "medusa", hidden)
     wanted = reference(hidden[:, 0], blocks, [p.numpy()[token_map] for p in projections])
     assert (ids == token_map.numpy()[np.argsort(-wanted, axis=-1)[..., :10]]).all()
     np.testing.assert_allclose(log_probs, -np.sort(-wanted, axis=-1)[..., :10], rtol=1e-5, atol=1e-4)

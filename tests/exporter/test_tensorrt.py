@@ -23,9 +23,9 @@ from headstart.exporter.tensorrt.profiles import VERIFY_ROWS, decoder_profiles
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.documents import from_json
-from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, Profile, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, HeadstartError, MissingExtraError, OptionError, OutputError
+from headstart.runtime.graph import MAX_ROWS
 from headstart.screen import describe_plan
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
@@ -73,7 +73,7 @@ def test_caches_are_updated_in_place_and_attention_is_fused(built: Built, weight
     assert plan.layers["attention_output float16"] == layers
     assert plan.kernels["fused_attention"] == layers * len(plan.profiles)
     assert set(plan.in_place) == {
-        contract.updated(name) for cache in bundle.manifest.caches for name in (cache.key_name, cache.value_name)
+        contract.updated(name) for slots in bundle.manifest.graphs["decoder"].slots for name in slots.sizes()
     }
 
 
@@ -88,7 +88,7 @@ def test_the_plan_s_tensors_are_the_manifest_s(built: Built, weights: str, devic
     for name in inputs | outputs:
         assert text.tensors[f"{name}.1"][0] == kinds.get(name, "int64"), name
     assert text.tensors["logits.1"][1][-1] == str(model.vocab_size)
-    for cache in bundle.manifest.caches:
+    for cache in bundle.manifest.graphs["decoder"].slots:
         found = text.tensors[f"{contract.updated(cache.key_name)}.1"]
         assert found == ("half", ("1", str(cache.kv_heads), str(SLOTS), str(cache.key_size)))
     assert inputs <= text.inputs and outputs <= text.outputs

@@ -19,10 +19,10 @@ from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.exporter.golden import read_golden
 from headstart.exporter.tensorrt.library import ELSEWHERE
-from headstart.runtime.engines.cuda import Cuda
+from headstart.runtime.engines.trt_cuda import Cuda
 from headstart.runtime.errors import HeadstartError
-from headstart.runtime.generation import Prompt
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.prompts import read_prompts
 
 CHECKPOINTS = Path(__file__).parent.parent.parent / "samples" / "checkpoints"

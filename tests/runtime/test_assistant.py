@@ -17,7 +17,8 @@ from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import CheckpointError, OptionError, PromptError
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
 
 
 def smaller(model: Any) -> Any:

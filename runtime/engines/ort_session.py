@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.runtime.bundle import GraphInfo, TensorInfo
 from headstart.runtime.errors import EngineError, MissingExtraError, missing_extra
+
+from .step import lowered_info
 
 OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -30,6 +36,10 @@ AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 # MatMulNBits has a kernel for few rows that reads 4 or 8 bits a weight; without this, more rows than one widen it first.
 FEW_ROWS = {"ep.cuda.fpa_intb_gemm": "1"}
 RECORDED = {"session.record_ep_graph_assignment_info": "1"}  # so that the session tells which provider has which node
+
+
+# ONNX's numbers for element types.
+ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 
 
 class CaptureError(Exception):
@@ -158,3 +168,34 @@ def _library(provider: Provider) -> Any:
     if provider.location == "cuda":
         ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's packages, where those are installed
     return ort
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session, and the manifest's description of its graph with the types and inputs that the session has."""
+
+    session: Any
+    info: GraphInfo
+
+
+def opened(session: Any, info: GraphInfo) -> Opened:
+    return Opened(session, lowered_info(info, _tensors(session.get_inputs()), _tensors(session.get_outputs())))
+
+
+def _tensors(nodes: Any) -> list[TensorInfo]:
+    return [TensorInfo(node.name, element_type(node.type), tuple(node.shape)) for node in nodes]
+
+
+def element_type(ort_type: str) -> str:
+    """numpy's name of ONNX Runtime's "tensor(float16)"."""
+    name = ort_type.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def host_value(array: NDArray[Any]) -> Any:
+    """A tensor on the array's own memory; bfloat16 goes by its bits, for ONNX Runtime takes no such array."""
+    import onnxruntime as ort
+
+    if array.dtype != "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ELEMENTS["bfloat16"])

@@ -11,22 +11,39 @@ piece of scratch memory. What differs between the libraries, besides the module'
 NOT YET RUN ON A GPU. The calls are tested against stand-ins for the modules, and their names against the real ones.
 """
 
+import dataclasses
 import importlib
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from headstart.runtime import contract
+from headstart.runtime.bundle import GraphInfo, TensorInfo
 from headstart.runtime.errors import EngineError, missing_extra
 
-from .info import EngineInfo
-from .tensorrt_device import Device
+from .buckets import Pass, passes
+from .device import Tensor
+from .info import EngineInfo, Profile
+from .step import lowered_info
+from .trt_memory import Device
 
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
 RUNTIME_CACHE = "runtime.cache"  # beside the plans; not hashed, for it changes
 Key = tuple[Any, ...]
+# The library's names of types to numpy's.
+TYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "UINT8": "uint8",
+}
 
 
 class GraphDevice(Device, Protocol):
@@ -39,6 +56,47 @@ class GraphDevice(Device, Protocol):
         ...
 
     def launch(self, graph: int) -> None: ...
+
+
+class Plan(Protocol):
+    """A built graph.
+
+    Attributes:
+        kinds: tensor -> type, of all inputs and outputs.
+    """
+
+    kinds: Mapping[str, str]
+
+    def run(self, profile: int, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+        """Start one pass. `shapes` are the inputs'; `addresses` those of inputs and outputs."""
+        ...
+
+
+class PlanExecutor:
+    """A plan as the device layer runs it."""
+
+    def __init__(self, plan: Plan, info: GraphInfo, profiles: Sequence[Profile]) -> None:
+        self.plan, self.profiles = plan, tuple(profiles)
+        self.info = plan_info(info, plan.kinds)
+
+    def passes(self, rows: int, chosen: int, batch: int) -> list[Pass]:
+        return passes(self.profiles, rows, chosen, batch)
+
+    def run(self, profile: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], replay: bool) -> None:
+        """Plans know themselves which profiles' passes are replayed."""
+        shapes = {name: tensor.shape for name, tensor in inputs.items()}
+        self.plan.run(profile, shapes, {name: tensor.address for name, tensor in (*inputs.items(), *outputs.items())})
+
+
+def plan_info(info: GraphInfo, kinds: Mapping[str, str]) -> GraphInfo:
+    """The manifest's description of a graph with what lowering for TensorRT replaces and adds."""
+    inputs = (*info.inputs, TensorInfo(contract.ROW_MASK, "", (contract.BATCH, contract.ROWS, contract.ROWS)))
+    outputs = (*info.outputs, TensorInfo(contract.BEST_IDS, "", (contract.BATCH, contract.CHOSEN)))
+
+    def lowered(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+        return [dataclasses.replace(tensor, dtype=kinds[tensor.name]) for tensor in tensors if tensor.name in kinds]
+
+    return lowered_info(info, lowered(inputs), lowered(outputs))
 
 
 class PlanLoader:
@@ -137,6 +195,7 @@ class LoadedPlan:
         if weights is not None:
             self._put_in(weights)
         self.names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        self.kinds: Mapping[str, str] = {name: TYPES[self.engine.get_tensor_dtype(name).name] for name in self.names}
         size = self.engine.device_memory_size_v2
         self._scratch = cuda.allocate(size) if size else 0, size
         self._contexts: dict[int, Any] = {}
