@@ -3,8 +3,8 @@
     python samples/bench/batching.py BUNDLE --prompts samples/checkpoints/pycode/held_out_prompts.jsonl
 
 Every round decodes each (batch, drafter) once, so that what else the machine does reaches all of them; medians are printed.
-A rate is all sequences' tokens after their first over the seconds of decoding, without the prompts. The tokens of every batch
-are compared with those of single runs: two operators of ONNX Runtime differ in the last bits, which decides near-ties.
+A rate is all sequences' tokens after their first over the seconds of the call, less those of the prompts. The tokens of every
+batch are compared with those of single runs: two operators of ONNX Runtime differ in the last bits, which decides near-ties.
 """
 
 import argparse
@@ -13,14 +13,16 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from headstart.runtime.errors import HeadstartError
-from headstart.runtime.generation import Result
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
+from headstart.runtime.results import Result
 
 
 @dataclass
@@ -41,25 +43,28 @@ def measure(model: Model, prompts: list[str], cells: list[Cell], rounds: int, ne
     """Fill the cells; the first round warms up and is not counted."""
     for number in range(rounds + 1):
         for cell in cells:
-            results = model.generate(
-                prompts[: cell.batch], max_new_tokens=new_tokens, drafter=cell.drafter, ignore_end=True, temperature=0
-            )
+            started = time.perf_counter()
+            results = decode(model, prompts[: cell.batch], cell.drafter, new_tokens)
             if number:
-                cell.rates.append(total_rate(results))
+                cell.rates.append(total_rate(results, time.perf_counter() - started))
 
 
-def total_rate(results: Sequence[Result]) -> float:
-    """Tokens/s of the whole batch, whose seconds are the same for all."""
-    return sum(len(result.token_ids) - 1 for result in results) / max(result.stats.decode_s for result in results)
+def decode(model: Model, prompts: list[str], drafter: str, new_tokens: int) -> list[Result]:
+    return model.generate(prompts, max_new_tokens=new_tokens, drafter=drafter, ignore_end=True, temperature=0)
+
+
+def total_rate(results: Sequence[Result], seconds: float) -> float:
+    """Tokens/s of all sequences of a call that took `seconds`, of which each spent some on its own prompt."""
+    prompts_s = sum(result.stats.prefill_s for result in results)
+    return sum(len(result.token_ids) - 1 for result in results) / (seconds - prompts_s)
 
 
 def compare(model: Model, prompts: list[str], cells: list[Cell], new_tokens: int) -> None:
     """Note which sequences of a batch got other tokens than alone, in plain decoding."""
     longest = max(cell.batch for cell in cells)
-    options = {"max_new_tokens": new_tokens, "ignore_end": True, "temperature": 0}
-    alone = [model.generate(prompt, drafter="none", **options).token_ids for prompt in prompts[:longest]]
+    alone = [decode(model, [prompt], "none", new_tokens)[0].token_ids for prompt in prompts[:longest]]
     for cell in cells:
-        together = model.generate(prompts[: cell.batch], drafter=cell.drafter, **options)
+        together = decode(model, prompts[: cell.batch], cell.drafter, new_tokens)
         cell.differing = {row for row, result in enumerate(together) if result.token_ids != alone[row]}
 
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "samples" / "bench"
 from batching import Cell, compare, machine, measure, table
 
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 
 def test_batches_are_measured_and_compared(bundle_of: Callable[[str], Bundle]) -> None:
