@@ -82,8 +82,8 @@ CASES = [("t5", STATIC), ("t5", GPTQ4), ("bart", SMOOTH), ("bart", AWQ), ("whisp
 def test_what_is_built_decodes_losslessly(made: Made, name: str, options: QuantizeOptions) -> None:
     """`build` has held the lowered graphs against the canonical ones; here drafts against plain decoding, and both graphs."""
     bundle = made(name, options)
-    report = verify(bundle.path, max_new_tokens=12)
-    assert report.ok and [check.drafter for check in report.drafters][:1] == ["ngram"]
+    report = verify(bundle.path, max_new_tokens=12, samples=100)
+    assert report.ok and "ngram" in [check.drafter for check in report.greedy]
     assert all(linear.quantized for file in (DECODER, ENCODER) for linear in linears(ir.load(bundle.path / file)))
     assert bundle.manifest.quantization["method"] == options.method
     decoder = bundle.manifest.graphs["decoder"]
