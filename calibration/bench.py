@@ -1,6 +1,6 @@
-"""Benchmark of a bundle: what each drafter brings on each class of prompts, and what a verify pass costs.
+"""Benchmark of a bundle on one device: the speed of each drafter on each class of prompts, and the cost of a verify pass.
 
-Everything compared is interleaved in one run, several rounds, and medians are reported, with the spread of the rounds.
+Settings that are compared are interleaved in one run of several rounds; medians are reported, with the spread of the rounds.
 """
 
 import platform
@@ -31,7 +31,7 @@ class BenchRow:
     Attributes:
         prefill_tokens_per_s: prompt tokens over the time to the first token.
         ttft_ms: time to first token, median over prompts.
-        decode_tokens_per_s: new tokens behind the first, per second; slowest and fastest round beside it.
+        decode_tokens_per_s: new tokens after the first, per second; `slowest` and `fastest` are of the rounds.
         acceptance_length: new tokens per verify call.
         round_cost: time of one draft, verify and commit, in plain decoding steps.
         speedup: decode_tokens_per_s over plain decoding's.
@@ -55,6 +55,7 @@ class Bench:
 
     Attributes:
         machine: processor, threads, packages.
+        device: as `load` was given it; `built` is False where the canonical graph decodes, nothing being built for it.
         commit: of the repository this ran in; empty outside one.
         verify_ms: cost of a verify pass by rows, per history: {"64": {"1": ms, …}}.
         peak_memory_mb: of this process, the model included.
@@ -63,6 +64,8 @@ class Bench:
     machine: dict[str, str]
     commit: str
     bundle: str
+    device: str
+    built: bool
     quantization: str
     verify_ms: dict[str, dict[str, float]]
     rows: tuple[BenchRow, ...]
@@ -111,6 +114,8 @@ def bench(
         machine=machine(model.engine.threads),
         commit=_commit(),
         bundle=model.bundle.path.name,
+        device=model.engine.device,
+        built=model.engine.built is not None,
         quantization=", ".join(f"{k} {v}" for k, v in model.bundle.manifest.quantization.items()) or "none",
         verify_ms=_by_rows(cost),
         rows=tuple(_row(name, kind, runs) for name, kind in runs),
@@ -157,15 +162,24 @@ def _by_rows(cost: VerifyCost) -> dict[str, dict[str, float]]:
 
 
 def machine(threads: int) -> dict[str, str]:
-    """What a reader needs to know of where a figure comes from."""
+    """Where a figure was measured: processor, threads, system and packages."""
     return {
         "processor": processor(),
         "threads": str(threads),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "onnxruntime": version("onnxruntime"),
+        "onnxruntime": _onnxruntime(),
         "headstart": version("headstart"),
     }
+
+
+def _onnxruntime() -> str:
+    """Its version, whichever package brought it; a device with TensorRT alone has none."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return "none"
+    return str(onnxruntime.__version__)
 
 
 def _commit() -> str:
@@ -186,7 +200,8 @@ def draw(result: Bench, file: Path) -> None:
     right.set(title="one verify pass", xlabel="rows", ylabel="ms", ylim=(0, None))
     right.legend()
     figure.suptitle(
-        f"{result.bundle} ({result.quantization}) on {result.machine['processor']}, {result.machine['threads']} threads"
+        f"{result.bundle} ({result.quantization}) on {result.device}: {result.machine['processor']}, "
+        f"{result.machine['threads']} threads"
     )
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

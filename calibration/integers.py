@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from headstart.exporter.passes.linear import Linear
 from headstart.exporter.passes.surgery import Writer, producer
+from headstart.exporter.passes.values import name_of
 from headstart.runtime import contract
 from headstart.runtime.bundle import KeyValueInfo
 
@@ -26,18 +27,18 @@ def quantize_inputs(model: Any, layers: Sequence[Linear], feeds: Feeds) -> None:
     """Let each of `layers` read its input rounded to int8, in steps of 1/127 of the largest magnitude in the data."""
     sources: dict[str, Linear] = {}
     for linear in layers:
-        sources.setdefault(linear.node.inputs[0].name, linear)  # the first reader: nodes are in the order of computation
+        sources.setdefault(name_of(linear.source), linear)  # the first reader: nodes are in the order of computation
     largest = dict.fromkeys(sources, 0.0)
     for arrays in activations(model, list(sources), feeds):
         for name, values in zip(sources, arrays, strict=True):
             largest[name] = max(largest[name], float(np.abs(values).max()))
     rounded = {name: _rounded_input(model, linear, largest[name]) for name, linear in sources.items()}
     for linear in layers:
-        linear.node.replace_input_with(0, rounded[linear.node.inputs[0].name])
+        linear.node.replace_input_with(0, rounded[name_of(linear.source)])
 
 
 def _rounded_input(model: Any, linear: Linear, largest: float) -> Any:
-    source = linear.node.inputs[0]
+    source = linear.source
     write = Writer(model, linear.node)
     scale = write.constant(f"{linear.name}.input_scale", np.float32(max(largest, SMALLEST) / LARGEST))
     zero = write.constant("integer_zero", np.int8(0))

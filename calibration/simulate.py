@@ -16,6 +16,7 @@ from headstart.exporter.devices import Device, device_named
 from headstart.exporter.heads.storage import load_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import linears
+from headstart.exporter.passes.values import dtype_of
 from headstart.runtime.budget import Budget, DrafterStats
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.documents import to_json
@@ -111,7 +112,7 @@ def matrix_millions(model: Any, dtype: str) -> Mapping[str, float]:
     model, _ = split_gemms(model)
     counts: dict[str, float] = {}
     for linear in linears(model):
-        kind = linear.weight.dtype.name.lower() if linear.quantized else "bfloat16" if dtype == "bfloat16" else "float16"
+        kind = dtype_of(linear.weight).name.lower() if linear.quantized else "bfloat16" if dtype == "bfloat16" else "float16"
         counts[kind] = counts.get(kind, 0.0) + float(np.prod(linear.shape)) / 1e6
     return counts
 

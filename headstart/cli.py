@@ -5,8 +5,9 @@ Heavy packages are imported inside the commands, so that `--help` is instant and
 
 import signal
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
@@ -25,8 +26,11 @@ app.add_typer(heads_app, name="heads")
 
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, or what the bundle was built for: cuda, cuda:tensorrt, trt-rtx:sm89, tensorrt.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
-Untuned = Annotated[bool, typer.Option("--untuned", help="Leave aside what headstart tune found.")]
+Untuned = Annotated[bool, typer.Option("--untuned", help="Ignore what headstart tune measured.")]
 DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
 
 
@@ -62,6 +66,18 @@ def options(
     """Options of the program itself."""
 
 
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line on standard error, in place of Python's, which names a line of source code."""
+    print(f"headstart: warning: {message}", file=sys.stderr)
+
+
 class _Interrupted(KeyboardInterrupt):
     """A signal that ends the program, raised so that temporary files are removed as on Ctrl-C."""
 
@@ -78,6 +94,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
     from headstart.runtime.errors import HeadstartError, missing_extra
 
+    warnings.showwarning = _print_warning
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
@@ -105,6 +122,7 @@ def export(
     assistant_of: Annotated[
         Path | None, typer.Option(help="Bundle with the very same encoder: leave it out here, and draft for that one.")
     ] = None,
+    check: Annotated[bool, typer.Option(help="Compare the exported graphs with the checkpoint.")] = True,
     force: Force = False,
 ) -> None:
     """Export a checkpoint, with draft heads, to a bundle."""
@@ -114,7 +132,9 @@ def export(
 
     with stages() as progress:
         layers = _integers(aux_layers)
-        bundle = run(checkpoint, output, head or (), dtype, max_cache, layers, force, progress, assistant_of)
+        bundle = run(checkpoint, output, head or (), dtype, max_cache, layers, force, progress, assistant_of, check)
+    for note in bundle.manifest.provenance.notes:
+        print(f"Note: {note}", file=sys.stderr)
     print(f"{bundle.path}: {bundle.manifest.model.architecture}, heads: {', '.join(bundle.manifest.heads) or 'none'}")
 
 
@@ -162,21 +182,26 @@ def build(
         typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
     ] = "cpu",
     precision: Annotated[
-        Literal["float16", "bfloat16"], typer.Option(help="TensorRT and cuda: of a float32 bundle.")
-    ] = "float16",
+        Literal["float16", "bfloat16"] | None,
+        typer.Option(help="TensorRT and cuda: of a float32 bundle; float16 by default."),
+    ] = None,
     cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
-    batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
-    prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
-    source: Annotated[int, typer.Option(help="TensorRT: tokens of the longest source of an encoder-decoder.")] = 512,
+    batch: Annotated[int | None, typer.Option(help="TensorRT: sequences decoded together; 1 by default.")] = None,
+    prefill_rows: Annotated[
+        int | None, typer.Option(help="TensorRT: the most prompt tokens of one pass; 512 by default.")
+    ] = None,
+    source: Annotated[
+        int | None, typer.Option(help="TensorRT: tokens of the longest source of an encoder-decoder; 512 by default.")
+    ] = None,
     audio_seconds: Annotated[
-        float | None, typer.Option(help="TensorRT: the longest recording, where the model hears any length; 30 by default.")
+        float | None, typer.Option(help="TensorRT: the longest recording, for models that take any length; 30 by default.")
     ] = None,
     fits: Annotated[str | None, typer.Option(help="TensorRT: stop unless it fits this board; see headstart plan.")] = None,
     workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="Classic TensorRT: keeps timings between builds.")] = None,
     strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights, and beside it the graph they come from.")
+        bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights, and the graph they come from.")
     ] = False,
     refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights can be exchanged later.")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="TensorRT: newer versions load it.")] = False,
@@ -185,18 +210,30 @@ def build(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Make a bundle's graphs ready for one device."""
+    """Prepare a bundle's graphs for one device."""
     from headstart.exporter.build import build as run
-    from headstart.exporter.tensorrt.build import TensorRtOptions
-    from headstart.exporter.tensorrt.builder import BuilderOptions
+    from headstart.exporter.targets.options import options_for
 
     from .screen import show_engine, stages
 
-    flags = (strip_weights, refit, version_compatible, hardware_compatible)
-    builder = BuilderOptions(workspace_mb, optimization_level, *flags, timing_cache)
+    given = {
+        "precision": precision,
+        "cache": cache,
+        "batch": batch,
+        "prefill_rows": prefill_rows,
+        "source": source,
+        "audio_seconds": audio_seconds,
+        "fits": fits,
+        "workspace_mb": workspace_mb,
+        "optimization_level": optimization_level,
+        "timing_cache": timing_cache,
+        "strip_weights": strip_weights,
+        "refit": refit,
+        "version_compatible": version_compatible,
+        "hardware_compatible": hardware_compatible,
+    }
     with stages() as progress:
-        sizes = (precision, cache, batch, prefill_rows, source, audio_seconds)
-        info = run(bundle, device, force, progress, TensorRtOptions(*sizes, fits, builder))
+        info = run(bundle, device, force=force, progress=progress, options=options_for(device, given))
     show_engine(bundle, info)
 
 
@@ -214,11 +251,18 @@ def plan(
     """The memory a TensorRT engine will need, before it is built, and the boards it fits."""
     from headstart.exporter.devices import DEVICES
     from headstart.exporter.memory_plan import memory_plan
-    from headstart.exporter.tensorrt.build import TensorRtOptions
+    from headstart.exporter.tensorrt.options import TensorRtOptions
 
     from .screen import show_plans
 
-    options = TensorRtOptions(precision, cache, batch, prefill_rows, source, audio_seconds)
+    options = TensorRtOptions(
+        precision=precision,
+        cache=cache,
+        batch=batch,
+        prefill_rows=prefill_rows,
+        source=source,
+        audio_seconds=audio_seconds,
+    )
     show_plans(bundle, [memory_plan(bundle, name, options) for name in on or DEVICES])
 
 
@@ -368,6 +412,7 @@ def bench(
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts of each class.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.")] = 5,
+    device: Device = "cpu",
     drafter: Annotated[list[str] | None, typer.Option(help="Measure this one; may be repeated. All by default.")] = None,
     draft_model: DraftModel = None,
     untuned: Untuned = False,
@@ -387,7 +432,7 @@ def bench(
 
     classes = {kind: texts[:limit] for kind, texts in read_prompt_classes(prompts).items()}
     started = time.perf_counter()
-    model = load(bundle, threads=threads, draft_model=draft_model, tuned=not untuned)
+    model = load(bundle, device, threads, draft_model, tuned=not untuned)
     load_s = time.perf_counter() - started
     with counted() as progress:
         result = run(model, classes, max_new_tokens, rounds, drafter or (), load_s, progress)
@@ -412,6 +457,8 @@ def compare(
     prompts: Annotated[Path, typer.Option(help="Prompts for the acceptance lengths.", show_default=False)],
     limit: Annotated[int, typer.Option(help="Use the first N prompts.", min=1)] = 12,
     tokens: Annotated[int, typer.Option(help="Of the text.", min=256)] = 16384,
+    device: Device = "cpu",
+    threads: Threads = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw it there; needs the bench extra.")] = None,
 ) -> None:
@@ -423,7 +470,8 @@ def compare(
     from .screen import counted, show_quantization, write_json
 
     with counted() as progress:
-        report = run(bundles, data, read_inputs(prompts)[:limit], tokens, progress=progress)
+        texts = read_inputs(prompts)[:limit]
+        report = run(bundles, data, texts, tokens, progress=progress, device=device, threads=threads)
     show_quantization(report)
     if json_file:
         write_json(json_file, report)
@@ -438,10 +486,15 @@ def verify(
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     checkpoint: Annotated[Path | None, typer.Option(help="Compare with this checkpoint in torch, too.")] = None,
+    samples: Annotated[
+        int, typer.Option(help="Continuations drawn with each drafter to test sampled decoding; 0 leaves that out.", min=0)
+    ] = 1000,
+    device: Device = "cpu",
+    threads: Threads = None,
     draft_model: DraftModel = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
 ) -> None:
-    """Lossless? Equal to the checkpoint? Exit code 1 on a fault."""
+    """Intact, equal to the checkpoint, lossless? Exit code 1 on a fault."""
     from headstart.calibration.verify import verify as run
     from headstart.runtime.prompts import read_inputs
 
@@ -449,7 +502,7 @@ def verify(
 
     texts = read_inputs(prompts)[:limit] if prompts else []
     with counted() as progress:
-        report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, progress=progress)
+        report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, device, progress, threads=threads, samples=samples)
     show_report(report)
     if json_file:
         write_json(json_file, report)

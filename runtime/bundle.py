@@ -156,7 +156,9 @@ class GenerationRules:
     begin_suppress_tokens: tuple[int, ...] = ()
     min_length: int | None = None
     max_length: int | None = None
+    max_new_tokens: int | None = None
     min_new_tokens: int | None = None
+    repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -173,13 +175,18 @@ class GenerationRules:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the bundle came from: command, source, package versions, hashes of the source's weight files."""
+    """Where the bundle came from: command, source, package versions, hashes of the source's weight files.
+
+    Attributes:
+        notes: what the export has to say about the bundle, one sentence each: settings that are not applied, say.
+    """
 
     command: str
     source: str
     created: str  # ISO 8601, UTC
     versions: dict[str, str]
     source_sha256: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ class HeadInfo:
     """A draft head: `heads/<name>/head.json`. `shared` names head initializers that lie in the target's data file."""
 
     name: str
-    family: str  # "medusa"
+    family: str  # a row of the table of families, "medusa"
     dialect: str  # the published format it was imported from
     hidden_size: int
     vocab_size: int
@@ -195,7 +202,6 @@ class HeadInfo:
     top_k: int  # candidates per head
     graph: GraphInfo
     shared: dict[str, WeightInfo] = field(default_factory=dict)
-    lossless: bool = True
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .drafters.aligned_copy import previous_hypothesis
 from .drafters.base import Drafter
 from .errors import OptionError, PromptError
 from .graph import Engine
-from .options import GenerateOptions, GenerateSettings, settings
+from .options import GenerateOptions, GenerateSettings, most_new_tokens, settings
 from .results import Result, stats_of
 from .scheduler import Event, Scheduler
 from .sequence import Request, TokenLogProbs
@@ -100,29 +100,37 @@ class Generator:
             raise OptionError(
                 f"There must be one hypothesis for each of the {len(inputs)} prompts, got {len(chosen.hypotheses)}."
             )
-        drafter = self._chosen_drafter(chosen)
+        drafter, untuned = self._chosen_drafter(chosen)
         watches = [TextWatch(TextStream(self.tokenizer, chosen.stop, list(given.prompt_ids))) for given in inputs]
-        requests = [self._request(i, given, chosen, drafter, watches[i]) for i, given in enumerate(inputs)]
+        budgets = [self.budget(drafter, chosen.sampling.greedy, untuned) for _ in inputs]
+        requests = [self._request(i, inputs[i], chosen, drafter, budgets[i], watches[i]) for i in range(len(inputs))]
         return Generation(self, self._add(requests), watches)
 
-    def _chosen_drafter(self, chosen: GenerateSettings) -> Drafter | None:
-        if chosen.hypotheses and chosen.drafter == "auto":
-            return previous_hypothesis()
-        return self.drafter(chosen.drafter)
+    def _chosen_drafter(self, chosen: GenerateSettings) -> tuple[Drafter | None, bool]:
+        """The drafter, and whether it must first show that it pays. An earlier hypothesis is nearly always right."""
+        if chosen.drafter != "auto":
+            return self.drafter(chosen.drafter), False
+        return (previous_hypothesis(), False) if chosen.hypotheses else (self.drafter("auto"), True)
 
     def _request(
-        self, index: int, given: Input, chosen: GenerateSettings, drafter: Drafter | None, watch: TextWatch
+        self,
+        index: int,
+        given: Input,
+        chosen: GenerateSettings,
+        drafter: Drafter | None,
+        budget: Budget | None,
+        watch: TextWatch,
     ) -> Request:
         seed = chosen.sampling.seed
         return Request(
             prompt_ids=given.prompt_ids,
-            max_new_tokens=chosen.max_new_tokens,
+            max_new_tokens=most_new_tokens(chosen.max_new_tokens, self.bundle.manifest.generation, len(given.prompt_ids)),
             sampling=chosen.sampling,
             rules=chosen.rules,
             end_tokens=chosen.end_tokens,
             drafter=drafter,
             draft_nodes=chosen.draft_nodes,
-            budget=self.budget(drafter, chosen.sampling.greedy, untuned=chosen.drafter == "auto"),
+            budget=budget,
             acceptance=chosen.acceptance,
             source=given.source,
             source_ids=given.source_ids(self.bundle.manifest.model.source),

@@ -12,7 +12,7 @@ from .drafters.draft_model import DraftModelDrafter
 from .drafters.families import load_head
 from .drafters.ngram import NGramDrafter
 from .engines.ort_engine import DRAFT_THREADS
-from .engines.registry import open_engine
+from .engines.registry import device_kind, open_engine
 from .errors import OptionError
 from .graph import Engine
 from .model import Model
@@ -43,6 +43,7 @@ def load(
         OptionError: unknown device, or a draft model with another vocabulary.
         EngineError: the built engine or the tuning is of another bundle, machine or number of threads; or there is no GPU.
     """
+    device_kind(device)  # refuse an unknown device before anything is read
     bundle = Bundle.load(path, check_hashes=False)  # the engine checks what it reads
     engine = open_engine(bundle, device, threads)
     _warn_if_slow(engine)

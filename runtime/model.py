@@ -15,7 +15,7 @@ from .drafters.base import Drafter
 from .errors import BundleError, PromptError
 from .generation import Generation, Generator, Input, check_given
 from .graph import Engine
-from .options import MAX_NEW_TOKENS, DecodeOptions, GenerateOptions, sampling_options
+from .options import DecodeOptions, GenerateOptions, most_new_tokens, sampling_options
 from .results import Result
 from .rules import TokenRules
 from .scheduler import Scheduler
@@ -162,20 +162,19 @@ class Model:
             PromptError: the prompt is empty or too long for the cache.
             OptionError: an option has a value it cannot have.
         """
-        stated = self.bundle.manifest.generation
+        check_given([prompt])
+        stated, given = self.bundle.manifest.generation, self.input(prompt, decoder_prompt)
         chosen: GenerateOptions = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
         options = BeamOptions(
             num_beams=stated.num_beams if num_beams is None else num_beams,
             length_penalty=stated.length_penalty if length_penalty is None else length_penalty,
             early_stopping=stated.early_stopping if early_stopping is None else early_stopping,
             renormalize=stated.renormalize_logits,
-            max_new_tokens=MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+            max_new_tokens=most_new_tokens(max_new_tokens, stated, len(given.prompt_ids)),
             sampling=sampling_options(chosen, stated),
             end_tokens=frozenset(stated.eos_token_ids),
             rules=TokenRules.of(stated),
         )
-        check_given([prompt])
-        given = self.input(prompt, decoder_prompt)
         with self.generator.exclusive() as engine:
             hypotheses = beam_search(engine, given.prompt_ids, options, given.source)
         return [Beam(self.tokenizer.decode(h.token_ids), h.token_ids, h.score) for h in hypotheses]

@@ -64,12 +64,12 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """Options whose defaults are filled in; see GenerateOptions."""
+    """Options whose defaults are filled in, but for the limit (see `most_new_tokens`); see GenerateOptions."""
 
     sampling: SamplingOptions
     rules: TokenRules
     end_tokens: frozenset[int]
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int | None = None
     drafter: str = "auto"
     draft_nodes: int | None = None
     acceptance: str | None = None
@@ -90,12 +90,11 @@ def settings(options: GenerateOptions, stated: GenerationRules) -> GenerateSetti
     if acceptance is not None:
         check_rule(acceptance, options.get("lossy", False))
     stop = options.get("stop", ())
-    limit = options.get("max_new_tokens")
     return GenerateSettings(
         sampling=sampling_options(options, stated),
         rules=TokenRules.of(stated, options.get("timestamps", False), ends),
         end_tokens=frozenset(stated.eos_token_ids) if ends else frozenset(),
-        max_new_tokens=MAX_NEW_TOKENS if limit is None else limit,
+        max_new_tokens=options.get("max_new_tokens"),
         drafter=options.get("drafter", "auto"),
         draft_nodes=options.get("draft_nodes"),
         acceptance=acceptance,
@@ -114,5 +113,16 @@ def sampling_options(options: GenerateOptions, stated: GenerationRules) -> Sampl
     return dataclasses.replace(
         chosen,
         no_repeat_ngram=stated.no_repeat_ngram_size if size is None else size,
-        repetition_penalty=1.0 if penalty is None else penalty,
+        repetition_penalty=stated.repetition_penalty if penalty is None else penalty,
     )
+
+
+def most_new_tokens(wanted: int | None, stated: GenerationRules, prompt_tokens: int) -> int:
+    """The user's limit, else the checkpoint's own, else MAX_NEW_TOKENS. A checkpoint's `max_length` counts the prompt, too."""
+    if wanted is not None:
+        return wanted
+    if stated.max_new_tokens is not None:
+        return stated.max_new_tokens
+    if stated.max_length is not None and stated.max_length > prompt_tokens:
+        return stated.max_length - prompt_tokens
+    return MAX_NEW_TOKENS

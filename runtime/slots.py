@@ -29,6 +29,7 @@ class SlotTable:
         self._graph = engine.graph("decoder")
         self._state: State | None = None
         self.sequences: list[Sequence] = []
+        self._sources: dict[int, CrossState] = {}  # by sequence id, where sources are read
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether it can join now. A state whose sizes are fixed takes only what fits it while others run."""
@@ -54,6 +55,7 @@ class SlotTable:
         self.sequences.append(sequence)
         self.state.rewind(row, 0)
         if sources is not None:
+            self._sources[sequence.id] = sources
             self.state.put_sources(row, sources)
 
     def leave(self, finished: set[int], filling: Sequence | None) -> None:
@@ -66,7 +68,12 @@ class SlotTable:
             order[row], order[-1] = order[-1], order[row]
         if order != list(range(len(order))):
             self.state.gather([*order, *range(len(order), self.state.batch)])
-        self.sequences = [self.sequences[row] for row in order]
+        self.sequences, moved = [self.sequences[row] for row in order], [i for i, row in enumerate(order) if row != i]
+        self._sources = {s.id: self._sources[s.id] for s in self.sequences if s.id in self._sources}
+        for row in moved:
+            sources = self._sources.get(self.sequences[row].id)
+            if sources is not None:  # a state's gather leaves them where they are: beams share theirs
+                self.state.put_sources(row, sources)
         if not self.sequences:
             self._state = None  # memory is given back between requests
 

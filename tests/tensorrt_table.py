@@ -16,7 +16,7 @@ from architectures import ARCHITECTURES, ENCODER_DECODERS, save_checkpoint, tiny
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.build import build
 from headstart.exporter.export import export
-from headstart.exporter.tensorrt.build import TensorRtOptions
+from headstart.exporter.tensorrt.options import TensorRtOptions
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import EngineInfo, built_engine
 from headstart.runtime.errors import HeadstartError

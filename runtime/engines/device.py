@@ -1,8 +1,9 @@
 """Graphs on a device, for every library that runs them: tensors at addresses, passes of padded sizes, states, lazy outputs.
 
 A pass goes up in one copy (`step`), runs at addresses that stay where they are, so that CUDA graphs can be replayed, and its
-outputs come down when they are asked for. A commit moves slots on the device. What differs between ONNX Runtime and TensorRT
-is behind two protocols: `DeviceMemory` (`ort_device`, `trt_memory`) and `Executor` (`ort_device`, `trt_plans`).
+outputs are copied to the host when they are read. A commit moves slots on the device. ONNX Runtime and TensorRT differ in
+their implementations of two protocols: `DeviceMemory` (`ort_device`, `trt_memory`) and `Executor` (`ort_device`,
+`trt_plans`).
 
 HAS NOT BEEN RUN ON A GPU YET: tests run it on the CPU provider, and over stand-ins for TensorRT's device and plans.
 """
@@ -181,7 +182,7 @@ class DeviceSources:
         return self.tensors[contract.ENCODER_MASK].shape[1] if self.tensors else 0
 
     def _lengthen(self, given: Mapping[str, NDArray[Any]], length: int) -> None:
-        """Tensors for sources of that length, with what was put into shorter ones before."""
+        """Tensors for sources of that length, with the contents of the shorter ones."""
         others = {} if self.batch == 1 else {row: self.row(row) for row in self._put}
         if length not in self._kept:
             self._kept[length] = self._memory.tensors(
@@ -302,7 +303,7 @@ class OutputMemory:
 
 
 class DeviceOutputs:
-    """`Outputs` on the device: each comes down when something of it is asked for."""
+    """`Outputs` on the device: each is copied to the host when it is read."""
 
     def __init__(
         self,
@@ -388,6 +389,9 @@ class DeviceGraph:
             raise EngineError(f"The graph {name} keeps a recurrent state, which only the cpu engine keeps. Fix: --device cpu.")
         self.name, self.info, self.executor = name, info, executor
         self._memory, self._once = memory, once
+        self._inputs = step_inputs(executor.info)
+        self._slots = state_names(executor.info)
+        self._kept = self._slots | source_names(executor.info)
         self._states = StatePool(executor.info, memory, mover, room)
         self._outputs = OutputMemory(memory)
         self._steps: dict[tuple[Any, ...], tuple[StepInputs, dict[str, Tensor]]] = {}
@@ -400,7 +404,7 @@ class DeviceGraph:
 
     def reserve_prompts(self, sizes: Mapping[str, int]) -> None:
         """Allocate inputs for the longest prompt."""
-        nbytes = StepInputs(step_inputs(self.executor.info), sizes).data.nbytes
+        nbytes = StepInputs(self._inputs, sizes).data.nbytes
         self._prompts.tensors({"inputs": ((nbytes,), "uint8")})
 
     def new_state(self, batch: int, slots: int, sources: CrossState | None = None) -> GraphState:
@@ -416,7 +420,7 @@ class DeviceGraph:
         row_mask: NDArray[np.bool_] | None = None,
     ) -> Outputs:
         assert state is None or isinstance(state, GraphState)
-        sizes = measured_sizes(step_inputs(self.executor.info), inputs)
+        sizes = measured_sizes(self._inputs, inputs)
         if contract.ROWS not in sizes:
             whole = Pass(0, 0, 0, 0)
             return self._run(whole, inputs, sizes, state, None)
@@ -453,7 +457,7 @@ class DeviceGraph:
         self._memory.write(sent["inputs"], step.data)
         given = step_tensors(step, sent["inputs"]) | self._state_tensors(state)
         returned = self._new_outputs(padded)
-        updated = {contract.updated(name): tensor for name, tensor in given.items() if name in self._slot_names()}
+        updated = {contract.updated(name): tensor for name, tensor in given.items() if name in self._slots}
         replay = part.replayed and (state is None or state.begin == 0)
         self.executor.run(part.profile, given, returned | updated, replay)
         outputs = DeviceOutputs(self._memory, returned, self._axes, sizes)
@@ -464,15 +468,12 @@ class DeviceGraph:
             self._memory.free(tensors)
         return fetched
 
-    def _slot_names(self) -> set[str]:
-        return state_names(self.executor.info)
-
     def _step(self, sizes: Mapping[str, int], prompt: bool) -> tuple[StepInputs, dict[str, Tensor]]:
         """The inputs' buffer on the host and on the device: one of each shape that comes again, one for all prompts."""
-        tensors, key = step_inputs(self.executor.info), tuple(sorted(sizes.items()))
+        key = tuple(sorted(sizes.items()))
         if key in self._steps:
             return self._steps[key]
-        step = StepInputs(tensors, sizes)
+        step = StepInputs(self._inputs, sizes)
         shapes = {"inputs": ((step.data.nbytes,), "uint8")}
         if self._once:
             return step, self._memory.tensors(shapes)
@@ -485,12 +486,11 @@ class DeviceGraph:
         """What the graph reads of a state and of its sources."""
         if state is None:
             return {}
-        wanted = self._slot_names() | source_names(self.executor.info)
         holders = [*state.parts, *([] if state.sources is None else [state.sources])]
         found: dict[str, Tensor] = {}
         for holder in holders:
             assert isinstance(holder, (DeviceSlots, DeviceSources, DeviceSourceView))
-            found |= {name: tensor for name, tensor in holder.tensors.items() if name in wanted}
+            found |= {name: tensor for name, tensor in holder.tensors.items() if name in self._kept}
         return found
 
     def _new_outputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ class OrtMemory:
         return Tensor(value.data_ptr(), shape, dtype, Block(value, host if self.location == "cpu" else None))
 
     def free(self, tensors: Mapping[str, Tensor]) -> None:
-        """No-op: memory goes with the last tensor that lies in it."""
+        """No-op: an allocation is released with the last tensor in it."""
 
     def write(self, tensor: Tensor, array: NDArray[Any]) -> None:
         """Of a part of an allocation, the whole is read, changed and written."""

@@ -24,7 +24,6 @@ from .step import source_names
 # Threads of anything that drafts. A second pool of spinning threads would fight the target's for the same cores, which
 # cost a verify pass 2.5 times its time on two cores; one thread needs no pool.
 DRAFT_THREADS = 1
-CUDA_DEVICES = ("cuda", "cuda:tensorrt")  # of which the latter asks the TensorRT provider first
 
 
 class OnnxRuntimeEngine:

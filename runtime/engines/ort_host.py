@@ -27,7 +27,7 @@ from headstart.runtime.states import (
 
 from .ort_session import Opened, host_value
 from .sources import axis_size
-from .step import StepInputs, measured_sizes, plain_outputs, step_inputs, trimmed
+from .step import StepInputs, measured_sizes, plain_outputs, trimmed
 
 MIN_ROWS = 2
 
@@ -88,7 +88,7 @@ class HostGraph:
             return self._run_once(inputs)
         assert isinstance(state, GraphState)
         opened = self._open(state.batch)
-        sizes = measured_sizes(step_inputs(opened.info), inputs)
+        sizes = measured_sizes(opened.steps, inputs)
         binding = self._binding(opened, state, sizes)
         binding.inputs.fill(inputs, state.lengths, row_mask)
         binding.run()
@@ -97,7 +97,7 @@ class HostGraph:
     def _run_once(self, inputs: Mapping[str, NDArray[Any]]) -> HostOutputs:
         """A pass of a graph without a state: its outputs' sizes are ONNX Runtime's business."""
         opened = self._open(1)
-        measured_sizes(step_inputs(opened.info), inputs)
+        measured_sizes(opened.steps, inputs)
         kinds = {tensor.name: tensor.dtype for tensor in opened.info.inputs}
         feeds = {name: np.ascontiguousarray(array, kinds[name]) for name, array in inputs.items()}
         names = [tensor.name for tensor in plain_outputs(opened.info)]
@@ -130,10 +130,11 @@ class HostBinding:
         self.version, self._opened, self._arena = version, opened, arena
         self._sizes = {contract.SLOTS: state.slots, contract.USED_SLOTS: state.slots, contract.BATCH: state.batch, **sizes}
         self._columns = state.slots
-        self.inputs = StepInputs(step_inputs(opened.info), self._sizes)
+        self.inputs = StepInputs(opened.steps, self._sizes)
         self._binding = opened.session.io_binding()
         self._inputs = {tensor.name for tensor in opened.info.inputs}
         self._outputs: dict[str, NDArray[Any]] = {}
+        self._axes = {tensor.name: tensor.shape for tensor in plain_outputs(opened.info)}
         self._arena_version = -1
         self._recurrent: list[tuple[RecurrentMemory, dict[str, NDArray[Any]]]] = []
         self._bind(self.inputs.arrays)
@@ -191,8 +192,7 @@ class HostBinding:
 
     def outputs(self, sizes: Mapping[str, int]) -> HostOutputs:
         """Without padding: views of the arena."""
-        axes = {tensor.name: tensor.shape for tensor in plain_outputs(self._opened.info)}
-        return HostOutputs({name: trimmed(array, axes[name], sizes) for name, array in self._outputs.items()})
+        return HostOutputs({name: trimmed(array, self._axes[name], sizes) for name, array in self._outputs.items()})
 
 
 def _reads_used_slots(info: GraphInfo) -> bool:

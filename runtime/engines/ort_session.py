@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from headstart.runtime.bundle import GraphInfo, TensorInfo
 from headstart.runtime.errors import EngineError, MissingExtraError, missing_extra
 
-from .step import lowered_info
+from .step import lowered_info, step_inputs
 
 OLDEST = (1, 25)  # the first ONNX Runtime whose CPU provider has TensorScatter
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -126,11 +127,16 @@ def open_session(
     if missing:
         raise EngineError(
             f"ONNX Runtime could not start its {missing[0]}: there is no GPU here, or its driver, CUDA or TensorRT are missing "
-            "(what it said stands above). Fix: run this on a machine with a GPU, or decode with --device cpu."
+            "(its own message is above). Fix: run this on a machine with a GPU, or decode with --device cpu."
         )
     if RECORDED.keys() <= provider.entries.keys():
         _warn_of_copies(session, file)
     return session
+
+
+def onnxruntime_version() -> str:
+    """Of the installed package, onnxruntime or onnxruntime-gpu. Raises MissingExtraError without either."""
+    return str(_library(CPU).__version__)
 
 
 def left_on_cpu(session: Any) -> list[str]:
@@ -176,6 +182,11 @@ class Opened:
 
     session: Any
     info: GraphInfo
+
+    @cached_property
+    def steps(self) -> list[TensorInfo]:
+        """The inputs that differ from pass to pass."""
+        return step_inputs(self.info)
 
 
 def opened(session: Any, info: GraphInfo) -> Opened:

@@ -1,7 +1,7 @@
 """Sources as an engine with fixed sizes takes them: text padded and masked, recordings as long as they are.
 
 Padding a recording is not exact: Moonshine normalises over all of its time, convolutions look across the end, and neither
-asks a mask. So an encoder of recordings of any length keeps that axis open; only its states are padded, behind which the
+asks a mask. So an encoder of recordings of any length keeps that axis open; only its states are padded, and the
 decoder's mask hides the rest.
 """
 
@@ -49,7 +49,7 @@ def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
 
 
 def open_axis(shape: tuple[int | str, ...]) -> str | None:
-    """The one, besides the batch, whose size is not known before a recording is; None where all are."""
+    """The axis, other than the batch, whose size depends on the recording; None if every size is fixed."""
     names = [axis for axis in shape[1:] if isinstance(axis, str) and axis != "source"]
     return names[0] if names else None
 
@@ -61,7 +61,7 @@ class Source:
     Attributes:
         inputs: the encoder's, but for a mask that it may take.
         rows: of the states it makes.
-        mask: [1, E] bool, those of them that stand for something.
+        mask: [1, E] bool, which of those rows exist.
     """
 
     inputs: dict[str, NDArray[Any]]
@@ -104,7 +104,7 @@ def check_length(plan: PlanInfo, axis: str, length: int, unit: str) -> None:
 
 
 def filled(array: NDArray[Any], axis: int, size: int) -> NDArray[Any]:
-    """Zeros behind `array` along one axis, up to `size`: rows that a mask hides."""
+    """`array` padded with zeros along one axis, up to `size`: rows that a mask hides."""
     ends = [(0, 0)] * array.ndim
     ends[axis] = (0, size - array.shape[axis])
     return np.pad(array, ends)

@@ -14,7 +14,7 @@ from headstart.runtime.errors import EngineError, missing_extra
 
 
 def _release(runtime: Any, held: set[int]) -> None:
-    """An engine's memory goes with it. What CUDA says is of no use then: it may be shutting down."""
+    """Free an engine's memory with the engine. Errors are ignored: CUDA may be shutting down."""
     for address in held:
         runtime.cudaFree(address)
 
@@ -68,7 +68,7 @@ class Cuda:
         self._call("cudaStreamSynchronize", self.stream)
 
     def copy(self, target: int, source: int, pitch: int, width: int, height: int) -> None:
-        """`height` pieces of `width` bytes, each `pitch` bytes behind the last."""
+        """`height` pieces of `width` bytes, each `pitch` bytes after the last."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpy2DAsync", target, pitch, source, pitch, width, height, kind, self.stream)
 
@@ -97,7 +97,7 @@ class Cuda:
         return major, minor
 
     def memory_used(self) -> int:
-        """Bytes of the device that are taken, by whomever."""
+        """Bytes of the device in use, by all processes."""
         code, free, total = self._runtime.cudaMemGetInfo()
         if int(code):
             raise EngineError(f"cudaMemGetInfo failed: {code.name}.")

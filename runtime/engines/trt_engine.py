@@ -25,7 +25,6 @@ from .sources import check_length, filled, read_source
 from .trt_memory import CopyMoves, Device, TrtMemory
 from .trt_plans import Plan, PlanExecutor
 
-TENSORRT_DEVICES = ("trt-rtx", "tensorrt")  # of which the former names GPU generations after a colon
 ONCE = ("encoder", "frontend")  # graphs that run once a source
 
 

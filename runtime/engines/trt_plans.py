@@ -31,7 +31,7 @@ from .step import lowered_info
 from .trt_memory import Device
 
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
-RUNTIME_CACHE = "runtime.cache"  # beside the plans; not hashed, for it changes
+RUNTIME_CACHE = "runtime.cache"  # in the plans' folder; not hashed, because it changes
 Key = tuple[Any, ...]
 # The library's names of types to numpy's.
 TYPES = {
@@ -140,7 +140,7 @@ class RuntimeCache:
     """Kernels that TensorRT for RTX finished on this machine, in one file for all plans of an engine.
 
     Read when the first plan is opened, written when the engine is closed or Python ends. The library itself refuses what
-    another version, driver or GPU wrote; the file is then begun anew.
+    another version, driver or GPU wrote; the file is then rewritten.
     """
 
     def __init__(self, file: Path) -> None:

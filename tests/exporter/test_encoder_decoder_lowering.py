@@ -36,7 +36,7 @@ def test_both_lowered_graphs_equal_the_canonical_ones(bundle_of: BundleOf, tmp_p
     assert info["relative_difference"] < 3e-6
     assert info["passes"]["fused_attention_layers"] == 2 - PORTABLE.get(name, 0)
     assert {"decoder", "decoder_batch", "encoder"} < set(info["graphs"])
-    assert verify(tmp_path / name, max_new_tokens=12).ok
+    assert verify(tmp_path / name, max_new_tokens=12, samples=100).ok
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "moonshine"])
@@ -52,7 +52,7 @@ def test_both_graphs_are_quantized(bundle_of: BundleOf, tmp_path: Path, name: st
     assert 1e-6 < info["relative_difference"] < 0.15
     encoder = ir.load(engine_folder(bundle, "cpu") / "encoder.onnx")
     assert any(node.op_type == "MatMulIntegerToFloat" for node in encoder.graph)
-    assert verify(bundle.path, max_new_tokens=12).ok
+    assert verify(bundle.path, max_new_tokens=12, samples=100).ok
 
 
 def test_a_shared_embedding_is_stored_once(bundle_of: BundleOf, tmp_path: Path) -> None:

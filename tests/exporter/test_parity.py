@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, tiny_model
+from architectures import ARCHITECTURES, LENGTH_DEPENDENT, SELF_POSITIONED, tiny_model
 from trees import random_tree
 
-from headstart.calibration.verify import check_golden
+from headstart.calibration.verification.logits import check_golden
 from headstart.exporter.comparison import all_logits
 from headstart.exporter.golden import read_golden, reference_greedy, reference_logits
 from headstart.runtime.bundle import Bundle
@@ -17,9 +17,10 @@ from headstart.runtime.prefill import last_logits, prefill, run_decoder
 from headstart.runtime.tree import ROOT
 
 BundleOf = Callable[[str], Bundle]
+CAUSAL = (*ARCHITECTURES, *SELF_POSITIONED, *LENGTH_DEPENDENT)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_logits_equal_torch(name: str, bundle_of: BundleOf) -> None:
     engine = OnnxRuntimeEngine(bundle_of(name))
     ids = np.random.default_rng(1).integers(0, engine.model.vocab_size, (1, 40))
@@ -28,7 +29,7 @@ def test_logits_equal_torch(name: str, bundle_of: BundleOf) -> None:
     assert difference <= 1e-4 * (reference.max() - reference.min())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_greedy_tokens_equal_transformers_generate(name: str, bundle_of: BundleOf) -> None:
     engine = OnnxRuntimeEngine(bundle_of(name))
     prompt = np.random.default_rng(2).integers(0, engine.model.vocab_size, (1, 20))
@@ -42,7 +43,7 @@ def test_greedy_tokens_equal_transformers_generate(name: str, bundle_of: BundleO
     assert tokens == wanted
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_tree_rows_equal_their_paths(name: str, bundle_of: BundleOf) -> None:
     """Each node of a random tree gets the logits it would get as the end of its own chain."""
     engine = OnnxRuntimeEngine(bundle_of(name))
@@ -67,9 +68,9 @@ def test_tree_rows_equal_their_paths(name: str, bundle_of: BundleOf) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_golden_check_fails_for_another_model(name: str, bundle_of: BundleOf) -> None:
     engine, golden = OnnxRuntimeEngine(bundle_of(name)), read_golden(bundle_of(name))
-    assert check_golden(engine, golden).ok
+    assert check_golden(engine, golden, "float32").ok
     golden["top_logits"] = golden["top_logits"] + 0.01 * golden["spread"][..., None]
-    assert not check_golden(engine, golden).ok
+    assert not check_golden(engine, golden, "float32").ok
 
 
 def test_graph_holds_standard_operators_only(bundle_of: BundleOf) -> None:

@@ -10,7 +10,7 @@ import pytest
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.export import export
 from headstart.exporter.memory_plan import memory_plan
-from headstart.exporter.tensorrt.build import TensorRtOptions
+from headstart.exporter.tensorrt.options import TensorRtOptions
 from headstart.exporter.tensorrt.plan import read_plan
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, KeyValueInfo, TensorInfo

@@ -12,7 +12,7 @@ import pytest
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.build import build
-from headstart.exporter.tensorrt.build import TensorRtOptions
+from headstart.exporter.targets.cuda import CudaOptions
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.contract import LOGITS
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
@@ -34,7 +34,7 @@ def engine(request: pytest.FixtureRequest, bundle_of: BundleOf, tmp_path_factory
         shutil.copytree(bundle_of("llama").path, folder)
     else:
         quantize(bundle_of("llama").path, folder, QuantizeOptions(weights=weights))
-    build(folder, "cuda", options=TensorRtOptions(precision=precision))
+    build(folder, "cuda", options=CudaOptions(precision=precision))
     try:
         return OnnxRuntimeEngine.open(Bundle.load(folder), device="cuda")
     except (EngineError, MissingExtraError) as error:

@@ -13,8 +13,7 @@ import pytest
 from gpu.table import device_here
 
 from headstart.exporter.build import build
-from headstart.exporter.tensorrt.build import TensorRtOptions
-from headstart.exporter.tensorrt.builder import BuilderOptions
+from headstart.exporter.tensorrt.options import BuilderOptions, TensorRtOptions
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.contract import LOGITS

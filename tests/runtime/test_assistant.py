@@ -79,7 +79,7 @@ def test_an_assistant_has_no_encoder(folder: Path) -> None:
 
 
 def test_an_assistant_is_verified_and_built_like_any_bundle(folder: Path, tmp_path: Path) -> None:
-    assert verify(folder / "assistant").ok
+    assert verify(folder / "assistant", samples=100).ok
     with pytest.raises(OptionError, match="is an assistant"):
         verify(folder / "assistant", checkpoint=folder / "smaller")
     plain = [result.token_ids for result in decode(folder, None)]
