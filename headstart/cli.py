@@ -44,6 +44,14 @@ DrafterName = Annotated[
 Acceptance = Annotated[
     str | None, typer.Option(help="Name of an acceptance rule; the lossless one that fits the draft by default.")
 ]
+BuildFor = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
+]
+Precision = Annotated[
+    Literal["float16", "bfloat16"] | None,
+    typer.Option(help="TensorRT and cuda: of a float32 bundle; float16 by default."),
+]
 BuiltFor = Annotated[
     str, typer.Option(help="cpu, or what the bundle was built for: cuda (or cuda:tensorrt), trt-rtx:sm89, tensorrt.")
 ]
@@ -177,14 +185,8 @@ def quantize(
 @app.command()
 def build(
     bundle: BundleArg,
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
-    ] = "cpu",
-    precision: Annotated[
-        Literal["float16", "bfloat16"] | None,
-        typer.Option(help="TensorRT and cuda: of a float32 bundle; float16 by default."),
-    ] = None,
+    device: BuildFor = "cpu",
+    precision: Precision = None,
     cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
     batch: Annotated[int | None, typer.Option(help="TensorRT: sequences decoded together; 1 by default.")] = None,
     prefill_rows: Annotated[
