@@ -34,6 +34,29 @@ Untuned = Annotated[bool, typer.Option("--untuned", help="Ignore what headstart 
 DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
 
 
+NewTokens = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", "-n", help="The most tokens to add: 128; all there is room for with --audio."),
+]
+DrafterName = Annotated[
+    str | None, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
+]
+Acceptance = Annotated[
+    str | None, typer.Option(help="Name of an acceptance rule; the lossless one that fits the draft by default.")
+]
+BuildFor = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
+]
+Precision = Annotated[
+    Literal["float16", "bfloat16"] | None,
+    typer.Option(help="TensorRT and cuda: of a float32 bundle; float16 by default."),
+]
+BuiltFor = Annotated[
+    str, typer.Option(help="cpu, or what the bundle was built for: cuda (or cuda:tensorrt), trt-rtx:sm89, tensorrt.")
+]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from headstart import __version__
@@ -162,14 +185,8 @@ def quantize(
 @app.command()
 def build(
     bundle: BundleArg,
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
-    ] = "cpu",
-    precision: Annotated[
-        Literal["float16", "bfloat16"] | None,
-        typer.Option(help="TensorRT and cuda: of a float32 bundle; float16 by default."),
-    ] = None,
+    device: BuildFor = "cpu",
+    precision: Precision = None,
     cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
     batch: Annotated[int | None, typer.Option(help="TensorRT: sequences decoded together; 1 by default.")] = None,
     prefill_rows: Annotated[
@@ -281,13 +298,8 @@ def generate(
     language: Annotated[str | None, typer.Option(help="Spoken in the recording, such as en; heard by default.")] = None,
     task: Annotated[str, typer.Option(help="transcribe, or translate where the model can.")] = "transcribe",
     timestamps: Annotated[bool | None, typer.Option(help="Print segments with times; --no-timestamps decodes without.")] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option("--max-new-tokens", "-n", help="The most tokens to add: 128; all there is room for with --audio."),
-    ] = None,
-    drafter: Annotated[
-        str | None, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
-    ] = None,
+    max_new_tokens: NewTokens = None,
+    drafter: DrafterName = None,
     draft_nodes: Annotated[int | None, typer.Option(help="Nodes of the draft tree.")] = None,
     draft_model: DraftModel = None,
     beams: Annotated[int | None, typer.Option(help="Beam search, without drafts; 0 is the checkpoint's number.")] = None,
@@ -303,13 +315,9 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
-    acceptance: Annotated[
-        str | None, typer.Option(help="Name of an acceptance rule; the lossless one that fits the draft by default.")
-    ] = None,
+    acceptance: Acceptance = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="Allow an acceptance rule that changes the distribution.")] = False,
-    device: Annotated[
-        str, typer.Option(help="cpu, or what the bundle was built for: cuda (or cuda:tensorrt), trt-rtx:sm89, tensorrt.")
-    ] = "cpu",
+    device: BuiltFor = "cpu",
     threads: Threads = None,
     untuned: Untuned = False,
 ) -> None:
@@ -319,38 +327,26 @@ def generate(
 
     from .screen import SpeechOptions, print_captions, print_generation, print_transcript
 
-    options: DecodeOptions = {
-        "max_new_tokens": max_new_tokens,
-        "draft_nodes": draft_nodes,
-        "acceptance": acceptance,
-        "lossy": lossy,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "no_repeat_ngram": no_repeat_ngram,
-        "seed": seed,
-        "stop": stop or (),
-    }
+    drafts: DecodeOptions = {"draft_nodes": draft_nodes, "acceptance": acceptance, "lossy": lossy}
+    sampling: DecodeOptions = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    rules: DecodeOptions = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
+    options: DecodeOptions = {"max_new_tokens": max_new_tokens, **drafts, **sampling, **rules}
     if drafter is not None:
         options["drafter"] = drafter
     if beams is not None:
         _check_beams(audio, stream, stats, options)
     model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
-    speech = SpeechOptions(language, task, timestamps)
-    if audio is not None and stream:
-        print_captions(model, audio, speech, options, stats)
-    elif audio is not None:
-        print_transcript(model, audio, speech, options, stats)
+    if audio is not None:
+        show = print_captions if stream else print_transcript
+        show(model, audio, SpeechOptions(language, task, timestamps), options, stats)
+        return
+    text = _prompt(prompt)
+    if chat:
+        text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    if beams is None:
+        print_generation(model, text, decoder_prompt, options, stream, stats)
     else:
-        text = _prompt(prompt)
-        if chat:
-            text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        if beams is None:
-            print_generation(model, text, decoder_prompt, options, stream, stats)
-        else:
-            print(_best_beam(model, text, beams, decoder_prompt, options))
+        print(_best_beam(model, text, beams, decoder_prompt, options))
 
 
 def _best_beam(model: "Model", text: str, beams: int, decoder_prompt: str, options: "DecodeOptions") -> str:
