@@ -9,30 +9,35 @@ from headstart.runtime.contract import POSITION_IDS
 from headstart.runtime.drafters.base import DraftRequest
 from headstart.runtime.tree import ROOT, DraftTree, empty_tree
 
-Change = Callable[
-    [Any, Any], tuple[Any, Any]
-]  # (positions [B, T], mask [B, T, T]) of a verify pass -> what is computed instead
+# (positions [B, T], mask [B, T, T]) of a verify pass -> what is computed instead
+Change = Callable[[Any, Any], tuple[Any, Any]]
 
 
 class FaultyEngine:
-    """An engine that is right on causal chains: only verify passes over trees, or commits, have the fault."""
+    """An engine whose decoder is right on causal chains: only verify passes over trees, commits, or outputs have the fault."""
 
-    def __init__(self, engine: Any, change: Change | None = None, slot_off: bool = False) -> None:
-        self._engine, self._change, self._slot_off = engine, change, slot_off
+    def __init__(
+        self,
+        engine: Any,
+        change: Change | None = None,
+        slot_off: bool = False,
+        poison: Callable[[Any], Any] = lambda outputs: outputs,
+    ) -> None:
+        self._engine = engine
+        self._decoder = FaultyGraph(engine.graph("decoder"), change, slot_off, poison)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def graph(self, name: str) -> Any:
-        graph = self._engine.graph(name)
-        return FaultyDecoder(graph, self._change, self._slot_off) if name == "decoder" else graph
+        return self._decoder if name == "decoder" else self._engine.graph(name)
 
 
-class FaultyDecoder:
-    """The decoder of a FaultyEngine."""
+class FaultyGraph:
+    """A decoder with the fault."""
 
-    def __init__(self, graph: Any, change: Change | None, slot_off: bool) -> None:
-        self._graph, self._change, self._slot_off = graph, change, slot_off
+    def __init__(self, graph: Any, change: Change | None, slot_off: bool, poison: Callable[[Any], Any]) -> None:
+        self._graph, self._change, self._slot_off, self._poison = graph, change, slot_off, poison
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._graph, name)
@@ -51,11 +56,11 @@ class FaultyDecoder:
         return state
 
     def run(self, inputs: Any, state: Any = None, row_mask: Any = None) -> Any:
-        causal = np.tri(row_mask.shape[1], dtype=np.bool_)
-        if self._change is not None and (row_mask != causal).any():
-            positions, row_mask = self._change(np.array(inputs[POSITION_IDS]), np.array(row_mask))
+        causal = row_mask is None or (row_mask == np.tri(row_mask.shape[1], dtype=np.bool_)).all()
+        if self._change is not None and not causal:
+            positions, row_mask = self._change(inputs[POSITION_IDS].copy(), row_mask.copy())
             inputs = {**inputs, POSITION_IDS: positions}
-        return self._graph.run(inputs, state, row_mask)
+        return self._poison(self._graph.run(inputs, state, row_mask))
 
 
 def hide_one_ancestor(positions: Any, mask: Any) -> tuple[Any, Any]:

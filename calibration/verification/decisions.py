@@ -1,16 +1,14 @@
 """What decoding decides from logits: the text's own rules and the sampling options, applied to a reference's logits."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Unpack
 
 from headstart.runtime.model import Model, Prompt
-from headstart.runtime.options import sampling_options
-from headstart.runtime.rules import TokenRules
+from headstart.runtime.options import GenerateOptions, most_new_tokens, settings
 from headstart.runtime.sampling import LogitRules
 
 from .passes import Logits, Source
@@ -43,15 +41,12 @@ class Request:
         return self.rules.start([*self.start, *tokens]).probabilities(logits)
 
 
-def request_of(
-    model: Model, prompt: Prompt, max_new_tokens: int, ignore_end: bool, decoder_prompt: Sequence[int] = (), **sampling: Any
-) -> Request:
-    """The rules that `Model.generate` applies to the same arguments. Raises PromptError for a prompt it refuses."""
-    stated, info = model.bundle.manifest.generation, model.bundle.manifest.model
-    given = model.input(prompt, decoder_prompt)
-    source, start = given.source, given.prompt_ids
-    options = dataclasses.replace(sampling_options({}, stated), **sampling)
-    ends = frozenset() if ignore_end else frozenset(stated.eos_token_ids)
-    longest = min(info.max_cache, len(start) + max_new_tokens)
-    rules = TokenRules.of(stated, False, not ignore_end).for_text(len(start), longest, ends, given.source_ids(info.source))
-    return Request(prompt, tuple(decoder_prompt), source, tuple(start), LogitRules(options, rules))
+def request_of(model: Model, prompt: Prompt, decoder_prompt: Sequence[int] = (), **options: Unpack[GenerateOptions]) -> Request:
+    """The rules that `Model.generate` applies to the same arguments. Raises as it does."""
+    given, info = model.input(prompt, decoder_prompt), model.bundle.manifest.model
+    chosen = settings(options, model.bundle.manifest.generation)
+    most = most_new_tokens(chosen.max_new_tokens, model.bundle.manifest.generation, len(given.prompt_ids))
+    longest = min(info.max_cache, len(given.prompt_ids) + most)
+    source_ids = given.source_ids(info.source)
+    rules = chosen.rules.for_text(len(given.prompt_ids), longest, chosen.end_tokens, source_ids)
+    return Request(prompt, tuple(decoder_prompt), given.source, given.prompt_ids, LogitRules(chosen.sampling, rules))

@@ -119,7 +119,7 @@ def check_greedy(
 ) -> list[GreedyCheck]:
     """Each prompt decoded plainly and with every drafter; continuations go on past end tokens, answers end of themselves."""
     ignore_end = not model.answers
-    requests = [request_of(model, prompt, max_new_tokens, ignore_end) for prompt in prompts]
+    requests = [request_of(model, prompt, max_new_tokens=max_new_tokens, ignore_end=ignore_end) for prompt in prompts]
     judge = Judge(reference, LIMITS[precision].tie)
     checks: list[GreedyCheck] = []
     plain: list[Result] = []

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from headstart.runtime.acceptance import RULES
+from headstart.runtime.errors import OptionError
 from headstart.runtime.graph import MAX_ROWS
 from headstart.runtime.model import Model, Prompt
+from headstart.runtime.options import GenerateOptions
 from headstart.runtime.tree import ROOT, DraftTree, empty_tree
 
 from .chi_square import POWER, SIGNIFICANCE, combined, detectable_bias, pool, tail
@@ -29,6 +32,7 @@ Tokens = tuple[int, ...]
 NEW_TOKENS = 4  # the first follows from the prompt; then up to two drafted ones and one of the target's own
 SUPPORT = 3  # tokens that may be drawn at each step
 SHARPNESS = 1.5  # nats between the first and the last of them, after the prefix
+LOSSLESS = [rule.name for rule in RULES.values() if rule.lossless and not rule.greedy]
 PREFIXES = 2  # tested with each drafter, those of the candidates at which most drafts are accepted
 CANDIDATES = 6
 PILOT = 16  # samples of each candidate to choose by
@@ -40,7 +44,7 @@ class Prefix:
     """A text to continue, and the exact probability of each continuation."""
 
     request: Request
-    temperature: float
+    options: GenerateOptions
     probabilities: dict[Tokens, float]
 
 
@@ -56,19 +60,38 @@ class Drawn:
 def check_sampling(
     model: Model, prompts: Sequence[Prompt], samples: int, batch: int, progress: Progress
 ) -> list[SamplingCheck]:
-    """Plain decoding, then each drafter: `samples` continuations, drawn in batches of at most `batch`."""
+    """Plain decoding, then each drafter with each lossless rule that fits its drafts: `samples` continuations each.
+
+    They are drawn in batches of at most `batch`. Empty where no prefix leaves anything to draw.
+    """
     prefixes = list(_prefixes(model, prompts))
-    checks = []
+    checks: list[SamplingCheck] = []
     for name in ("none", *model.drafters) if prefixes else ():
-        pilots = [draw(model, prefix, name, PILOT, batch, seed=10_000_000) for prefix in prefixes]
+        rules = [None] if name == "none" else LOSSLESS
+        found = [_check(model, prefixes, name, rule, samples, batch) for rule in rules]
+        fitting = [check for check in found if check is not None]
+        checks += fitting or filter(None, [_check(model, prefixes, name, None, samples, batch)])  # drafts of several kinds
+        progress("sampling", len(checks), len(checks))
+    return checks
+
+
+def _check(
+    model: Model, prefixes: Sequence[Prefix], drafter: str, rule: str | None, samples: int, batch: int
+) -> SamplingCheck | None:
+    """None where a rule is named that does not fit what the drafter proposes, or where it proposes nothing."""
+    try:
+        pilots = [draw(model, prefix, drafter, rule, PILOT, batch, seed=10_000_000) for prefix in prefixes]
+        if rule is not None and not any(pilot.drafted for pilot in pilots):
+            return None
         order = sorted(range(len(prefixes)), key=lambda i: -pilots[i].accepted)
         chosen = [prefixes[i] for i in order[:PREFIXES]]
-        drawn = []
-        for index, prefix in enumerate(chosen):
-            drawn.append(draw(model, prefix, name, samples // len(chosen), batch, seed=index * samples))
-            progress(f"sampling, {name}", index + 1, len(chosen))
-        checks.append(judge(name, "default", chosen, drawn))
-    return checks
+        share = samples // len(chosen)
+        drawn = [draw(model, one, drafter, rule, share, batch, seed=index * samples) for index, one in enumerate(chosen)]
+    except OptionError:
+        if rule is None:
+            raise
+        return None
+    return judge(drafter, rule or "default", chosen, drawn)
 
 
 def judge(drafter: str, rule: str, prefixes: Sequence[Prefix], drawn: Sequence[Drawn]) -> SamplingCheck:
@@ -98,23 +121,15 @@ def judge(drafter: str, rule: str, prefixes: Sequence[Prefix], drawn: Sequence[D
     )
 
 
-def draw(model: Model, prefix: Prefix, drafter: str, samples: int, batch: int, seed: int) -> Drawn:
-    """Continuations of one prefix, each with a seed of its own."""
+def draw(model: Model, prefix: Prefix, drafter: str, rule: str | None, samples: int, batch: int, seed: int) -> Drawn:
+    """Continuations of one prefix, each with a seed of its own. Raises OptionError where the rule does not fit the drafts."""
     drawn = Drawn(Counter())
     request = prefix.request
     for begin in range(0, samples, batch):
         prompts = [request.prompt] * min(batch, samples - begin)
-        results = model.generate(
-            prompts,
-            drafter=drafter,
-            draft_nodes=_nodes(model, drafter),
-            decoder_prompt=request.decoder_prompt,
-            max_new_tokens=NEW_TOKENS,
-            ignore_end=True,
-            temperature=prefix.temperature,
-            top_k=SUPPORT,
-            seed=seed + begin,
-        )
+        options: GenerateOptions = {"drafter": drafter, "draft_nodes": _nodes(model, drafter), "acceptance": rule}
+        options |= prefix.options | {"seed": seed + begin}
+        results = model.generate(prompts, decoder_prompt=request.decoder_prompt, **options)
         for result in results:
             drawn.counts[tuple(result.token_ids)] += 1
             drawn.drafted += result.stats.drafted_tokens
@@ -153,7 +168,7 @@ def _candidates(model: Model, prompts: Sequence[Prompt]) -> Iterator[tuple[Promp
 
 def exact(model: Model, prompt: Prompt, decoder_prompt: Tokens) -> Prefix | None:
     """The prefix with the probabilities of all its continuations; None where rules or room leave nothing to draw."""
-    request = request_of(model, prompt, NEW_TOKENS, True, decoder_prompt)
+    request = request_of(model, prompt, decoder_prompt, max_new_tokens=NEW_TOKENS, ignore_end=True)
     start = request.start
     if len(start) + NEW_TOKENS >= model.bundle.manifest.model.max_cache:
         return None
@@ -165,8 +180,9 @@ def exact(model: Model, prompt: Prompt, decoder_prompt: Tokens) -> Prefix | None
     if not np.isfinite(best[SUPPORT - 1]):
         return None
     temperature = round(max(float(best[0] - best[SUPPORT - 1]) / SHARPNESS, 1e-3), 6)
-    sampled = request_of(model, prompt, NEW_TOKENS, True, decoder_prompt, temperature=temperature, top_k=SUPPORT)
-    return Prefix(sampled, temperature, _continuations(decoding, sampled))
+    options: GenerateOptions = {"max_new_tokens": NEW_TOKENS, "ignore_end": True, "temperature": temperature, "top_k": SUPPORT}
+    sampled = request_of(model, prompt, decoder_prompt, **options)
+    return Prefix(sampled, options, _continuations(decoding, sampled))
 
 
 def _continuations(decoding: Decoding, request: Request) -> dict[Tokens, float]:

@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from faulty import (
-    FaultyDecoder,
     FaultyEngine,
     LyingDrafter,
     UniformDrafts,
@@ -85,7 +84,7 @@ def llama(bundle_of: BundleOf, made_once: MadeOnce) -> Path:
 
 
 def with_engine(model: Model, engine: Any) -> Model:
-    return Model(model.bundle, engine, model.tokenizer, model.generator.drafters)  # type: ignore[arg-type]
+    return Model(model.bundle, engine, model.tokenizer, model.generator.drafters)
 
 
 # Intact bundles
@@ -178,18 +177,12 @@ def test_a_nan_weight_names_the_first_bad_graph(llama: Path, tmp_path: Path) -> 
 
 
 def test_nan_that_only_an_engine_computes_is_a_fault(llama: Path) -> None:
-    class PoisonedDecoder(FaultyDecoder):
-        def run(self, inputs: Any, state: Any = None, row_mask: Any = None) -> Any:
-            outputs = super().run(inputs, state, row_mask)
-            return HostOutputs({HIDDEN: outputs[HIDDEN], LOGITS: np.full_like(outputs[LOGITS], np.nan)})
-
-    class Poisoned(FaultyEngine):
-        def graph(self, name: str) -> Any:
-            graph = self._engine.graph(name)
-            return PoisonedDecoder(graph, None, False) if name == "decoder" else graph
+    def poison(outputs: Any) -> HostOutputs:
+        return HostOutputs({name: np.full_like(outputs[name], np.nan) for name in (LOGITS, HIDDEN)})
 
     model, bundle = load(llama), Bundle.load(llama)
-    report = verify_model(with_engine(model, Poisoned(model.engine)), Reference.open(bundle), read_golden(bundle), ["abc"], 8)
+    poisoned = with_engine(model, FaultyEngine(model.engine, poison=poison))
+    report = verify_model(poisoned, Reference.open(bundle), read_golden(bundle), ["abc"], 8)
     assert not report.ok and report.faults[0].where == "cpu decoder"
 
 
