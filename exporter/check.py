@@ -98,10 +98,20 @@ def _check_limits(name: str, found: Difference, target: Target[Any, Any]) -> Non
     if not found.within(limits):
         raise EngineError(
             f"The graph {name} lowered for {target.device} differs from the canonical one by {found.largest:.1e} of its range "
-            f"(median {found.median:.1e}); {precision} may differ by {limits.largest:.0e} (median "
-            f"{limits.median:.0e}). This is a defect of a lowering pass. Fix: decode {target.bundle.path} without building it, "
-            "and report this."
+            f"(median {found.median:.1e}); {precision} may differ by {limits.largest:.0e} (median {limits.median:.0e}). "
+            + _cause(precision, target.bundle)
         )
+
+
+def _cause(precision: str, bundle: Bundle) -> str:
+    """Why a graph is beyond its limits, and what to do: integers can also fail for the weights' sake."""
+    if precision in ("int8_per_row", "int4"):
+        return (
+            "Usually a few channels are much larger than the others, and rounding to 8 bits leaves nothing of the rest; if not, "
+            "it is a defect of a lowering pass. Fix: headstart quantize --method smoothquant or awq --data FILE, or build the "
+            "float bundle."
+        )
+    return f"This is a defect of a lowering pass. Fix: decode {bundle.path} without building it, and report this."
 
 
 class Inputs:
@@ -252,7 +262,8 @@ class Runner:
             if tensor.name in self._states:
                 binding.bind_ortvalue_input(tensor.name, self._states[tensor.name])
             else:
-                binding.bind_cpu_input(tensor.name, np.ascontiguousarray(inputs[tensor.name], tensor.type))
+                array = _used_slots(inputs[tensor.name]) if contract.USED_SLOTS in tensor.shape else inputs[tensor.name]
+                binding.bind_cpu_input(tensor.name, np.ascontiguousarray(array, tensor.type))
         updated = {contract.updated(name): value for name, value in self._states.items()}
         for name in self._outputs:
             if name in updated:
@@ -262,6 +273,12 @@ class Runner:
         self._session.run_with_iobinding(binding)
         arrays = zip(self._outputs, binding.get_outputs(), strict=True)
         return {name: _widened(value.numpy()) for name, value in arrays if name not in updated}
+
+
+def _used_slots(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """An attention mask [B, 1, T, S] cut after the last slot that any row sees, as the engine cuts it."""
+    seen = mask.any(axis=(0, 1, 2))
+    return mask[..., : len(seen) - int(seen[::-1].argmax())]
 
 
 def _ort_value(array: NDArray[Any]) -> Any:
