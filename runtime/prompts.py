@@ -72,7 +72,7 @@ def _recording_of(file: Path, number: int, line: str) -> Path | None:
 def _prompt_of(file: Path, number: int, line: str) -> str:
     text = _text_at(file, number, line, KEYS)
     if text is None:
-        raise PromptError(f'{file} line {number}: the rule is an object with a text under "prompt", found {line[:60]!r}.')
+        raise PromptError(f'{file} line {number}: an object with a text under "prompt" is required, found {line[:60]!r}.')
     return text
 
 

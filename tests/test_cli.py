@@ -214,7 +214,7 @@ def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
     done = headstart("tune", small, "--data", prompts, "-n", 16)
     assert done.returncode == 0 and "chosen: " in done.stdout, done.stderr
     done = headstart("bench", small, "--prompts", prompts, "-n", 8, "--rounds", 1, "--json", tmp_path / "bench.json")
-    assert done.returncode == 0 and "verify behind" in done.stdout, done.stderr
+    assert done.returncode == 0 and "verify after" in done.stdout, done.stderr
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert {"machine", "commit", "verify_ms", "rows"} <= set(figures)
     row = {
