@@ -28,13 +28,13 @@ ELSEWHERE = {
     "sm103": "B300",
     "sm110": "Jetson Thor",
 }
-# Types that a generation's kernels do not support, as TensorRT-RTX 1.7.1 reports.
+# What a generation's kernels do not take, as TensorRT-RTX 1.7.1 says when it is asked.
 NOT_THERE = {"sm75": ("bfloat16", "int4")}
 
 
 @dataclass(frozen=True)
-class TensorRtDevice:
-    """What an engine is built for. `generations` are compute capabilities as sm86; none for the GPU of this machine."""
+class Target:
+    """What an engine is built for. `generations` are compute capabilities as sm86; none for the GPU at hand."""
 
     kind: str
     generations: tuple[str, ...] = ()
@@ -44,7 +44,12 @@ class TensorRtDevice:
         return f"{self.kind}:{','.join(self.generations)}" if self.generations else self.kind
 
 
-def parse_target(device: str) -> TensorRtDevice:
+def is_target(device: str) -> bool:
+    """Whether `device` is one of this folder's: trt-rtx:… or tensorrt."""
+    return device.split(":")[0] in MODULES
+
+
+def parse_target(device: str) -> Target:
     """trt-rtx:sm86, trt-rtx:sm86,sm120, trt-rtx:sm86,trt-rtx:sm120, or tensorrt. Raises OptionError for anything else."""
     kind, _, rest = device.partition(":")
     generations = tuple(sorted({part.removeprefix(f"{RTX}:") for part in rest.split(",")} - {""}, key=_number))
@@ -55,7 +60,7 @@ def parse_target(device: str) -> TensorRtDevice:
     wrong = [name for name in generations if not _number(name)]
     if wrong:
         raise OptionError(f"device {device!r}: {wrong[0]!r} is no GPU generation; they are written sm89.")
-    return TensorRtDevice(kind, generations)
+    return Target(kind, generations)
 
 
 def _number(generation: str) -> int:
@@ -67,7 +72,7 @@ def _number(generation: str) -> int:
 class Library:
     """An imported library. `module` is typed Any: neither ships type hints."""
 
-    target: TensorRtDevice
+    target: Target
     module: Any
 
     @property
@@ -104,12 +109,12 @@ class Library:
             config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
 
     def keep_timings(self, config: Any, timing_cache: Path | None) -> None:
-        """Write the timings of a classic build; TensorRT for RTX measures none."""
+        """Write the timings a classic build took; TensorRT for RTX takes none."""
         if self.target.kind == CLASSIC and timing_cache is not None:
             timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
-def open_library(target: TensorRtDevice) -> Library:
+def open_library(target: Target) -> Library:
     """Import what builds for `target`.
 
     Raises MissingExtraError or EngineError when it is not installed, OptionError for a generation it cannot build for.
