@@ -1,6 +1,6 @@
-"""Benchmark of a bundle: what each drafter brings on each class of prompts, and what a verify pass costs.
+"""Benchmark of a bundle on one device: the speed of each drafter on each class of prompts, and the cost of a verify pass.
 
-Everything compared is interleaved in one run, several rounds, and medians are reported, with the spread of the rounds.
+Settings that are compared are interleaved in one run of several rounds; medians are reported, with the spread of the rounds.
 """
 
 import platform
@@ -12,12 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from headstart.runtime.budget import VerifyCost
 from headstart.runtime.errors import OptionError
-from headstart.runtime.generation import Generation, Prompt
 from headstart.runtime.memory import peak_memory_mb
-from headstart.runtime.model import Model
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.tuning import processor
+from headstart.runtime.verify_cost import VerifyCost
 
 from .picture import load_pyplot
 from .tune import verify_cost
@@ -32,7 +31,7 @@ class BenchRow:
     Attributes:
         prefill_tokens_per_s: prompt tokens over the time to the first token.
         ttft_ms: time to first token, median over prompts.
-        decode_tokens_per_s: new tokens behind the first, per second; slowest and fastest round beside it.
+        decode_tokens_per_s: new tokens after the first, per second; `slowest` and `fastest` are of the rounds.
         acceptance_length: new tokens per verify call.
         round_cost: time of one draft, verify and commit, in plain decoding steps.
         speedup: decode_tokens_per_s over plain decoding's.
@@ -56,6 +55,7 @@ class Bench:
 
     Attributes:
         machine: processor, threads, packages.
+        device: as `load` was given it; `built` is False where the canonical graph decodes, nothing being built for it.
         commit: of the repository this ran in; empty outside one.
         verify_ms: cost of a verify pass by rows, per history: {"64": {"1": ms, …}}.
         peak_memory_mb: of this process, the model included.
@@ -64,6 +64,8 @@ class Bench:
     machine: dict[str, str]
     commit: str
     bundle: str
+    device: str
+    built: bool
     quantization: str
     verify_ms: dict[str, dict[str, float]]
     rows: tuple[BenchRow, ...]
@@ -100,18 +102,20 @@ def bench(
         raise OptionError(f"--rounds must be at least 1, got {rounds}.")
     names = ["none", *(drafters or [*model.drafters, "auto"])]
     for name in names:
-        model.drafter(name)
+        model.generator.drafter(name)
     runs: dict[tuple[str, str], list[_Run]] = {}
     for done in range(rounds):
         for kind, texts in prompts.items():
             for name in names:
                 runs.setdefault((name, kind), []).append(_run(model, name, texts, max_new_tokens))
         progress("decoding", done + 1, rounds)
-    cost = verify_cost(model.engine, progress, model.inputs(next(iter(prompts.values()))[0])[0])
+    cost = verify_cost(model.engine, progress, model.input(next(iter(prompts.values()))[0]).source)
     return Bench(
         machine=machine(model.engine.threads),
         commit=_commit(),
         bundle=model.bundle.path.name,
+        device=model.engine.device,
+        built=model.engine.built is not None,
         quantization=", ".join(f"{k} {v}" for k, v in model.bundle.manifest.quantization.items()) or "none",
         verify_ms=_by_rows(cost),
         rows=tuple(_row(name, kind, runs) for name, kind in runs),
@@ -123,10 +127,7 @@ def bench(
 def _run(model: Model, drafter: str, texts: Sequence[Prompt], max_new_tokens: int) -> _Run:
     clocks, sequences = [], []
     for text in texts:
-        generation = Generation(model, [text], max_new_tokens=max_new_tokens, drafter=drafter, ignore_end=not model.answers)
-        for _ in generation.pieces():
-            pass
-        result = generation.results()[0]
+        result = model.generate(text, max_new_tokens=max_new_tokens, drafter=drafter, ignore_end=not model.answers)
         clocks.append((result.stats.prefill_s, result.stats.decode_s))
         sequences.append((result.prompt_tokens, len(result.token_ids) - 1, result.stats.verify_calls))
     prompt_tokens, tokens, calls = (sum(column) for column in zip(*sequences, strict=True))
@@ -155,21 +156,30 @@ def _row(name: str, kind: str, runs: dict[tuple[str, str], list[_Run]]) -> Bench
 
 def _by_rows(cost: VerifyCost) -> dict[str, dict[str, float]]:
     return {
-        str(history): {str(rows): round(ms, 4) for rows, ms in zip(cost.rows, line, strict=True)}
-        for history, line in zip(cost.histories, cost.milliseconds, strict=True)
+        str(history): {str(rows): round(ms, 4) for rows, ms in zip(cost.single.rows, line, strict=True)}
+        for history, line in zip(cost.single.histories, cost.single.milliseconds, strict=True)
     }
 
 
 def machine(threads: int) -> dict[str, str]:
-    """What a reader needs to know of where a figure comes from."""
+    """Where a figure was measured: processor, threads, system and packages."""
     return {
         "processor": processor(),
         "threads": str(threads),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "onnxruntime": version("onnxruntime"),
+        "onnxruntime": _onnxruntime(),
         "headstart": version("headstart"),
     }
+
+
+def _onnxruntime() -> str:
+    """Its version, whichever package brought it; a device with TensorRT alone has none."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return "none"
+    return str(onnxruntime.__version__)
 
 
 def _commit() -> str:
@@ -190,7 +200,8 @@ def draw(result: Bench, file: Path) -> None:
     right.set(title="one verify pass", xlabel="rows", ylabel="ms", ylim=(0, None))
     right.legend()
     figure.suptitle(
-        f"{result.bundle} ({result.quantization}) on {result.machine['processor']}, {result.machine['threads']} threads"
+        f"{result.bundle} ({result.quantization}) on {result.device}: {result.machine['processor']}, "
+        f"{result.machine['threads']} threads"
     )
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -11,7 +11,7 @@ import numpy as np
 from headstart.exporter.chain import causal_chain
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.provider import open_session
+from headstart.runtime.engines.ort_session import open_session
 
 from .passages import Passage
 
@@ -57,12 +57,12 @@ class DecoderFeeds:
             yield {name: array for name, array in inputs.items() if name in wanted}
 
     def _read_sources(self, wanted: Collection[str]) -> Iterator[Inputs]:
-        """Keys, values and mask of each passage's source; nothing where nothing is wanted of it."""
-        crossing = [info for info in self._bundle.manifest.cross_caches if {info.key_name, info.value_name} & set(wanted)]
+        """Keys, values and mask of each passage's source; nothing if none of them is wanted."""
+        crossing = [info for info in self._bundle.manifest.graphs["decoder"].reads if set(info.sizes()) & set(wanted)]
         if self._encoder is None or not crossing:
             yield from ({} for _ in self._passages)
             return
-        names = [name for info in crossing for name in (info.key_name, info.value_name)]
+        names = [name for info in crossing for name in info.sizes()]
         for inputs in EncoderFeeds(self._bundle, self._passages)({value.name for value in self._encoder.get_inputs()}):
             hidden, *states = self._encoder.run([contract.ENCODER_HIDDEN, *names], inputs)
             yield dict(zip(names, states, strict=True)) | {contract.ENCODER_MASK: np.ones(hidden.shape[:2], np.bool_)}

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from headstart.exporter.passes.linear import Linear
 from headstart.exporter.passes.surgery import Writer, producer
+from headstart.exporter.passes.values import name_of
 from headstart.runtime import contract
-from headstart.runtime.bundle import CacheInfo
+from headstart.runtime.bundle import KeyValueInfo
 
 from .feeds import Feeds
 from .observers import activations
@@ -26,18 +27,18 @@ def quantize_inputs(model: Any, layers: Sequence[Linear], feeds: Feeds) -> None:
     """Let each of `layers` read its input rounded to int8, in steps of 1/127 of the largest magnitude in the data."""
     sources: dict[str, Linear] = {}
     for linear in layers:
-        sources.setdefault(linear.node.inputs[0].name, linear)  # the first reader: nodes are in the order of computation
+        sources.setdefault(name_of(linear.source), linear)  # the first reader: nodes are in the order of computation
     largest = dict.fromkeys(sources, 0.0)
     for arrays in activations(model, list(sources), feeds):
         for name, values in zip(sources, arrays, strict=True):
             largest[name] = max(largest[name], float(np.abs(values).max()))
     rounded = {name: _rounded_input(model, linear, largest[name]) for name, linear in sources.items()}
     for linear in layers:
-        linear.node.replace_input_with(0, rounded[linear.node.inputs[0].name])
+        linear.node.replace_input_with(0, rounded[name_of(linear.source)])
 
 
 def _rounded_input(model: Any, linear: Linear, largest: float) -> Any:
-    source = linear.node.inputs[0]
+    source = linear.source
     write = Writer(model, linear.node)
     scale = write.constant(f"{linear.name}.input_scale", np.float32(max(largest, SMALLEST) / LARGEST))
     zero = write.constant("integer_zero", np.int8(0))
@@ -46,8 +47,8 @@ def _rounded_input(model: Any, linear: Linear, largest: float) -> Any:
     return rounded
 
 
-def cache_ranges(model: Any, caches: Sequence[CacheInfo], feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-    """[G] by cache name: the largest magnitude that each head's new keys, or values, take on calibration data."""
+def cache_ranges(model: Any, caches: Sequence[KeyValueInfo], feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+    """[G] by cache name: the largest magnitude of each head's new keys or values on calibration data."""
     sources = {scatter.inputs[0].name: scatter.inputs[1].name for scatter in _scatters(model, caches)}
     ranges = {name: np.zeros(1, np.float32) for name in sources}
     for arrays in activations(model, list(sources.values()), feeds):
@@ -56,7 +57,7 @@ def cache_ranges(model: Any, caches: Sequence[CacheInfo], feeds: Feeds) -> dict[
     return ranges
 
 
-def quantize_caches(model: Any, caches: Sequence[CacheInfo], ranges: Mapping[str, NDArray[np.float32]]) -> None:
+def quantize_caches(model: Any, caches: Sequence[KeyValueInfo], ranges: Mapping[str, NDArray[np.float32]]) -> None:
     """Store keys and values as int8, one scale per head; attention reads them dequantized."""
     import onnx_ir as ir
 
@@ -77,8 +78,8 @@ def quantize_caches(model: Any, caches: Sequence[CacheInfo], ranges: Mapping[str
             node.replace_input_with(index, result.outputs[0])
 
 
-def _scatters(model: Any, caches: Sequence[CacheInfo]) -> list[Any]:
-    """The TensorScatter nodes that make the updated caches, in the caches' order."""
+def _scatters(model: Any, caches: Sequence[KeyValueInfo]) -> list[Any]:
+    """The TensorScatter nodes that write the caches, in the caches' order."""
     outputs = {value.name: value for value in model.graph.outputs}
     names = [contract.updated(name) for cache in caches for name in (cache.key_name, cache.value_name)]
     return [producer(outputs[name], "TensorScatter") for name in names]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from headstart.exporter.passes.linear import Linear, is_lm_head, linears
 from headstart.exporter.passes.surgery import constant_of, producer
+from headstart.exporter.passes.values import array_of, name_of, new_initializer, operand
 
 from .feeds import Feeds
 from .observers import Statistics, layer_of, observe
@@ -46,7 +47,7 @@ class CalibratedRounder:
     def __call__(self, linear: Linear, scheme: WeightScheme) -> QuantizedWeight:
         if layer_of(linear) != self._layer:
             self._enter(layer_of(linear), scheme)
-        statistics = self._statistics[linear.node.inputs[0].name]
+        statistics = self._statistics[name_of(linear.source)]
         weight = linear.dequantized()  # read now: entering the layer may have rescaled it
         gram = statistics.gram / statistics.rows
         if self._method == "gptq":
@@ -58,13 +59,13 @@ class CalibratedRounder:
     def _enter(self, layer: str, scheme: WeightScheme) -> None:
         self._layer = layer
         own = [linear for linear in self._own() if layer_of(linear) == layer and not linear.quantized]
-        read = {linear.node.inputs[0].name for linear in own}
+        read = {name_of(linear.source) for linear in own}
         # Inputs that the previous layer shares have not changed: the encoder's states, which all cross-attention reads.
         known = {name: seen for name, seen in self._statistics.items() if name in read}
-        new = [linear for linear in own if linear.node.inputs[0].name not in known]
+        new = [linear for linear in own if name_of(linear.source) not in known]
         self._statistics = known | observe(self._model, new, self._feeds)
         for name, statistics in self._statistics.items():
-            group = [linear for linear in own if linear.node.inputs[0].name == name]
+            group = [linear for linear in own if name_of(linear.source) == name]
             if self._method == "awq":
                 scale_inputs(group, statistics, lambda weight, seen: best_input_scale(weight, seen, scheme))
             elif self._method == "smoothquant":
@@ -148,9 +149,9 @@ def scale_inputs(group: Sequence[Linear], statistics: Statistics, scale_of: Inpu
     scale = scale_of(np.concatenate([linear.dequantized() for linear in group], axis=1), statistics)
     for node, index in norm:
         parameter = _own_parameter(node, index)
-        _rewrite(parameter, parameter.const_value.numpy() / scale)
+        _rewrite(parameter, array_of(parameter) / scale)
     for linear in group:
-        _rewrite(linear.weight, linear.weight.const_value.numpy() * scale[:, None])
+        _rewrite(linear.weight, array_of(linear.weight) * scale[:, None])
     statistics.divide(scale)
     return True
 
@@ -190,10 +191,12 @@ def _norm_parameters(value: Any, readers: int) -> list[tuple[Any, int]] | None:
         indices = [index for index, v in enumerate(norm.inputs) if index and v is not None]
     else:
         norm = producer(value, "Mul")
-        indices = [index for index, v in enumerate(norm.inputs) if v.is_initializer()] if norm is not None else []
-    width = value.shape[-1]
-    vectors = all(constant_of(norm.inputs[index]) is not None and norm.inputs[index].shape == (width,) for index in indices)
-    return [(norm, index) for index in indices] if indices and vectors else None
+        indices = [index for index in (0, 1) if operand(norm, index).is_initializer()] if norm is not None else []
+    if norm is None or not indices:
+        return None
+    width, parameters = value.shape[-1], [operand(norm, index) for index in indices]
+    vectors = all(constant_of(parameter) is not None and parameter.shape == (width,) for parameter in parameters)
+    return [(norm, index) for index in indices] if vectors else None
 
 
 def _own_parameter(node: Any, index: int) -> Any:
@@ -204,7 +207,7 @@ def _own_parameter(node: Any, index: int) -> Any:
     if len(shared.uses()) == 1:
         return shared
     tensor = ir.tensor(shared.const_value.numpy(), name=f"{shared.name}.{node.outputs[0].name}")
-    own = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    own = new_initializer(tensor)
     node.graph.register_initializer(own)
     node.replace_input_with(index, own)
     return own

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.exporter.passes.linear import Linear
+from headstart.exporter.passes.values import name_of
 
 from .feeds import Feeds, opened
 
@@ -62,7 +63,7 @@ def layer_of(linear: Linear) -> str:
 
 def observe(model: Any, linears: Sequence[Linear], feeds: Feeds) -> dict[str, Statistics]:
     """Statistics by the name of the value that each of `linears` reads; layers that read one value share them."""
-    widths = {linear.node.inputs[0].name: linear.shape[0] for linear in linears}
+    widths = {name_of(linear.source): linear.shape[0] for linear in linears}
     sums = {name: Statistics.empty(width) for name, width in widths.items()}
     for arrays in _gathered(activations(model, list(sums), feeds)):
         for statistics, values in zip(sums.values(), arrays, strict=True):

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError
-from headstart.runtime.generation import Prompt
-from headstart.runtime.model import Model, load
+from headstart.runtime.generation import Input
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.prompts import read_answers, text_of
 from headstart.runtime.tokenizer import Tokenizer
 from headstart.runtime.transcription import Transcriber
@@ -140,11 +141,11 @@ def read_answered(model: Model, data: Path, tokens: int) -> Answers:
 
 def _passage(model: Model, given: str | Path, target: str | None) -> Passage | None:
     """None for what is too long."""
-    read = _inputs(model, given)
-    if read is None:
+    read = _input(model, given)
+    if read is None or read.source is None:
         return None
-    source, start = read
-    prompt = given if isinstance(given, str) else source
+    source, start = read.source, list(read.prompt_ids)
+    prompt: Prompt = given if isinstance(given, str) else source
     if target is None:
         answer = model.generate(prompt, decoder_prompt=start, max_new_tokens=WINDOW).token_ids
     else:
@@ -157,15 +158,13 @@ def _passage(model: Model, given: str | Path, target: str | None) -> Passage | N
     return Passage(token_ids, len(start), source, prompt, target)
 
 
-def _inputs(model: Model, given: str | Path) -> tuple[NDArray[Any], list[int]] | None:
-    """(what the encoder reads, what the decoder starts from); None for a source longer than the encoder reads at once."""
+def _input(model: Model, given: str | Path) -> Input | None:
+    """What it is decoded from; None for a source longer than the encoder reads at once."""
     if isinstance(given, str):
-        source, start = model.inputs(given)
-        limit = model.bundle.manifest.model.max_source
-        return None if source is None or (limit and len(source) > limit) else (source, start)
-    transcriber = Transcriber(model, None, "transcribe", False, {})
+        read, limit = model.input(given), model.bundle.manifest.model.max_source
+        return None if read.source is None or (limit and len(read.source) > limit) else read
+    transcriber = Transcriber(model.generator, timestamps=False)
     samples = load_audio(given, transcriber.sampling_rate).samples
     if transcriber.window is not None and len(samples) > transcriber.window:
         return None
-    features, prompt = transcriber.inputs(samples)
-    return features, model.inputs(features, prompt)[1]
+    return transcriber.input(samples)

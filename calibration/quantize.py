@@ -18,17 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.exporter.comparison import all_logits, greedy_tokens
+from headstart.exporter.float_agreement import agreement, forced_texts, warn_if_poor
 from headstart.exporter.golden import GREEDY, Texts, read_golden, save_golden
 from headstart.exporter.graph import graph_info, save_beside, save_graph, weight_infos
 from headstart.exporter.heads.storage import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.surgery import Writer, clean, replace_value
-from headstart.runtime.bundle import Bundle, CacheInfo, HeadInfo, Manifest, WeightInfo, write_manifest
+from headstart.exporter.passes.values import name_of
+from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, write_manifest
 from headstart.runtime.documents import to_json
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_session import AS_WRITTEN, Provider
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
 from headstart.runtime.output import new_folder
+from headstart.runtime.precision import FloatAgreement
 
 from .feeds import EncoderFeeds, Feeds, decoder_feeds
 from .integers import cache_ranges, quantize_caches, quantize_inputs
@@ -168,7 +172,7 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     wanted = options.calibrated and data is not None
     passages = calibration_passages(bundle, Path(str(data)), options.calibration_tokens) if wanted else ()
     decoder, encoder = models["decoder"], models.get("encoder")
-    caches = _quantize_graphs(bundle, decoder, encoder, options, passages, progress)
+    _quantize_graphs(bundle, decoder, encoder, options, passages, progress)
     save_graph(decoder, folder / DECODER)
     graphs["decoder"] = graph_info(decoder, DECODER)
     if encoder is not None:  # beside the decoder: tables they share lie there
@@ -178,7 +182,6 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
         save_graph(ir.load(bundle.path / graphs["frontend"].file), folder / graphs["frontend"].file)
     manifest = dataclasses.replace(
         bundle.manifest,
-        caches=caches,
         graphs=graphs,
         weights=weight_infos(folder / DECODER, "graphs"),
         quantization=options.described()
@@ -188,24 +191,22 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
     for done, name in enumerate(manifest.heads):
         _write_head(bundle, folder, manifest, name, options)
         progress("heads", done + 1, len(manifest.heads))
-    _write_golden(Bundle(folder, manifest), read_golden(bundle))
-    return manifest
+    found = _write_golden(Bundle(folder, manifest), read_golden(bundle))
+    return dataclasses.replace(manifest, quantization=manifest.quantization | {"greedy_agreement": f"{found.greedy:.3f}"})
 
 
 def _quantize_graphs(
     bundle: Bundle, decoder: Any, encoder: Any, options: QuantizeOptions, passages: Sequence[Passage], progress: Progress
-) -> tuple[CacheInfo, ...]:
-    """Both graphs in place, the decoder measured behind the encoder as that will be; returns the caches as they are then."""
-    caches, vocab_size = bundle.manifest.caches, bundle.manifest.model.vocab_size
+) -> None:
+    """Both graphs in place, the decoder measured with the quantized encoder's states."""
+    slots, vocab_size = bundle.manifest.graphs["decoder"].slots, bundle.manifest.model.vocab_size
     if encoder is not None:
         _quantize_layers(encoder, vocab_size, options, EncoderFeeds(bundle, passages) if passages else None, progress)
     with decoder_feeds(bundle, passages, encoder) if passages else nullcontext() as feeds:
-        ranges = cache_ranges(decoder, caches, feeds) if feeds is not None and options.kv_cache == "int8" else {}
+        ranges = cache_ranges(decoder, slots, feeds) if feeds is not None and options.kv_cache == "int8" else {}
         _quantize_layers(decoder, vocab_size, options, feeds, progress)
-    if not ranges:
-        return caches
-    quantize_caches(decoder, caches, ranges)
-    return tuple(dataclasses.replace(cache, dtype="int8") for cache in caches)
+    if ranges:
+        quantize_caches(decoder, slots, ranges)
 
 
 def _quantize_layers(model: Any, vocab_size: int, options: QuantizeOptions, feeds: Feeds | None, progress: Progress) -> None:
@@ -310,27 +311,36 @@ def _write_head(bundle: Bundle, folder: Path, manifest: Manifest, name: str, opt
 
 def _share(model: Any, linear: Linear, shared: dict[str, WeightInfo]) -> None:
     """Read the LM head where the quantized decoder keeps it."""
+    import onnx_ir as ir
+
     weight = linear.weight
-    weight.const_value = reference(weight.name, shared["lm_head"])
-    weight.dtype = weight.const_value.dtype
+    tensor = reference(name_of(weight), shared["lm_head"])
+    weight.const_value, weight.dtype = tensor, tensor.dtype
     if "lm_head.scale" not in shared:
         return
     write = Writer(model, linear.node)
     scale = write.constant("lm_head.scale", np.zeros(1, np.float32))
-    scale.const_value = reference("lm_head.scale", shared["lm_head.scale"])
-    scale.shape = scale.const_value.shape
+    scales = reference("lm_head.scale", shared["lm_head.scale"])
+    scale.const_value, scale.shape = scales, ir.Shape(shared["lm_head.scale"].shape)
     result = write.node("DequantizeLinear", [weight, scale], axis=0 if linear.transposed else 1)
     if linear.transposed:
         result = write.node("Transpose", [result], perm=[1, 0])
     linear.node.replace_input_with(1, result)
 
 
-def _write_golden(bundle: Bundle, golden: dict[str, NDArray[Any]]) -> None:
-    """What the quantized canonical graph says on the golden inputs, in place of what the checkpoint said."""
+def _write_golden(bundle: Bundle, golden: dict[str, NDArray[Any]]) -> FloatAgreement:
+    """Record the quantized canonical graph's outputs on the golden inputs, keep the float model's, and compare the two.
+
+    Warns where quantized weights do not represent the model.
+    """
     model = bundle.manifest.model
-    engine = OnnxRuntimeEngine(bundle)
+    engine = OnnxRuntimeEngine(bundle, provider=Provider(entries=AS_WRITTEN))
     texts = Texts(golden["input_ids"], golden.get("sources"))
     tokens = min(GREEDY, model.max_cache - texts.input_ids.shape[1])
     logits = np.stack([all_logits(engine, ids, source) for ids, source in texts.pairs()])
     greedy = np.stack([greedy_tokens(engine, ids.tolist(), tokens, source) for ids, source in texts.pairs()])
-    save_golden(bundle.path, texts.input_ids, logits, greedy, texts.sources)
+    save_golden(bundle.path, texts.input_ids, logits, greedy, texts.sources, float_model=golden)
+    forced = Texts(forced_texts(texts.input_ids, golden), texts.sources)
+    found = agreement(np.stack([all_logits(engine, ids, source) for ids, source in forced.pairs()]), golden)
+    warn_if_poor(bundle.manifest.quantization["weights"], found)
+    return found

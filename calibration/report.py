@@ -1,9 +1,8 @@
-"""What quantization costs, bundle by bundle, on held-out data: in quality, in acceptance, in bytes.
+"""What quantization costs, bundle by bundle, on held-out data and one device: in quality, in acceptance, in bytes.
 
-Acceptance is measured beside quality because it is what a quantized bundle with heads is made for: a head trained on the
-float model's hidden states has to live with the quantized model's. A decoder is measured on text that it continues, an
-encoder-decoder on targets given their sources, which the decoder is fed token by token; where it writes freely, its outputs
-are held against the targets.
+Acceptance is measured as well as quality: in quantized bundles, heads that were trained on the float model's hidden states read
+the quantized model's. A decoder is measured on text that it continues, an encoder-decoder on targets given their sources, which
+the decoder is fed token by token; where it writes freely, its outputs are compared with the targets.
 """
 
 import json
@@ -19,11 +18,10 @@ from numpy.typing import NDArray
 
 from headstart.exporter.comparison import all_logits
 from headstart.runtime.bundle import GOLDEN, Bundle
-from headstart.runtime.engine import Engine
-from headstart.runtime.engines.info import engine_folder
 from headstart.runtime.errors import OptionError
-from headstart.runtime.generation import Prompt
-from headstart.runtime.model import Model, load
+from headstart.runtime.graph import Engine
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model, Prompt
 
 from .answers import exact_share, word_error_rate
 from .passages import WINDOW, Answers, Passage, of_windows, read_answered, read_texts
@@ -37,11 +35,12 @@ class SchemeReport:
     """One bundle as it decodes on this device.
 
     Attributes:
+        built: for the device; False where the canonical graph was computed.
         perplexity: per token of the text, or of the targets given their sources.
-        agreement: share of rows whose best token is the reference's, all reading the same tokens.
+        agreement: share of rows whose best token is the reference's, given the same tokens.
         kl: mean Kullback-Leibler divergence from the reference's distribution per token, in nats.
-        exact: share of greedy outputs that are their target to the letter; None where there are no targets.
-        word_error_rate: of all greedy outputs against their targets; None but for recordings with targets.
+        exact: share of greedy outputs that equal their target to the letter; None where there are no targets.
+        word_error_rate: of all greedy outputs against their targets; None except for recordings with targets.
         acceptance: new tokens per verify call, by drafter, greedy, untuned trees.
         disk_mb: of the bundle's own files, without built engines.
         memory_mb: resident in a fresh process after loading and 16 tokens.
@@ -65,6 +64,7 @@ class QuantizationReport:
     """All bundles; the first is the reference.
 
     Attributes:
+        device: that all of them were measured on.
         text: the data file's name.
         tokens: of it, as the decoder reads them.
         passages: windows of a text, or sources with their answers.
@@ -72,6 +72,7 @@ class QuantizationReport:
         prompts: of the acceptance lengths.
     """
 
+    device: str
     text: str
     tokens: int
     passages: int
@@ -92,6 +93,9 @@ def compare(
     max_tokens: int = 16384,
     max_new_tokens: int = 128,
     progress: Progress = lambda what, done, of: None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
 ) -> QuantizationReport:
     """Measure every bundle against the first, on held-out data and with every drafter on `prompts`.
 
@@ -99,10 +103,12 @@ def compare(
         text: text or JSONL. For models with an encoder, sources with their targets, as `quantize` takes them; where a line has
             no target, all bundles are held against what the first writes.
         prompts: for the acceptance lengths.
+        device, threads: as `load` takes them; where nothing was built for the CPU, the canonical graph is measured.
 
     Raises:
-        OptionError: fewer than two bundles, too little text, another vocabulary, an assistant.
+        OptionError: fewer than two bundles, too little text, another vocabulary, an assistant, an unknown device.
         BundleError: no bundle.
+        EngineError: a bundle is not built for the device, or there is none.
         PromptError, AudioError: sources that cannot be read.
     """
     if len(bundles) < 2:
@@ -112,23 +118,24 @@ def compare(
     kinds = {name: (info.vocab_size, info.source or "text it continues") for name, info in infos.items()}
     if len(set(kinds.values())) > 1:
         raise OptionError(f"The bundles differ in vocabulary or in what they read ({kinds}): they are not of one checkpoint.")
-    read = _passages(paths[0], Path(text), max_tokens)
-    quality = _quality(paths, read.passages, progress)
+    models = [load(path, device, threads, tuned=False) for path in paths]
+    read = _passages(models[0], Path(text), max_tokens)
+    quality = _quality([model.engine for model in models], read.passages, progress)
     schemes = []
-    for done, path in enumerate(paths):
-        model = load(path, tuned=False)
+    for done, model in enumerate(models):
         written = _written(model, read.passages, max_new_tokens)
-        schemes.append(_scheme(path, quality[done], written, _acceptance(model, prompts, max_new_tokens)))
+        schemes.append(_scheme(model, quality[done], written, _acceptance(model, prompts, max_new_tokens)))
         progress("acceptance", done + 1, len(paths))
     tokens = sum(len(passage.token_ids) for passage in read.passages)
-    return QuantizationReport(Path(text).name, tokens, len(read.passages), read.left_out, len(prompts), tuple(schemes))
+    return QuantizationReport(device, Path(text).name, tokens, len(read.passages), read.left_out, len(prompts), tuple(schemes))
 
 
-def _passages(reference: Path, text: Path, max_tokens: int) -> Answers:
-    model = load(reference, tuned=False)
+def _passages(model: Model, text: Path, max_tokens: int) -> Answers:
     info = model.bundle.manifest.model
     if info.source == "states":
-        raise OptionError(f"{reference} is an assistant: it reads the states of its target's encoder, which no file holds.")
+        raise OptionError(
+            f"{model.bundle.path} is an assistant: it reads the states of its target's encoder, which no file holds."
+        )
     if info.source:
         return read_answered(model, text, max_tokens)
     window = min(WINDOW, info.max_cache)
@@ -149,9 +156,8 @@ class _Quality:
     kl: float = 0.0
 
 
-def _quality(paths: Sequence[Path], passages: Sequence[Passage], progress: Progress) -> list[_Quality]:
-    """All bundles side by side, one passage at a time: the reference's logits are never kept."""
-    engines = [load(path, tuned=False).engine for path in paths]
+def _quality(engines: Sequence[Engine], passages: Sequence[Passage], progress: Progress) -> list[_Quality]:
+    """All bundles in turn, one passage at a time: the reference's logits are never kept."""
     sums = [_Quality() for _ in engines]
     for done, passage in enumerate(passages):
         wanted = passage.token_ids[passage.given :]
@@ -205,8 +211,8 @@ def _acceptance(model: Model, prompts: Sequence[Prompt], max_new_tokens: int) ->
     return lengths
 
 
-def _scheme(path: Path, quality: _Quality, written: _Written, acceptance: dict[str, float]) -> SchemeReport:
-    bundle = Bundle.load(path, check_hashes=False)
+def _scheme(model: Model, quality: _Quality, written: _Written, acceptance: dict[str, float]) -> SchemeReport:
+    bundle, path = model.bundle, model.bundle.path
     settings = bundle.manifest.quantization
     parts = [settings.get(name) for name in ("weights", "method", "group")]
     parts += ["static"] if settings.get("activations") == "static" else []
@@ -215,7 +221,7 @@ def _scheme(path: Path, quality: _Quality, written: _Written, acceptance: dict[s
     return SchemeReport(
         bundle=path.name,
         scheme=scheme,
-        built=(engine_folder(bundle, "cpu")).is_dir(),
+        built=model.engine.built is not None,
         perplexity=float(np.exp(quality.loss / quality.rows)),
         agreement=quality.agreeing / quality.rows,
         kl=quality.kl / quality.rows,
@@ -223,24 +229,23 @@ def _scheme(path: Path, quality: _Quality, written: _Written, acceptance: dict[s
         word_error_rate=written.word_error_rate,
         acceptance=acceptance,
         disk_mb=sum((path / name).stat().st_size for name in bundle.manifest.files) / 1e6,
-        memory_mb=_memory_mb(path),
+        memory_mb=_memory_mb(path, model.engine.device, model.engine.threads),
     )
 
 
-def _memory_mb(path: Path) -> float:
+def _memory_mb(path: Path, device: str, threads: int) -> float:
     """In a process of its own, so that nothing else is counted."""
     code = (
         "import sys, json, headstart, numpy\n"
         "from headstart.runtime.memory import resident_memory_mb\n"
-        "model = headstart.load(sys.argv[1], tuned=False)\n"
+        "model = headstart.load(sys.argv[1], sys.argv[3], int(sys.argv[4]) or None, tuned=False)\n"
         "heard = model.bundle.manifest.model.source == 'audio'\n"
         "prompt = numpy.load(sys.argv[2])['sources'][0] if heard else 'a'\n"
         "model.generate(prompt, max_new_tokens=16, drafter='none')\n"
         "print(json.dumps(resident_memory_mb()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(path / GOLDEN)], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code, str(path), str(path / GOLDEN), device, str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -12,7 +12,6 @@ differs with its clocks and power mode.
 """
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from headstart.exporter.devices import DEVICES, Device
 from headstart.runtime.errors import missing_extra
 
-from .published import MODELS, ROWS, ModelSize, Row
+from .published import MODELS, ModelSize, Row
 
 BITS = {"float16": 16.0, "bfloat16": 16.0, "int8": 8.1, "int4": 4.5, "nvfp4": 4.5}  # of a weight, with its share of a scale
 WIDENED = ("int4", "int8")
@@ -130,19 +129,3 @@ def _errors(row: Row, fitted: Coefficients) -> tuple[float, float, float]:
     of_plain = math.log(plain * row.plain / (1e3 * row.batch))
     of_round = math.log(round_ms * row.speculative / (1e3 * row.batch * row.acceptance))
     return of_plain, of_round, 2 * (of_round - of_plain)
-
-
-def left_out_errors(rows: Sequence[Row] = ROWS) -> list[float]:
-    """|predicted / published speed-up - 1| of each row, by a fit to all other rows."""
-    fits = [fit([other for other in rows if other is not row]) for row in rows]
-    return [abs(predicted_speedup(row, fitted) / row.speedup - 1) for row, fitted in zip(rows, fits, strict=True)]
-
-
-def left_out_device_errors(rows: Sequence[Row] = ROWS) -> dict[str, float]:
-    """Device -> median error of its rows by a fit to the other devices' rows alone: the error to expect for a new board."""
-    errors = {}
-    for device in dict.fromkeys(row.device for row in rows):
-        fitted = fit([row for row in rows if row.device != device])
-        own = [row for row in rows if row.device == device]
-        errors[device] = statistics.median(abs(predicted_speedup(row, fitted) / row.speedup - 1) for row in own)
-    return errors

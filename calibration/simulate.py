@@ -1,7 +1,7 @@
-"""Tuning for a board that is not at hand: acceptance measured here, costs from the roofline.
+"""Tuning for a board that is not available: acceptance measured here, costs from the roofline.
 
 Which tokens the target accepts does not depend on the device, so the drafters decode the prompts with the CPU engine, with
-budgets that believe the board's predicted costs; what each round would have cost there is added up. Everything written says
+budgets that assume the board's predicted costs; what each round would have cost there is added up. Everything written says
 that it was simulated: `headstart tune` on the board itself replaces it.
 """
 
@@ -16,18 +16,19 @@ from headstart.exporter.devices import Device, device_named
 from headstart.exporter.heads.storage import load_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import linears
-from headstart.runtime.budget import Budget, Standing, VerifyCost
+from headstart.exporter.passes.values import dtype_of
+from headstart.runtime.budget import Budget, DrafterStats
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.documents import to_json
 from headstart.runtime.errors import missing_extra
-from headstart.runtime.generation import Prompt
-from headstart.runtime.loop import LoopOptions
-from headstart.runtime.model import Model, load, with_rates
+from headstart.runtime.loading import load, with_rates
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.output import atomic_write
 from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint
+from headstart.runtime.verify_cost import BatchCost, VerifyCost
 
 from .roofline import FITTED, Coefficients, Work, pass_ms
-from .tune import ROWS, Progress, TuneOptions, choice, decode, drafter_pairs, new_tuning, observed, tuned_drafters
+from .tune import ROWS, Progress, TuneOptions, choice, decode, drafter_pairs, new_tuning, observed
 
 HEAD_LAYERS = 2  # a head's launches, in layers' worth
 CACHE_PASSES = 3  # of an attention layer over its cache: the plans read it, write it in their own order, and read that
@@ -40,11 +41,10 @@ class PricedBudget(Budget):
     spent_ms: float = 0.0
     tokens: int = 0
 
-    def observe(self, tokens: int, nodes: int, history: int, drafted: bool) -> None:
-        curve = self.cost.curve(history)
-        self.spent_ms += float(curve[1 + nodes]) + (self.draft_ms if drafted else 0.0)
+    def observe(self, tokens: int, milliseconds: float, plain_milliseconds: float, drafted: bool) -> None:
+        self.spent_ms += milliseconds + (self.draft_ms() if drafted else 0.0)
         self.tokens += tokens
-        super().observe(tokens, nodes, history, drafted)
+        super().observe(tokens, milliseconds, plain_milliseconds, drafted)
 
 
 def simulate(
@@ -94,11 +94,11 @@ def predicted_cost(bundle: Bundle, device: Device, slots: int, fitted: Coefficie
     """t(n) of a TensorRT engine of the bundle. An engine attends over its whole cache, so history changes nothing."""
     import onnx_ir as ir
 
-    model = bundle.manifest.model
-    weights = matrix_millions(ir.load(bundle.path / bundle.manifest.graphs["decoder"].file), model.dtype)
-    per_slot = 2 * sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in bundle.manifest.caches)
+    model, decoder = bundle.manifest.model, bundle.manifest.graphs["decoder"]
+    weights = matrix_millions(ir.load(bundle.path / decoder.file), model.dtype)
+    per_slot = 2 * sum(pair.kv_heads * (pair.key_size + pair.value_size) for pair in decoder.slots)
     line = tuple(pass_ms(Work(weights, rows, model.layers, CACHE_PASSES * slots * per_slot), device, fitted) for rows in ROWS)
-    return VerifyCost(ROWS, (0, slots), (line, line))
+    return VerifyCost((BatchCost(1, ROWS, (0, slots), (line, line)),))
 
 
 def head_ms(bundle: Bundle, name: str, device: Device, fitted: Coefficients = FITTED) -> float:
@@ -112,7 +112,7 @@ def matrix_millions(model: Any, dtype: str) -> Mapping[str, float]:
     model, _ = split_gemms(model)
     counts: dict[str, float] = {}
     for linear in linears(model):
-        kind = linear.weight.dtype.name.lower() if linear.quantized else "bfloat16" if dtype == "bfloat16" else "float16"
+        kind = dtype_of(linear.weight).name.lower() if linear.quantized else "bfloat16" if dtype == "bfloat16" else "float16"
         counts[kind] = counts.get(kind, 0.0) + float(np.prod(linear.shape)) / 1e6
     return counts
 
@@ -130,16 +130,11 @@ def _chosen(model: Model, made: Tuning, prompts: Sequence[Prompt], options: Tune
 def _priced(model: Model, made: Tuning, name: str, prompts: Sequence[Prompt], options: TuneOptions) -> DrafterTuning:
     """A drafter's acceptance length and speed-up under its budget, at the board's prices."""
     one = made.drafters[name]
-    drafter, standing = with_rates(tuned_drafters(model), name, one), Standing()
-    budgets: list[PricedBudget] = []
-
-    def next_budget() -> Budget:
-        budgets.append(PricedBudget(made.verify, one.draft_ms, made.max_nodes, standing))
-        return budgets[-1]
-
-    settings = LoopOptions(options.max_new_tokens, budgets=next_budget)
-    loops = [decode(model, drafter, prompt, settings) for prompt in prompts]
-    calls = sum(loop.sequences[0].verify_calls for loop in loops)
+    drafter, stats = with_rates(model.generator.drafters, name, one), DrafterStats()
+    budgets = [PricedBudget(lambda nodes, depth: one.draft_ms, made.max_nodes, stats) for _ in prompts]
+    pairs, limit = zip(prompts, budgets, strict=True), options.max_new_tokens
+    runs = [decode(model, prompt, limit, drafter, budget=budget, cost=made.verify) for prompt, budget in pairs]
+    calls = sum(run.verify_calls for run in runs)
     tokens, spent = sum(budget.tokens for budget in budgets), sum(budget.spent_ms for budget in budgets)
-    speedup = tokens * float(made.verify.curve(0)[1]) / spent if spent else 0.0
+    speedup = tokens * float(made.verify.curve(1, 0)[1]) / spent if spent else 0.0
     return dataclasses.replace(one, acceptance_length=tokens / max(calls, 1), speedup=speedup)

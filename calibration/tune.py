@@ -1,7 +1,7 @@
 """Tuning: measure the engine and the drafters on this machine, and keep what pays.
 
-1. t(n): the time of a verify pass over 1 … 64 rows, behind a short and a long history.
-2. Acceptance: each drafter proposes generous trees on the user's prompts; for every node whose parent was accepted, was it?
+1. t(B, n): the time of a verify pass over 1 … 64 rows, after a short and a long history, for one sequence and for batches.
+2. Acceptance: each drafter proposes generous trees on the user's prompts; how many nodes are accepted, given their parents?
 3. Proof: each drafter decodes the prompts with its budget, interleaved with plain decoding. The fastest is chosen; where
    none beats plain decoding the choice is "none", with the figures that say so.
 """
@@ -9,7 +9,8 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.budget import Standing, VerifyCost
+from headstart.runtime.budget import Budget, DrafterStats
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.cache import KVCache
 from headstart.runtime.documents import to_json
-from headstart.runtime.drafters.base import DraftRequest, TunedDrafter
-from headstart.runtime.engine import MAX_ROWS, Engine
+from headstart.runtime.drafters.base import Drafter, DraftRequest, DraftSequence, Features, Target
 from headstart.runtime.errors import OptionError, OutputError
-from headstart.runtime.generation import Prompt
-from headstart.runtime.loop import DecodingLoop, LoopOptions
-from headstart.runtime.model import Model, load, with_rates
+from headstart.runtime.graph import MAX_ROWS, Engine
+from headstart.runtime.loading import load, with_rates
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.output import atomic_write
-from headstart.runtime.prefill import open_cache
+from headstart.runtime.prefill import run_decoder
+from headstart.runtime.scheduler import Scheduler, decode_alone
+from headstart.runtime.sequence import Request, Sequence
+from headstart.runtime.states import State
 from headstart.runtime.tree import ROOT, DraftTree
 from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, fingerprint, tuning_file
+from headstart.runtime.verify_cost import BatchCost, VerifyCost
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+BATCHES, BATCH_ROWS = (2, 8), (1, 2, 4, 8, 16)  # of batches, which are measured more coarsely
 SHORT_HISTORY, LONG_HISTORY = 64, 2048  # tokens
-COST_ROUNDS, COST_WARM_UP, COST_REPEATS = 7, 3, 7  # interleaved rounds, and forwards of each
+COST_ROUNDS, BATCH_ROUNDS, COST_WARM_UP, COST_REPEATS = 7, 3, 3, 7  # interleaved rounds, and passes of each
 OBSERVED_NODES = 32  # of the trees whose acceptance is counted
 PRIOR_WEIGHT = 6.0  # observations that a prior counts as
 PROOF_ROUNDS = 3
@@ -58,7 +62,7 @@ class TuneOptions:
 
 def tune(
     bundle: str | Path,
-    prompts: Sequence[Prompt],
+    prompts: Items[Prompt],
     device: str = "cpu",
     threads: int | None = None,
     draft_model: str | Path | None = None,
@@ -68,14 +72,14 @@ def tune(
 ) -> Tuning:
     """Measure, choose, and write `tuning/<device>.json` inside the bundle.
 
-    `draft_model`: another bundle, measured beside the bundle's own drafters; "auto" then wants it whenever it was chosen.
+    `draft_model`: another bundle, measured with the bundle's own drafters; "auto" then needs it whenever it was chosen.
 
     Raises OptionError without prompts, OutputError when it was tuned already (unless `force`), BundleError, EngineError.
     """
     options = options or TuneOptions()
     opened, file = new_tuning(bundle, device, prompts, force)
     model = load(bundle, device, threads, draft_model, tuned=False)
-    cost = verify_cost(model.engine, progress, model.inputs(prompts[0])[0])
+    cost = verify_cost(model.engine, progress, model.input(prompts[0]).source)
     drafters = observed(model, prompts, options, progress)
     if "draft_model" in drafters:
         drafters["draft_model"] = as_deep_as_pays(drafters["draft_model"], cost)
@@ -98,7 +102,7 @@ def tune(
     return made
 
 
-def new_tuning(bundle: str | Path, device: str, prompts: Sequence[Prompt], force: bool) -> tuple[Bundle, Path]:
+def new_tuning(bundle: str | Path, device: str, prompts: Items[Prompt], force: bool) -> tuple[Bundle, Path]:
     """(the bundle, the file to write). Raises OptionError without prompts, OutputError when it is there (unless `force`)."""
     if not prompts:
         raise OptionError(
@@ -113,70 +117,95 @@ def new_tuning(bundle: str | Path, device: str, prompts: Sequence[Prompt], force
 
 
 def verify_cost(engine: Engine, progress: Progress, source: NDArray[Any] | None = None) -> VerifyCost:
-    """t(n), medians over interleaved rounds so that a noisy moment hits all sizes alike. `source`: what an encoder reads."""
+    """t(B, n), medians over interleaved rounds so that noise affects all sizes alike. `source`: what an encoder reads."""
+    batches = [1, *(batch for batch in BATCHES if batch <= Scheduler(engine).max_batch)]
+    return VerifyCost(tuple(_batch_cost(engine, batch, progress, source) for batch in batches))
+
+
+def _batch_cost(engine: Engine, batch: int, progress: Progress, source: NDArray[Any] | None) -> BatchCost:
+    rows = ROWS if batch == 1 else BATCH_ROWS
     longest = max(SHORT_HISTORY, min(LONG_HISTORY, engine.model.max_cache - MAX_ROWS))
     histories = (min(SHORT_HISTORY, longest // 2), longest)
-    caches = {history: open_cache(engine, history + MAX_ROWS, source) for history in histories}
+    states = {history: _state_for(engine, batch, history, source) for history in histories}
     seconds: dict[tuple[int, int], list[float]] = {}
-    for done in range(COST_ROUNDS):
-        for history, cache in caches.items():
-            cache.lengths[:] = history
-            for rows in ROWS:
-                seconds.setdefault((history, rows), []).append(_time_forward(engine, cache, rows))
-        progress("verify cost", done + 1, COST_ROUNDS)
-    table = np.array([[1000 * statistics.median(seconds[history, rows]) for rows in ROWS] for history in histories])
+    rounds = COST_ROUNDS if batch == 1 else BATCH_ROUNDS
+    for done in range(rounds):
+        for history, state in states.items():
+            state.lengths[:] = history
+            for count in rows:
+                seconds.setdefault((history, count), []).append(_time_pass(engine, state, count))
+        progress(f"verify cost, batch {batch}", done + 1, rounds)
+    table = np.array([[1000 * statistics.median(seconds[history, count]) for count in rows] for history in histories])
     rising = np.minimum.accumulate(table[:, ::-1], axis=1)[:, ::-1]  # more rows never cost less: what says so is noise
-    return VerifyCost(ROWS, histories, tuple(tuple(map(float, line)) for line in rising))
+    return BatchCost(batch, rows, histories, tuple(tuple(map(float, line)) for line in rising))
 
 
-def _time_forward(engine: Engine, cache: KVCache, rows: int) -> float:
-    """Seconds of one forward of a chain: the median of a few behind a warm-up."""
-    positions = int(cache.lengths[0]) + np.arange(rows)[None]
-    ids, mask = np.arange(rows)[None] % engine.model.vocab_size, np.tri(rows, dtype=np.bool_)[None]
+def _state_for(engine: Engine, batch: int, history: int, source: NDArray[Any] | None) -> State:
+    state = engine.graph("decoder").new_state(batch, history + MAX_ROWS)
+    if source is not None:
+        sources = engine.encode([source])
+        for row in range(batch):
+            state.put_sources(row, sources)
+    return state
+
+
+def _time_pass(engine: Engine, state: State, rows: int) -> float:
+    """Seconds of one pass over chains: the median of a few after a warm-up."""
+    shape = state.batch, rows
+    ids, chosen = np.broadcast_to(np.arange(rows) % engine.model.vocab_size, shape), np.broadcast_to(np.arange(rows), shape)
+    positions, mask = state.lengths[:, None] + np.arange(rows), np.broadcast_to(np.tri(rows, dtype=np.bool_), (*shape, rows))
     times = []
     for _ in range(COST_WARM_UP + COST_REPEATS):
         started = time.perf_counter()
-        engine.forward(cache, ids, positions, mask, np.arange(rows)[None]).wait()
+        run_decoder(engine, state, ids, positions, mask, chosen).wait()
         times.append(time.perf_counter() - started)
     return statistics.median(times[COST_WARM_UP:])
 
 
 class Recorder:
-    """A drafter that lets another propose, and counts which of its nodes the target then took.
+    """A drafter that lets another propose, and counts which of its nodes the target then accepted.
 
     The text of the next request tells: it continues along the accepted path. Nodes are counted where their parent was
     accepted, which is when their own acceptance was decided.
     """
 
-    def __init__(self, inner: TunedDrafter) -> None:
-        self.name, self.default_nodes, self.reads_hidden = inner.name, inner.default_nodes, inner.reads_hidden
+    def __init__(self, inner: Drafter) -> None:
+        self.name, self.default_nodes, self.class_count = inner.name, inner.default_nodes, inner.class_count
+        self.reads, self.price = inner.reads, inner.price
+        self.prior_rates, self.use_rates = inner.prior_rates, inner.use_rates
         self._inner = inner
         self.seen = np.zeros(inner.class_count)
         self.accepted = np.zeros(inner.class_count)
         self.seconds: list[float] = []
         self._last: dict[int, tuple[DraftTree, int]] = {}
 
-    def open(self, batch: int) -> None:
-        self._inner.open(batch)
-        self._last = {}
+    def open(self, sequence: DraftSequence, target: Target) -> None:
+        self._inner.open(sequence, target)
 
-    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+    def observe(self, sequence: DraftSequence, rows: Features, path: Items[int]) -> None:
+        self._inner.observe(sequence, rows, path)
+
+    def close(self, sequence: DraftSequence) -> None:
+        self._settle(sequence)
+        self._inner.close(sequence)
+
+    def propose(self, requests: Items[DraftRequest]) -> list[DraftTree]:
         for request in requests:
-            self.settle(request.row, request.token_ids)
+            self._settle(request.sequence)
         started = time.perf_counter()
         trees = self._inner.propose(requests)
         self.seconds.append(time.perf_counter() - started)
         for request, tree in zip(requests, trees, strict=True):
-            self._last[request.row] = tree, len(request.token_ids)
+            self._last[request.sequence.id] = tree, len(request.sequence.token_ids)
         return trees
 
-    def settle(self, row: int, token_ids: Sequence[int]) -> None:
-        """Count the nodes of the row's last tree against what the text became."""
-        tree, known = self._last.pop(row, (None, 0))
+    def _settle(self, sequence: DraftSequence) -> None:
+        """Count the nodes of the sequence's last tree against the text that followed."""
+        tree, known = self._last.pop(sequence.id, (None, 0))
         if tree is None or tree.classes is None:
             return
         children, parent = tree.children(), ROOT
-        for token in token_ids[known:]:
+        for token in sequence.token_ids[known:]:
             following = ROOT
             for node in children[parent + 1]:
                 self.seen[tree.classes[node]] += 1
@@ -193,67 +222,78 @@ class Recorder:
         return tuple(map(float, (self.accepted + PRIOR_WEIGHT * prior) / (self.seen + PRIOR_WEIGHT)))
 
 
-def observed(model: Model, prompts: Sequence[Prompt], options: TuneOptions, progress: Progress) -> dict[str, DrafterTuning]:
+def observed(model: Model, prompts: Items[Prompt], options: TuneOptions, progress: Progress) -> dict[str, DrafterTuning]:
     """What each drafter's nodes are worth, and what its proposals cost here."""
-    plain_ms = other_ms_per_round(decode(model, None, prompts[0], LoopOptions(options.max_new_tokens)))
-    drafters = tuned_drafters(model)
+    plain_ms = other_ms_per_round(decode(model, prompts[0], options.max_new_tokens))
+    drafters = model.generator.drafters
     return {name: _observe(model, inner, prompts, options, plain_ms, progress) for name, inner in drafters.items()}
 
 
 def _observe(
-    model: Model, inner: TunedDrafter, prompts: Sequence[Prompt], options: TuneOptions, plain_ms: float, progress: Progress
+    model: Model, inner: Drafter, prompts: Items[Prompt], options: TuneOptions, plain_ms: float, progress: Progress
 ) -> DrafterTuning:
     """Decode the prompts with generous trees, and count.
 
-    What a round takes beside verifying, over what a plain round does (`plain_ms`), is part of the draft's price.
+    What a round takes apart from verifying, over what a plain round does (`plain_ms`), is part of the draft's price.
     """
     recorder = Recorder(inner)
     calls = tokens = 0
     other_ms = []
     for done, prompt in enumerate(prompts):
-        loop = decode(model, recorder, prompt, LoopOptions(options.max_new_tokens, draft_nodes=OBSERVED_NODES))
-        text = loop.sequences[0]
-        recorder.settle(0, text.token_ids)
-        calls, tokens = calls + text.verify_calls, tokens + text.new_tokens - 1
-        other_ms.append(other_ms_per_round(loop))
+        sequence = decode(model, prompt, options.max_new_tokens, recorder, OBSERVED_NODES)
+        calls, tokens = calls + sequence.verify_calls, tokens + sequence.new_tokens - 1
+        other_ms.append(other_ms_per_round(sequence))
         progress(inner.name, done + 1, len(prompts))
     draft_ms = 1000 * statistics.median(recorder.seconds) if recorder.seconds else 0.0
     draft_ms += max(0.0, statistics.median(other_ms) - plain_ms)
     return DrafterTuning(recorder.rates(), draft_ms, tokens / max(calls, 1), 0.0)
 
 
-def other_ms_per_round(loop: DecodingLoop) -> float:
+def other_ms_per_round(sequence: Sequence) -> float:
     """Milliseconds per round that are neither drafting nor verifying: accepting, committing, Python."""
-    clock = loop.clock
-    return 1000 * (clock.decode_s - clock.draft_s - clock.verify_s) / max(loop.sequences[0].verify_calls, 1)
+    clock = sequence.clock
+    return 1000 * (clock.decode_s - clock.draft_s - clock.verify_s) / max(sequence.verify_calls, 1)
 
 
-def as_deep_as_pays(found: DrafterTuning, cost: VerifyCost) -> DrafterTuning:
+def as_deep_as_pays(tuned: DrafterTuning, cost: VerifyCost) -> DrafterTuning:
     """A draft model's rates up to the depth with the most tokens per second, and zeros beyond: each node costs a step."""
-    step_ms, curve = found.draft_ms / OBSERVED_NODES, cost.curve(cost.histories[0])
-    tokens = 1 + np.cumsum(np.cumprod(found.rates))
+    step_ms, curve = tuned.draft_ms / OBSERVED_NODES, cost.single.curve(cost.single.histories[0])
+    tokens = 1 + np.cumsum(np.cumprod(tuned.rates))
     depths = np.arange(1, min(len(tokens), OBSERVED_NODES) + 1)
     best = int(depths[(tokens[: len(depths)] / (curve[1 + depths] + depths * step_ms)).argmax()])
-    rates = (*found.rates[:best], *(0.0,) * (len(found.rates) - best))
-    return dataclasses.replace(found, rates=rates, draft_ms=best * step_ms)
+    rates = (*tuned.rates[:best], *(0.0,) * (len(tuned.rates) - best))
+    return dataclasses.replace(tuned, rates=rates, draft_ms=best * step_ms)
 
 
-def decode(model: Model, drafter: TunedDrafter | Recorder | None, prompt: Prompt, options: LoopOptions) -> DecodingLoop:
-    """Decode one prompt to its end."""
-    if model.answers:
-        options = dataclasses.replace(options, end_tokens=frozenset(model.bundle.manifest.generation.eos_token_ids))
-    source, start = model.inputs(prompt)
-    loop = DecodingLoop(model.engine, drafter, [start], options, [] if source is None else [source])
-    for _ in loop.rounds():
-        pass
-    return loop
+def decode(
+    model: Model,
+    prompt: Prompt,
+    max_new_tokens: int,
+    drafter: Drafter | None = None,
+    draft_nodes: int | None = None,
+    budget: Budget | None = None,
+    cost: VerifyCost | None = None,
+) -> Sequence:
+    """Decode one prompt to its end, greedily and without the model's rules. `cost`: what the budget's choices rest on."""
+    given = model.input(prompt)
+    request = Request(
+        given.prompt_ids,
+        max_new_tokens,
+        end_tokens=frozenset(model.bundle.manifest.generation.eos_token_ids) if model.answers else frozenset(),
+        drafter=drafter,
+        draft_nodes=draft_nodes,
+        budget=budget,
+        source=given.source,
+        source_ids=given.source_ids(model.bundle.manifest.model.source),
+    )
+    return decode_alone(model.engine, request, cost)
 
 
 COPIES = ("source_copy", "ngram")  # cost next to nothing, and are right either often or hardly ever: asked first in a pair
 
 
 def drafter_pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning]:
-    """A copy with each other drafter behind it, which is asked where the copy promises less than that one brings."""
+    """A copy, then each other drafter, which is asked where the copy promises less than that one brings."""
     pairs = {}
     for i, first in enumerate(COPIES):
         for second in drafters:
@@ -264,30 +304,33 @@ def drafter_pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning
     return pairs
 
 
-def _prove(model: Model, tuning: Tuning, prompts: Sequence[Prompt], options: TuneOptions, progress: Progress) -> Tuning:
+def _prove(model: Model, tuning: Tuning, prompts: Items[Prompt], options: TuneOptions, progress: Progress) -> Tuning:
     """Decode with each budget and without, interleaved; fill in what came of it, and choose."""
-    single = tuned_drafters(model)
-    drafters = {name: with_rates(single, name, found) for name, found in tuning.drafters.items()}
+    drafters = {name: with_rates(model.generator.drafters, name, one) for name, one in tuning.drafters.items()}
     seconds: dict[str, list[float]] = {"none": [], **{name: [] for name in drafters}}
-    settings = {name: _budgeted(tuning, name, options) for name in seconds}
+    stats = {name: DrafterStats() for name in drafters}
     lengths: dict[str, float] = {}
     for done in range(PROOF_ROUNDS):
         for name in seconds:
-            loops = [decode(model, drafters.get(name), p, settings[name]) for p in prompts]
-            seconds[name].append(sum(loop.clock.decode_s for loop in loops))
-            calls = sum(loop.sequences[0].verify_calls for loop in loops)
-            lengths[name] = sum(loop.sequences[0].new_tokens - 1 for loop in loops) / max(calls, 1)
+            budgets = [tuning.budget(name, stats[name]) if name in drafters else None for _ in prompts]
+            pairs = zip(prompts, budgets, strict=True)
+            runs = [
+                decode(model, prompt, options.max_new_tokens, drafters.get(name), budget=budget, cost=tuning.verify)
+                for prompt, budget in pairs
+            ]
+            seconds[name].append(sum(run.clock.decode_s for run in runs))
+            lengths[name] = sum(run.new_tokens - 1 for run in runs) / max(sum(run.verify_calls for run in runs), 1)
         progress("proof", done + 1, PROOF_ROUNDS)
     speedups = {
         name: statistics.median(plain / mine for plain, mine in zip(seconds["none"], times, strict=True))
         for name, times in seconds.items()
     }
-    found = {
+    proved = {
         name: dataclasses.replace(one, acceptance_length=lengths[name], speedup=speedups[name])
         for name, one in tuning.drafters.items()
     }
-    chosen, reason = choice({name: speedups[name] for name in found})
-    return dataclasses.replace(tuning, drafters=found, chosen=chosen, reason=reason)
+    chosen, reason = choice({name: speedups[name] for name in proved})
+    return dataclasses.replace(tuning, drafters=proved, chosen=chosen, reason=reason)
 
 
 def choice(speedups: Mapping[str, float]) -> tuple[str, str]:
@@ -297,14 +340,3 @@ def choice(speedups: Mapping[str, float]) -> tuple[str, str]:
     listed = ", ".join(f"{name} {speedup:.2f} ×" for name, speedup in speedups.items())
     verdict = f"{best} is fastest" if chosen != "none" else f"nothing reaches {MARGIN} × plain decoding"
     return chosen, f"{verdict}: {listed or 'no drafter'}"
-
-
-def tuned_drafters(model: Model) -> dict[str, TunedDrafter]:
-    """The model's drafters that believe rates."""
-    found = {name: model.drafter(name) for name in model.drafters}
-    return {name: drafter for name, drafter in found.items() if isinstance(drafter, TunedDrafter)}
-
-
-def _budgeted(tuning: Tuning, name: str, options: TuneOptions) -> LoopOptions:
-    standing = Standing()
-    return LoopOptions(options.max_new_tokens, budgets=lambda: tuning.budget(name, standing))

@@ -1,7 +1,13 @@
-"""What single encoder-decoder architectures count, pad or mask on their own, put on the contract's terms while tracing.
+"""What single architectures count, pad or mask on their own, replaced by the contract's terms while tracing.
 
-The contract's positions are an input, since the rows of a draft tree do not stand in a line. Most architectures take them;
-those that count rows themselves, or store a distance table, are told here.
+The contract's positions are an input, since the rows of a draft tree are not consecutive. Most architectures take them. The
+others are patched here, by kind rather than by class:
+
+1. a table of positions that a decoder indexes by the length of its cache (BART, Pegasus, OPT's relatives);
+2. embeddings that number positions from padding_idx + 1 when they are given none (the RoBERTa family);
+3. a table of distances (T5).
+
+Whatever counts in another way is found by `conformance`, which runs the patched model.
 """
 
 import contextlib
@@ -12,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
+from torch.overrides import TorchFunctionMode
 
 from headstart.runtime.errors import CheckpointError
 
-from .tracing import current_step, inside_window, slot_positions
+from .step import current_step, inside_window, slot_positions
 
 
 @contextlib.contextmanager
 def explicit_positions(model: Any) -> Iterator[None]:
-    """While open, the decoder reads the step's positions, and nothing depends on how many rows stand beside a row.
+    """While open, the decoder reads the step's positions, and no row depends on how many rows run with it.
 
     Raises CheckpointError for a decoder whose way of counting is not known.
     """
@@ -41,17 +48,33 @@ def explicit_positions(model: Any) -> Iterator[None]:
 
 
 def decoder_inputs(decoder: Any, mask: Tensor) -> dict[str, Any]:
-    """Masks and positions of the current step, as far as the decoder takes them. `mask` [B, 1, T, S] bool.
+    """Masks and positions of the current step for the decoder of an encoder-decoder. `mask` [B, 1, T, S] bool.
 
     T5Gemma 2 joins self- and cross-attention, so its window has to be in the mask before the source's columns are.
+    Positions are left out where the decoder takes none: `explicit_positions` has then replaced what computes them. So is the
+    source's mask (Whisper): our attention falls back to the step's own.
+
+    Raises CheckpointError for a decoder that takes no mask: without one it would see what it must not.
     """
+    require_inputs(decoder, "attention_mask")
     step = current_step()
     masks: Any = mask
     if type(decoder).__name__.startswith("T5Gemma2"):
         window = inside_window(step, mask.shape[-1], decoder.config.sliding_window)
         masks = {"full_attention": mask, "sliding_attention": mask & window}
-    ours = {"attention_mask": masks, "encoder_attention_mask": step.cross_mask, "position_ids": step.position_ids}
-    return {name: value for name, value in ours.items() if _takes(decoder, name)}
+    optional = {"encoder_attention_mask": step.cross_mask, "position_ids": step.position_ids}
+    return {"attention_mask": masks} | {name: value for name, value in optional.items() if takes(decoder, name)}
+
+
+def require_inputs(module: Any, *names: str) -> None:
+    """Raises CheckpointError unless the module's forward takes all of these by name; others it may drop in silence."""
+    missing = [name for name in names if not takes(module, name)]
+    if missing:
+        raise CheckpointError(
+            f"{type(module).__name__} is not supported: in the installed transformers its forward takes no "
+            f"{' and no '.join(missing)}, which the graph contract hands it. Fix: a transformers release that Headstart was "
+            "tested with, see constraints.txt."
+        )
 
 
 class _NotAll:
@@ -61,35 +84,61 @@ class _NotAll:
         return False
 
 
-@contextlib.contextmanager
-def always_clamped(model: Any) -> Iterator[None]:
-    """In float16 BART and Marian clamp their states where one has overflowed, a branch no graph has; here they always do."""
-    kept = torch.isfinite
-    if model.dtype == torch.float16:
-        torch.isfinite = lambda _: _NotAll()
-    try:
-        yield
-    finally:
-        torch.isfinite = kept
+class _AlwaysClamped(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
+    """Answers `torch.isfinite` with `_NotAll`. Function modes belong to one thread, and this one is open during one forward."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _NotAll() if func is torch.isfinite else func(*args, **(kwargs or {}))
 
 
-def _takes(module: Any, name: str) -> bool:
+def always_clamped(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """In float16 BART and Marian clamp their states where one has overflowed, a branch no graph has; here they always do.
+
+    To be open during a forward of `model` alone.
+    """
+    return _AlwaysClamped() if model.dtype == torch.float16 else contextlib.nullcontext()
+
+
+def takes(module: Any, name: str) -> bool:
+    """Whether the module's forward has a parameter of that name."""
     return name in inspect.signature(module.forward).parameters
 
 
 def _replacements(model: Any) -> Iterator[tuple[Any, str, Callable[..., Tensor]]]:
     """(module, method, our method) for all that counts."""
-    encoder, decoder = model.get_encoder(), model.get_decoder()
-    biased = [module for module in model.modules() if getattr(module, "has_relative_attention_bias", False)]
-    for module in biased:
-        yield module, "compute_bias", _relative_bias(module)
-    counted = getattr(encoder, "embed_positions", None)
-    if hasattr(counted, "create_position_ids_from_input_ids"):
-        yield counted, "forward", _positions_behind_padding(counted)
+    if model.config.is_encoder_decoder:
+        yield from _encoder_replacements(model)
+        yield from _decoder_replacements(model.get_decoder())
+    else:
+        yield from _causal_replacements(model)
+
+
+def _causal_replacements(model: Any) -> Iterator[tuple[Any, str, Callable[..., Tensor]]]:
     for module in model.modules():
+        if shift := position_shift(module):
+            yield module, "forward", _shifted(module, shift)
+        table = getattr(module, "embed_positions", None)
+        if isinstance(table, torch.nn.Module) and not takes(model, "position_ids"):
+            yield table, "forward", _embedded_positions(table)
+
+
+def _encoder_replacements(model: Any) -> Iterator[tuple[Any, str, Callable[..., Tensor]]]:
+    counted = getattr(model.get_encoder(), "embed_positions", None)
+    if hasattr(counted, "create_position_ids_from_input_ids"):
+        yield counted, "forward", _positions_without_padding(counted)
+    for module in model.modules():
+        if getattr(module, "has_relative_attention_bias", False):
+            yield module, "compute_bias", _relative_bias(module)
         if hasattr(module, "eoi_embedding"):
             yield module, "forward", _with_end_of_image(module)
-    if _takes(decoder, "position_ids") or any(module.is_decoder for module in biased):
+
+
+def _decoder_replacements(decoder: Any) -> Iterator[tuple[Any, str, Callable[..., Tensor]]]:
+    for module in decoder.modules():
+        if shift := position_shift(module):
+            yield module, "forward", _shifted(module, shift)
+    biased = any(getattr(module, "has_relative_attention_bias", False) for module in decoder.modules())
+    if takes(decoder, "position_ids") or biased:
         return
     positions = getattr(decoder, "embed_positions", None)
     if positions is None:
@@ -98,6 +147,46 @@ def _replacements(model: Any) -> Iterator[tuple[Any, str, Callable[..., Tensor]]
             "Nearest supported: T5, BART, Marian, Pegasus, M2M-100, Blenderbot, T5Gemma, Whisper, Moonshine, Speech2Text."
         )
     yield positions, "forward", _embedded_positions(positions)
+
+
+def position_shift(module: Any) -> int:
+    """What embeddings with a table of positions add to the contract's, 0, 1, …, when they number positions themselves.
+
+    Asked by running them: RoBERTa and its relatives give padding_idx + 1. 0 for any other module.
+    """
+    if not (hasattr(module, "position_embeddings") and takes(module, "input_ids") and takes(module, "position_ids")):
+        return 0
+    token_ids = torch.tensor([[token for token in range(4) if token != getattr(module, "padding_idx", None)][:3]])
+    positions = torch.arange(3)[None]
+    with torch.no_grad():
+        own = module(input_ids=token_ids)
+        shifts = (0, (getattr(module, "padding_idx", None) or 0) + 1)
+        fitting = [s for s in shifts if torch.allclose(own, module(input_ids=token_ids, position_ids=positions + s))]
+    if not fitting:
+        raise CheckpointError(f"{type(module).__name__} is not supported: it numbers positions in a way that is not known.")
+    return fitting[0]
+
+
+def shifted_embeddings(model: Any) -> list[tuple[Any, int]]:
+    """(embeddings, shift) of those with a `position_shift`."""
+    return [(module, shift) for module in model.modules() if (shift := position_shift(module))]
+
+
+def longest_by_tables(model: Any, stated: int | None) -> int | None:
+    """The longest text that the configuration states, less the rows of position tables that stand for no position."""
+    return min([table.position_embeddings.num_embeddings - shift for table, shift in shifted_embeddings(model)], default=stated)
+
+
+def _shifted(module: Any, shift: int) -> Callable[..., Tensor]:
+    """Embeddings of the contract's positions; padding has one of its own, and is given what the module gives it."""
+    inner, padding = module.forward, module.padding_idx
+
+    def forward(input_ids: Tensor, position_ids: Tensor, **others: Any) -> Tensor:
+        index = torch.where(input_ids == padding, padding, position_ids + shift)
+        embedded: Tensor = inner(input_ids=input_ids, position_ids=index, **others)
+        return embedded
+
+    return forward
 
 
 def _relative_bias(module: Any) -> Callable[..., Tensor]:
@@ -120,7 +209,7 @@ def _relative_bias(module: Any) -> Callable[..., Tensor]:
     return compute_bias
 
 
-def _positions_behind_padding(module: Any) -> Callable[..., Tensor]:
+def _positions_without_padding(module: Any) -> Callable[..., Tensor]:
     """M2M-100 and Speech2Text, encoder: padding has no position. Their own code may also make the table longer."""
 
     def forward(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:

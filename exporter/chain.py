@@ -10,7 +10,7 @@ from headstart.runtime.bundle import Manifest
 
 
 def causal_chain(manifest: Manifest, token_ids: NDArray[np.int64], output_rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Inputs for [1, T] tokens as a causal chain over an empty cache of T slots, but for those of an encoder.
+    """Inputs for [1, T] tokens as a causal chain over empty slots, but for those of an encoder.
 
     `output_rows`: [1, R], the rows that go through the LM head.
     """
@@ -22,8 +22,7 @@ def causal_chain(manifest: Manifest, token_ids: NDArray[np.int64], output_rows: 
         contract.WRITE_INDEX: np.zeros(1, np.int64),
         contract.OUTPUT_ROWS: output_rows,
     }
-    for cache in manifest.caches:
-        kind = cache.dtype or manifest.model.dtype
-        inputs[cache.key_name] = np.zeros((1, cache.kv_heads, length, cache.key_size), kind)
-        inputs[cache.value_name] = np.zeros((1, cache.kv_heads, length, cache.value_size), kind)
+    for slots in manifest.graphs["decoder"].slots:
+        for name, size in slots.sizes().items():
+            inputs[name] = np.zeros((1, slots.kv_heads, length, size), slots.dtype)
     return inputs

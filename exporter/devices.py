@@ -81,7 +81,7 @@ DEVICES = {device.name: device for device in _TABLE}
 
 
 def device_named(name: str) -> Device:
-    """Raises OptionError, with the names there are, for another one."""
+    """Raises OptionError, which lists the known names, for an unknown one."""
     if name not in DEVICES:
         raise OptionError(f"the board {name!r} is unknown. Known: {', '.join(DEVICES)}.")
     return DEVICES[name]

@@ -8,12 +8,11 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headstart.runtime.bundle import (
     SCHEMA_VERSION,
     Bundle,
-    GenerationRules,
     GraphInfo,
     Manifest,
     ModelInfo,
@@ -22,6 +21,10 @@ from headstart.runtime.bundle import (
 )
 from headstart.runtime.errors import CheckpointError, EngineError, MissingExtraError, OptionError, missing_extra
 from headstart.runtime.output import new_folder
+
+if TYPE_CHECKING:
+    from .heads.families import RecognisedHead
+from .generation_rules import generation_rules, notes
 
 Progress = Callable[[str], None]  # called with the name of each stage as it begins
 DTYPES = ("float32", "float16", "bfloat16")
@@ -40,13 +43,14 @@ def export(
     force: bool = False,
     progress: Progress = lambda stage: None,
     assistant_of: str | Path | None = None,
+    check: bool = True,
 ) -> Bundle:
     """Export a checkpoint, with draft heads, to a bundle.
 
     Args:
         checkpoint: folder or hub name of a decoder (…ForCausalLM), or of an encoder-decoder for text or speech.
         output: the bundle's folder; must not exist unless `force`.
-        heads: folders of draft heads in a published format.
+        heads: folders of draft heads in a published format; the layers they read are added to `aux_layers`.
         dtype: of weights and activations: float32, float16 or bfloat16.
         max_cache: the longest text in tokens; the model's own limit when None.
         aux_layers: layers whose outputs heads read, as indices into transformers' `hidden_states`.
@@ -54,6 +58,7 @@ def export(
         progress: told each stage's name.
         assistant_of: the bundle of a target with the very same encoder (Distil-Whisper). The new one then has none of its own,
             and drafts for that target from the states which the target's encoder makes anyway.
+        check: compare the exported graphs with the checkpoint (see `comparison`); needs ONNX Runtime.
 
     Raises:
         CheckpointError, HeadError, OutputError, OptionError; nothing is left at `output` then.
@@ -63,6 +68,7 @@ def export(
         from . import checkpoint as loading
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Exporting") from error
+    recognised = _recognised(heads)
     with new_folder(Path(output), force) as folder:
         progress("loading the checkpoint")
         source = loading.load_checkpoint(checkpoint, dtype)
@@ -70,12 +76,47 @@ def export(
         if assistant_of is not None:
             _check_assistant(source, Bundle.load(assistant_of, check_hashes=False))
             write = _write_assistant
-        manifest = write(source, folder, max_cache, tuple(aux_layers), str(checkpoint), progress)
+        read = _layers_read(source, recognised, aux_layers)
+        manifest, reference = write(source, folder, max_cache, read, str(checkpoint), progress)
+        said = [*notes(source.model), *_model_notes(source.model, manifest.model.max_cache)]
+        if check:
+            said += _compare(Bundle(folder, manifest), reference, progress)
+        for note in said:
+            progress(note)
+        manifest = dataclasses.replace(manifest, provenance=dataclasses.replace(manifest.provenance, notes=tuple(said)))
         manifest = _add_overflows(manifest, folder, progress)
-        manifest = _add_heads(manifest, folder, heads, progress)
+        manifest = _add_heads(manifest, folder, recognised, progress)
         progress("hashing files")
         write_manifest(folder, manifest)
     return Bundle.load(output, check_hashes=False)
+
+
+def _compare(bundle: Bundle, reference: Any, progress: Progress) -> list[str]:
+    """Returns why the graphs could not be compared, if so. Raises CheckpointError when they compute something else."""
+    from .comparison import compare_export
+
+    progress("comparing with the checkpoint")
+    try:
+        compare_export(bundle, reference)
+    except (MissingExtraError, EngineError) as error:
+        return [f"The exported graphs were not compared with the checkpoint: {error}"]
+    return []
+
+
+def _model_notes(model: Any, longest: int) -> list[str]:
+    """Where the bundle costs more than the architecture suggests, or transformers contradicts itself."""
+    from . import architectures, rope
+
+    notes = []
+    original = rope.variants(model, longest).original
+    if original:
+        notes.append(
+            f"LongRoPE: beyond {original} tokens the frequencies change, so the graph runs and caches both variants of the "
+            f"model. --max-cache {original} halves that cost."
+        )
+    if not model.config.is_encoder_decoder and architectures.shifted_embeddings(model):
+        notes.append("Positions are those of the model's own forward; generate() of transformers 5 counts them from 0.")
+    return notes
 
 
 def _add_overflows(manifest: Manifest, folder: Path, progress: Progress) -> Manifest:
@@ -111,37 +152,42 @@ def _check_assistant(source: Any, target: Bundle) -> None:
 
 def _write_decoder(
     source: Any, folder: Path, max_cache: int | None, aux_layers: tuple[int, ...], name: str, progress: Progress
-) -> Manifest:
-    from . import checkpoint, golden, graph, tracing
+) -> tuple[Manifest, Any]:
+    from . import architectures, checkpoint, conformance, golden, graph, rope, tracing
 
     config = source.config.get_text_config()
-    _check_aux_layers(aux_layers, config.num_hidden_layers)
+    _check_aux_layers(aux_layers, tracing.decoder_layers(source.model))
+    stated = architectures.longest_by_tables(source.model, getattr(config, "max_position_embeddings", None))
+    rope.refuse_dynamic(source.model, max_cache or 0)
+    stated = rope.original_length(source.model, rope.DYNAMIC) or stated
+    longest = longest_text(source, stated, max_cache)
+    variants = rope.variants(source.model, longest)
     progress("tracing the decoder")
-    caches = tracing.cache_infos(source.model)
-    traced = tracing.trace_decoder(source.model, caches, aux_layers)
+    caches = tracing.cache_infos(source.model, variants)
+    conformance.check_decoder(source.model, caches, variants)
+    traced = tracing.trace_decoder(source.model, caches, aux_layers, variants)
     progress("writing graphs")
     graph.name_weights(traced)
     graph.save_graph(traced, folder / DECODER)
     info = graph.graph_info(traced, DECODER)
-    longest = longest_text(source, getattr(config, "max_position_embeddings", None), max_cache)
     model = _model_info(source, info, len(caches), longest, aux_layers)
     copy_tokenizer(source.path, folder / "tokenizer")
     progress("recording golden outputs")
     golden.write_golden(source.model, folder, model.vocab_size, model.max_cache)
-    return Manifest(
+    manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model=model,
         graphs={"decoder": info},
-        caches=caches,
         generation=generation_rules(source.model, model.vocab_size),
         provenance=provenance(name, checkpoint.source_hashes(source.path)),
         weights=graph.weight_infos(folder / DECODER, "graphs"),
     )
+    return manifest, golden.Reference(source.model)
 
 
 def _write_assistant(
     source: Any, folder: Path, max_cache: int | None, aux_layers: tuple[int, ...], name: str, progress: Progress
-) -> Manifest:
+) -> tuple[Manifest, Any]:
     return _write_encoder_decoder(source, folder, max_cache, aux_layers, name, progress, assistant=True)
 
 
@@ -153,7 +199,7 @@ def _write_encoder_decoder(
     name: str,
     progress: Progress,
     assistant: bool = False,
-) -> Manifest:
+) -> tuple[Manifest, Any]:
     from . import checkpoint, frontend, golden, graph, seq2seq
 
     progress("tracing the encoder")
@@ -181,7 +227,7 @@ def _write_encoder_decoder(
     sources, states = _golden_sources(source.model, model), None
     if assistant:
         model = dataclasses.replace(model, source="states", max_source=0)
-        states = seq2seq.golden_states(source.model, sources)
+        states = golden.encoder_states(source.model, sources)
     copy_tokenizer(source.path, folder / "tokenizer")
     rules = generation_rules(source.model, model.vocab_size)
     progress("recording golden outputs")
@@ -190,13 +236,13 @@ def _write_encoder_decoder(
         schema_version=SCHEMA_VERSION,
         model=model,
         graphs=graphs,
-        caches=caches,
-        cross_caches=cross_caches,
         generation=rules,
         provenance=provenance(name, checkpoint.source_hashes(source.path)),
         weights=graph.weight_infos(folder / DECODER, "graphs"),
     )
-    return frontend.add_frontend(source.path, folder, manifest) if model.source == "audio" else manifest
+    if model.source == "audio":
+        manifest = frontend.add_frontend(source.path, folder, manifest)
+    return manifest, golden.Reference(source.model, sources)
 
 
 def _golden_sources(model: Any, info: ModelInfo) -> Any:
@@ -236,53 +282,6 @@ def _model_info(source: Any, info: GraphInfo, layers: int, max_cache: int, aux_l
         parameters=sum(p.numel() for p in source.model.parameters()),
         aux_layers=aux_layers,
     )
-
-
-def generation_rules(model: Any, vocab_size: int) -> GenerationRules:
-    """What the checkpoint's generation_config (or config) says of end, begin, forced and suppressed tokens, and lengths.
-
-    Tokens that the model does not have are left out: Whisper's configuration suppresses some of its usual vocabulary.
-    """
-    settings = model.generation_config
-
-    def known(token_ids: Sequence[int]) -> bool:
-        return all(0 <= token < vocab_size for token in token_ids)
-
-    def stated(name: str, default: Any = None) -> Any:
-        value = getattr(settings, name, None)
-        return default if value is None else value
-
-    start = stated("decoder_start_token_id", settings.bos_token_id)
-    forced_ends = _token_ids(stated("forced_eos_token_id"))
-    return GenerationRules(
-        eos_token_ids=_token_ids(settings.eos_token_id),
-        bos_token_id=settings.bos_token_id,
-        suppress_tokens=_token_ids(stated("suppress_tokens")),
-        pad_token_id=stated("pad_token_id"),
-        decoder_start_token_id=start if model.config.is_encoder_decoder else None,
-        forced_bos_token_id=stated("forced_bos_token_id"),
-        forced_eos_token_id=forced_ends[0] if forced_ends else None,
-        begin_suppress_tokens=tuple(t for t in _token_ids(stated("begin_suppress_tokens")) if known([t])),
-        min_length=stated("min_length"),
-        max_length=stated("max_length"),
-        min_new_tokens=stated("min_new_tokens"),
-        no_repeat_ngram_size=stated("no_repeat_ngram_size", 0),
-        encoder_no_repeat_ngram_size=stated("encoder_no_repeat_ngram_size", 0),
-        bad_words_ids=tuple(tuple(ids) for ids in stated("bad_words_ids", ()) if known(ids)),
-        num_beams=stated("num_beams", 1),
-        length_penalty=float(stated("length_penalty", 1.0)),
-        early_stopping=stated("early_stopping", False),
-        renormalize_logits=stated("renormalize_logits", False),
-        lang_to_id=stated("lang_to_id", {}),
-        task_to_id=stated("task_to_id", {}),
-        no_timestamps_token_id=stated("no_timestamps_token_id"),
-        max_initial_timestamp_index=stated("max_initial_timestamp_index"),
-        prev_sot_token_id=stated("prev_sot_token_id"),
-    )
-
-
-def _token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
 def provenance(source: str, hashes: dict[str, str]) -> Provenance:
@@ -325,10 +324,28 @@ def _convert_tokenizer(source: Path, target: Path) -> None:
         raise CheckpointError(f"{source}: its tokenizer has no fast form (tokenizer.json), which the torch-free runtime needs.")
 
 
-def _add_heads(manifest: Manifest, folder: Path, heads: Sequence[str | Path], progress: Progress) -> Manifest:
-    for head in heads:
-        from .heads.medusa import add_head
+def _recognised(heads: Sequence[str | Path]) -> list["RecognisedHead"]:
+    """Before anything is traced: what a head reads decides what the target's graph returns, and wrong folders fail early."""
+    from .heads.families import recognise
 
+    return [recognise(Path(head)) for head in heads]
+
+
+def _layers_read(source: Any, heads: Sequence["RecognisedHead"], aux_layers: Sequence[int]) -> tuple[int, ...]:
+    """The layers asked for, then those that only the heads read."""
+    if not heads:
+        return tuple(aux_layers)
+    from . import seq2seq, tracing
+    from .heads.families import aux_layers as read_by
+
+    caches = seq2seq.cache_infos(source.model)[0] if source.has_encoder else tracing.cache_infos(source.model)
+    return tuple(dict.fromkeys((*aux_layers, *read_by(heads, len(caches)))))
+
+
+def _add_heads(manifest: Manifest, folder: Path, heads: Sequence["RecognisedHead"], progress: Progress) -> Manifest:
+    from .heads.families import add_head
+
+    for head in heads:
         progress("adding heads")
-        manifest = add_head(folder, manifest, Path(head))
+        manifest = add_head(folder, manifest, head)
     return manifest

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from headstart.runtime.contract import OPSET
 
+from .passes.values import new_initializer
+
 
 class GraphBuilder:
     """Collects the nodes and weights of one small graph."""
@@ -33,7 +35,7 @@ class GraphBuilder:
 
     def weight(self, tensor: ir.TensorProtocol) -> ir.Value:
         """An initializer of the tensor's own name; the tensor may lie in another graph's data file."""
-        value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = new_initializer(tensor)
         self._weights.append(value)
         return value
 

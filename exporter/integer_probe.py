@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from headstart.exporter.graph import save_graph
 from headstart.exporter.passes.per_row_int8 import LARGEST, PRODUCTS, ZERO_POINTS, Product, shifted
 from headstart.exporter.passes.surgery import MICROSOFT
-from headstart.runtime.engines.provider import open_session
+from headstart.exporter.passes.values import new_initializer
+from headstart.runtime.engines.ort_session import open_session
 from headstart.runtime.errors import EngineError
 
 SIZE = 1024  # inputs and outputs of the layer that is timed: the hidden size of a small language model
@@ -132,6 +133,5 @@ def _model(inputs: list[Any], out: Any, nodes: list[Any], initializers: list[Any
     return ir.Model(graph, ir_version=10)
 
 
-def _initializer(name: str, array: Any) -> Any:
-    tensor = ir.tensor(np.asarray(array), name=name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+def _initializer(name: str, array: Any) -> ir.Value:
+    return new_initializer(ir.tensor(np.asarray(array), name=name))

@@ -1,24 +1,26 @@
-"""What an engine will need on a device, told before it is built: plan, caches, scratch, and whether all of it fits.
+"""What an engine will need on a device, predicted before it is built: plan, caches, scratch, and whether all of it fits.
 
 Predicted from the canonical graphs' weights and the caches' sizes alone, in a second and without the builder.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import onnx_ir as ir
 
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.errors import EngineError, missing_extra
+from headstart.runtime.graph import MAX_ROWS
 
 from .devices import Device, device_named
-from .tensorrt.build import LEAST_TOKENS, TensorRtOptions
+from .passes.values import tensor_of
+from .tensorrt.options import LEAST_TOKENS, TensorRtOptions
 from .tensorrt.profiles import decoder_profiles
 
 MB = 1e6
 # Kernels of one profile, and of one attention layer more in it: fitted to plans of TensorRT-RTX 1.7.1 for sm86.
 PROFILE_MB, LAYER_MB = 1.7, 0.15
-# What the CUDA context and the library hold beside a plan; NVIDIA gives no figure, and 0.5 GB is what Jetson users see.
+# What the CUDA context and the library need besides a plan; NVIDIA gives no figure, and 0.5 GB is what Jetson users see.
 CONTEXT_MB = 500.0
 SYSTEM_MB = 1500.0  # the system itself, where it shares the memory
 # Peak of a build: what the smallest takes, and how often it holds each byte of a graph's weights, copies of the parser, the
@@ -78,7 +80,9 @@ def memory_plan(bundle: str | Path | Bundle, device: str, options: TensorRtOptio
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Planning memory") from error
     model, slots = opened.manifest.model, options.slots(opened)
-    per_token = 2 * sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in opened.manifest.caches) / MB
+    per_token = (
+        2 * sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in opened.manifest.graphs["decoder"].slots) / MB
+    )
     rows = min(options.prefill_rows, options.tokens(opened))
     profiles = len(decoder_profiles(rows))
     return MemoryPlan(
@@ -107,49 +111,46 @@ def check_fits(bundle: Bundle, device: str, options: TensorRtOptions) -> None:
     raise EngineError(
         f"{bundle.path} does not fit {device}: {plan.needed_mb:.0f} MB are needed (plans {plan.engine_mb:.0f}, cache of "
         f"{plan.cache_slots} slots {plan.cache_mb:.0f}, workspace {plan.workspace_mb:.0f}, CUDA {plan.context_mb:.0f}) and "
-        f"{plan.available_mb:.0f} MB are there. Fix: {fix}."
+        f"{plan.available_mb:.0f} MB are available. Fix: {fix}."
     )
 
 
 def _graphs(bundle: Bundle) -> dict[str, dict[str, float]]:
     """Graph -> megabytes of its weights by type: half precision (the front-end's in float32), quantized ones as they are.
 
-    A table that is both looked up and multiplied by (tied embeddings) is stored twice, each time as its kernel wants it; so
-    the plans of TensorRT-RTX 1.7.1 say. A head's copy of the target's LM head counts again, too.
+    A table that is both looked up and multiplied by (tied embeddings) is stored twice, once in each kernel's layout, as the
+    plans of TensorRT-RTX 1.7.1 show. A head's copy of the target's LM head counts again.
     """
-    import onnx_ir as ir
+    from .canonical import load_graph
 
-    from .heads.storage import load_head
-
-    models = {name: ir.load(bundle.path / graph.file) for name, graph in bundle.manifest.graphs.items()}
-    models |= {f"heads/{name}": load_head(bundle, name) for name in bundle.manifest.heads}
-    found: dict[str, dict[str, float]] = {}
-    for name, model in models.items():
-        weights = found[name] = {}
-        for value in model.graph.initializers.values():
+    megabytes: dict[str, dict[str, float]] = {}
+    for name in bundle.graphs:
+        weights = megabytes[name] = {}
+        for value in load_graph(bundle, name).graph.initializers.values():
             kind, stored = _stored(value, "float32" if name == "frontend" else "half")
             weights[kind] = weights.get(kind, 0.0) + stored / MB
-    return found
+    return megabytes
 
 
-def _stored(value: Any, floats: str) -> tuple[str, float]:
+def _stored(value: ir.Value, floats: str) -> tuple[str, float]:
     """(type, bytes in the plan) of a weight; `floats`: what float32 becomes."""
-    tensor, readers = value.const_value, {node.op_type for node, _ in value.uses()}
+    tensor, readers = tensor_of(value), {node.op_type for node, _ in value.uses()}
     copies = 2 if "Gather" in readers and len(readers) > 1 and len(tensor.shape) == 2 else 1
     narrowed = tensor.dtype.name == "FLOAT" and floats == "half"
     return tensor.dtype.name, float(copies * (tensor.nbytes / 2 if narrowed else tensor.nbytes))
 
 
 def _build_mb(weights: dict[str, float]) -> float:
-    """What one graph adds to the peak. Graphs are built one behind the other, and the largest is what counts."""
+    """What one graph adds to the peak. Graphs are built one after the other, so the largest counts."""
     return sum(BUILD_COPIES.get(kind, FLOAT_COPIES) * size for kind, size in weights.items())
 
 
 def _source_mb(bundle: Bundle, options: TensorRtOptions) -> float:
     """What the decoder reads of one source, and which of its rows exist."""
-    if not bundle.manifest.cross_caches:
+    reads = bundle.manifest.graphs["decoder"].reads
+    if not reads:
         return 0.0
-    per_row = sum(cache.kv_heads * (cache.key_size + cache.value_size) for cache in bundle.manifest.cross_caches)
+    per_row = sum(pair.kv_heads * (pair.key_size + pair.value_size) for pair in reads)
     return options.source_rows(bundle) * (2 * per_row + 1) / MB
 
 
@@ -157,7 +158,9 @@ def _workspace_mb(bundle: Bundle, rows: int, slots: int) -> float:
     """Scratch of one sequence: a few layers' activations, the mask, one layer's caches copied for its attention, logits."""
     model = bundle.manifest.model
     widest = 8 * model.hidden_size  # query, key, value and a gated MLP of about three times the hidden size, and their sum
-    attention = max((c.kv_heads * (c.key_size + c.value_size) * slots for c in bundle.manifest.caches), default=0)
+    attention = max(
+        (c.kv_heads * (c.key_size + c.value_size) * slots for c in bundle.manifest.graphs["decoder"].slots), default=0
+    )
     return 2 * (rows * (widest + slots) + attention + MAX_ROWS * model.vocab_size) / MB
 
 

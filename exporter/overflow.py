@@ -6,7 +6,7 @@ built in float16 (`passes.half`); the bundle records them, so that a board witho
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime import contract
-from headstart.runtime.bundle import GOLDEN, Manifest
-from headstart.runtime.engines.provider import open_session
+from headstart.runtime.bundle import GOLDEN, Bundle, Manifest
+from headstart.runtime.engines.ort_session import open_session
 
 from .chain import causal_chain
 
@@ -38,6 +38,18 @@ def overflowing(folder: Path, manifest: Manifest) -> dict[str, tuple[str, ...]]:
             states = _encode(graphs["encoder"], manifest, source) if "encoder" in graphs else {}
             graphs["decoder"].run(causal_chain(manifest, text, np.arange(text.shape[1])[None]) | states)
     return {name: graph.beyond(LIMIT) for name, graph in graphs.items()}
+
+
+def float16_overflows(bundle: Bundle, precision: str, progress: Callable[[str], None]) -> dict[str, tuple[str, ...]]:
+    """Of a bundle to be built in `precision`: as its manifest says, or measured now. Empty where nothing is narrowed.
+
+    Raises MissingExtraError where ONNX Runtime is needed to measure and is missing.
+    """
+    manifest = bundle.manifest
+    if manifest.overflows or manifest.model.dtype != "float32" or precision != "float16":
+        return manifest.overflows
+    progress("measuring which values exceed float16's range")
+    return overflowing(bundle.path, manifest)
 
 
 class _Watched:
@@ -71,15 +83,18 @@ def watch(model: Any) -> list[str]:
     """Add the output LARGEST, the largest magnitude of every float32 value that is computed; returns the values' names."""
     import onnx_ir as ir
 
+    from .passes.values import new_initializer
+
     watched = [v for node in list(model.graph) for v in node.outputs if v.dtype == ir.DataType.FLOAT and v.name]
     one = ir.tensor(np.array([1], np.int64), name="headstart.one")
-    shape = ir.Value(name=one.name, shape=one.shape, type=ir.TensorType(one.dtype), const_value=one)
+    shape = new_initializer(one)
     model.graph.register_initializer(shape)
     sizes = []
     for value in watched:
-        size = ir.node("ReduceMax", ir.node("Abs", [value]).outputs, attributes={"keepdims": 0})
+        magnitude = ir.node("Abs", [value])
+        size = ir.node("ReduceMax", magnitude.outputs, attributes={"keepdims": 0})
         flat = ir.node("Reshape", [size.outputs[0], shape])
-        for node in (size.inputs[0].producer(), size, flat):
+        for node in (magnitude, size, flat):
             model.graph.append(node)
         sizes.append(flat.outputs[0])
     joined = ir.node("Concat", sizes, attributes={"axis": 0})

@@ -12,32 +12,31 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from headstart.runtime import contract
-from headstart.runtime.bundle import CacheInfo
+from headstart.runtime.bundle import KeyValueInfo
 from headstart.runtime.errors import CheckpointError
 
-from .architectures import always_clamped, decoder_inputs, encoder_masks, explicit_positions, refuse_sparse
+from .architectures import always_clamped, decoder_inputs, encoder_masks, refuse_sparse, require_inputs
+from .golden import encoder_states
+from .rope import ONE
+from .step import SlotCache, Step, during
 from .tracing import (
     EXAMPLE,
     ShapeProbe,
-    SlotCache,
-    Step,
     check_attended,
     chosen_rows,
-    during,
+    dtype_of,
     dynamic_shapes,
     example_inputs,
     not_through_us,
-    our_attention,
-    quiet_exporter,
+    on_the_contract,
     rename,
+    to_onnx,
 )
 
 SOURCE = 7  # tokens of the traced example's source; unlike all of EXAMPLE's sizes
@@ -100,8 +99,9 @@ class EncoderGraph(torch.nn.Module):
         encoder = self.model.get_encoder()
         inputs, step = {encoder_input(self.model): source}, _first_step(source.shape[0])
         step.windowed = False
-        with during(step):
+        with during(step), always_clamped(self.model):
             if encoder_mask is not None:
+                require_inputs(encoder, "attention_mask")
                 seen = encoder_mask[:, None, None, :].expand(-1, -1, encoder_mask.shape[1], -1)
                 inputs["attention_mask"] = encoder_masks(encoder, seen)
             states = encoder(**inputs).last_hidden_state
@@ -143,7 +143,7 @@ def _record(model: Any, states: Tensor) -> tuple[list[Tensor], ShapeProbe]:
     step.cross_mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
     caches = TwoCaches(probe, recorder, 0)
     decoder = model.get_decoder()
-    with during(step):
+    with during(step), always_clamped(model):
         decoder(
             input_ids=torch.zeros(batch, 1, dtype=torch.long),
             encoder_hidden_states=states,
@@ -180,7 +180,12 @@ class CrossDecoderGraph(torch.nn.Module):
         step.cross_mask = encoder_mask[:, None, None, :].expand(-1, -1, input_ids.shape[1], -1)
         layers = _Layers(cross)
         states = encoder_mask[:, :, None].to(self.model.dtype)  # stands for the encoder's states, which nothing reads
-        with during(step), chosen_rows(self.model, output_rows) as captured, _told(self.model, attention_mask):
+        with (
+            during(step),
+            always_clamped(self.model),
+            chosen_rows(self.model, output_rows) as captured,
+            _told(self.model, attention_mask),
+        ):
             out = self.model(
                 decoder_input_ids=input_ids,
                 encoder_outputs=_Encoded(last_hidden_state=states),
@@ -210,14 +215,14 @@ def _told(model: Any, attention_mask: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def cache_infos(model: Any) -> tuple[tuple[CacheInfo, ...], tuple[CacheInfo, ...]]:
+def cache_infos(model: Any) -> tuple[tuple[KeyValueInfo, ...], tuple[KeyValueInfo, ...]]:
     """The decoder's own caches and those of the source, found by running an example through the model.
 
     Raises CheckpointError when its layers keep other state than that.
     """
     refuse_sparse(model)
     try:
-        with our_attention(model), explicit_positions(model), torch.no_grad():
+        with on_the_contract(model, ONE), torch.no_grad():
             states = EncoderGraph(model)(*_example_source(model))
             cross, probe = _record(model, states[0])
     except CheckpointError:
@@ -227,52 +232,46 @@ def cache_infos(model: Any) -> tuple[tuple[CacheInfo, ...], tuple[CacheInfo, ...
             f"{type(model).__name__} is not supported: it needs more of its cache or inputs than keys, values, masks and "
             f"positions ({error}). Nearest supported: an encoder-decoder such as T5, BART or Whisper."
         ) from error
-    own = [CacheInfo(contract.key_name(i), contract.value_name(i), *probe.shapes[i]) for i in range(len(probe.shapes))]
+    names = [(contract.key_name(layer), contract.value_name(layer)) for layer in range(len(probe.shapes))]
+    own = [KeyValueInfo(*pair, *probe.shapes[layer], dtype_of(model)) for layer, pair in enumerate(names)]
     pairs = list(zip(cross[::2], cross[1::2], strict=True))
     source = [
-        CacheInfo(contract.cross_key_name(i), contract.cross_value_name(i), key.shape[1], key.shape[3], value.shape[3])
-        for i, (key, value) in enumerate(pairs)
+        KeyValueInfo(
+            contract.cross_key_name(layer),
+            contract.cross_value_name(layer),
+            key.shape[1],
+            key.shape[3],
+            value.shape[3],
+            dtype_of(model),
+        )
+        for layer, (key, value) in enumerate(pairs)
     ]
     return tuple(own), tuple(source)
 
 
-def trace_encoder(model: Any, cross_caches: tuple[CacheInfo, ...]) -> Any:
+def trace_encoder(model: Any, cross_caches: tuple[KeyValueInfo, ...]) -> Any:
     """The canonical encoder as an onnx_ir Model. Raises CheckpointError when the model does not fit the contract."""
     source = _example_source(model)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("source")
     axes: list[Any] = [{0: batch, 1: length}, {0: batch, 1: length}][: len(source)]
     if len(source) == 1:
         axes = [{0: batch} | _dynamic_audio(model)]
-    program = _export(EncoderGraph(model), source, tuple(axes))
+    program = to_onnx(EncoderGraph(model), source, tuple(axes))
     names = [encoder_input(model), contract.ENCODER_MASK][: len(source)]
     rename(program.model.graph.inputs, names)
     rename(program.model.graph.outputs, [contract.ENCODER_HIDDEN, *_names(cross_caches)])
     return program.model
 
 
-def trace_assistant(model: Any, cross_caches: tuple[CacheInfo, ...]) -> Any:
+def trace_assistant(model: Any, cross_caches: tuple[KeyValueInfo, ...]) -> Any:
     """The graph that stands in the encoder's place, as an onnx_ir Model; raises as `trace_encoder`."""
-    width = _encoder_states(model, _example_source(model)[0]).shape[-1]
+    width = encoder_states(model, _example_source(model)[0].float().numpy()).shape[-1]
     states = torch.zeros(EXAMPLE["batch"], SOURCE, width, dtype=model.dtype)
     axes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("source")},)
-    program = _export(AssistantGraph(model), (states,), axes)
+    program = to_onnx(AssistantGraph(model), (states,), axes)
     rename(program.model.graph.inputs, [contract.ENCODER_STATES])
     rename(program.model.graph.outputs, [contract.ENCODER_HIDDEN, *_names(cross_caches)])
     return program.model
-
-
-def golden_states(model: Any, sources: NDArray[Any]) -> NDArray[np.float32]:
-    """[N, E, H] that the encoder makes of the golden sources: what an assistant reads in their place."""
-    source = torch.from_numpy(sources)
-    states = _encoder_states(model, source.to(model.dtype) if source.is_floating_point() else source)
-    return np.asarray(states.float().numpy())
-
-
-def _encoder_states(model: Any, source: Tensor) -> Tensor:
-    """[B, E, H] of the encoder as transformers runs it, over sources without padding."""
-    with torch.no_grad():
-        states: Tensor = model.get_encoder()(**{encoder_input(model): source}).last_hidden_state
-    return states
 
 
 def encoder_sha256(model: Any) -> str:
@@ -285,7 +284,7 @@ def encoder_sha256(model: Any) -> str:
 
 
 def trace_decoder(
-    model: Any, caches: tuple[CacheInfo, ...], cross_caches: tuple[CacheInfo, ...], aux_layers: tuple[int, ...] = ()
+    model: Any, caches: tuple[KeyValueInfo, ...], cross_caches: tuple[KeyValueInfo, ...], aux_layers: tuple[int, ...] = ()
 ) -> Any:
     """The canonical decoder as an onnx_ir Model. Raises CheckpointError when the model does not fit the contract."""
     batch = EXAMPLE["batch"]
@@ -295,7 +294,7 @@ def trace_decoder(
     axes, length = dynamic_shapes(len(caches)), torch.export.Dim("source")
     rows = axes[0][0]
     axes = (*axes, [{0: rows, 2: length}] * len(cross), {0: rows, 1: length})
-    program = _export(CrossDecoderGraph(model, aux_layers), inputs, axes)
+    program = to_onnx(CrossDecoderGraph(model, aux_layers), inputs, axes)
     own, source = _names(caches), _names(cross_caches)
     rename(program.model.graph.inputs, [*contract.STEP_INPUTS, *own, *source, contract.ENCODER_MASK])
     aux = [contract.AUX_HIDDEN] if aux_layers else []
@@ -303,28 +302,7 @@ def trace_decoder(
     return program.model
 
 
-def _export(graph: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[Any, ...]) -> Any:
-    model: Any = graph.model
-    with our_attention(model), explicit_positions(model), always_clamped(model), torch.no_grad(), quiet_exporter():
-        try:
-            return torch.onnx.export(
-                graph.eval(),
-                inputs,
-                dynamo=True,
-                dynamic_shapes=axes,
-                opset_version=contract.OPSET,
-                optimize=True,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            reason = error.__cause__ or error
-            raise CheckpointError(
-                f"{type(model).__name__} is not supported: its code cannot be traced into one graph "
-                f"({str(reason).splitlines()[0]}). Nearest supported: an encoder-decoder such as T5, BART or Whisper."
-            ) from error
-
-
-def _names(infos: tuple[CacheInfo, ...]) -> list[str]:
+def _names(infos: tuple[KeyValueInfo, ...]) -> list[str]:
     return [name for info in infos for name in (info.key_name, info.value_name)]
 
 

@@ -8,85 +8,28 @@ explicit mask and a preallocated cache. Knows nothing of files or of single arch
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from onnxscript.rewriter import _DEFAULT_REWRITE_RULES
+from onnxscript.rewriter._pattern_ir import Constant as PatternConstant
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headstart.runtime import contract
-from headstart.runtime.bundle import CacheInfo
+from headstart.runtime.bundle import KeyValueInfo
 from headstart.runtime.errors import CheckpointError
+
+from .architectures import always_clamped, explicit_positions, require_inputs, takes
+from .rope import ONE, Variants, explicit_lengths
+from .step import SlotCache, Step, current_step, during, inside_window, joined_heads, parted_heads
 
 ATTENTION = "headstart"
 # Sizes of the traced example. All differ, so that no two dynamic axes are taken for one.
 EXAMPLE = {"batch": 2, "rows": 3, "slots": 32, "chosen": 5}
 # Arguments an architecture may pass to its attention that change the result and that we do not compute.
 REFUSED = ("s_aux", "head_mask", "block_mask", "indexer")
-
-
-@dataclass
-class Step:
-    """What the attention function needs beyond its arguments, during one traced forward."""
-
-    position_ids: Tensor  # [B, T] int64
-    write_index: Tensor  # [B] int64
-    caches: list[Tensor]  # key, value, key, value, …; each [B, G, S, D]
-    cross_mask: Tensor | None = None  # [B, 1, T, E] bool, which source rows cross-attention may see
-    windowed: bool = True  # sliding windows are put into the mask here; an encoder's masks hold theirs already
-    attended: set[int] = field(default_factory=set)  # layers whose self-attention went through us
-    slot_positions: Tensor | None = None  # [B, S], filled when a sliding window or a relative bias asks
-
-
-_step: ContextVar[Step] = ContextVar("headstart_step")
-
-
-def current_step() -> Step:
-    """The step of the forward being traced."""
-    return _step.get()
-
-
-@contextlib.contextmanager
-def during(step: Step) -> Iterator[None]:
-    """Make `step` the current one."""
-    token = _step.set(step)
-    try:
-        yield
-    finally:
-        _step.reset(token)
-
-
-class SlotCache:
-    """The cache object transformers sees: rows are written to fixed slots, and all slots are returned."""
-
-    is_compileable = False
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        caches, index = self.step.caches, self.step.write_index
-        caches[2 * layer_idx] = tensor_scatter(caches[2 * layer_idx], key, index)
-        caches[2 * layer_idx + 1] = tensor_scatter(caches[2 * layer_idx + 1], value, index)
-        return caches[2 * layer_idx], caches[2 * layer_idx + 1]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # only read to make positions and masks, and both are inputs here
-
-
-def tensor_scatter(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
-    """ONNX TensorScatter: `new` [B, G, T, D] into slots write_index … write_index + T - 1 of `cache` [B, G, S, D]."""
-    if not torch.onnx.is_in_onnx_export():
-        slots = write_index[:, None, None, None] + torch.arange(new.shape[2])[None, None, :, None]
-        return cache.scatter(2, slots.expand(new.shape), new)
-    inputs = (cache, new, write_index)
-    result: Tensor = torch.onnx.ops.symbolic(
-        "TensorScatter", inputs, {"axis": 2}, dtype=cache.dtype, shape=cache.shape, version=24
-    )
-    return result
 
 
 def attention(
@@ -111,6 +54,7 @@ def attention(
             f"{type(module).__name__} passes {', '.join(refused)} to its attention, which is not supported yet."
         )
     step = current_step()
+    query = joined_heads(query, step.variants)
     mask = step.cross_mask if attention_mask is None else attention_mask
     if mask is None or mask is not step.cross_mask:
         step.attended.add(getattr(module, "layer_idx", len(step.attended)))
@@ -126,7 +70,7 @@ def attention(
         shape = (*query.shape[:3], value.shape[-1])
         inputs = (query, key, value) if mask is None else (query, key, value, mask)
         result = torch.onnx.ops.symbolic("Attention", inputs, {"scale": scale}, dtype=query.dtype, shape=shape, version=24)
-    return result.transpose(1, 2).contiguous(), None
+    return parted_heads(result, step.variants).transpose(1, 2).contiguous(), None
 
 
 def _attention_from_primitives(
@@ -148,26 +92,6 @@ def _attention_from_primitives(
     return (weights @ value).reshape(batch, heads, rows, value.shape[-1])
 
 
-def inside_window(step: Step, slots: int, window: int) -> Tensor:
-    """[B, 1, T, S] bool: the slot's position lies fewer than `window` before the row's."""
-    distance = step.position_ids[:, :, None] - slot_positions(step, slots)[:, None, :]
-    return (distance < window)[:, None]
-
-
-def slot_positions(step: Step, slots: int) -> Tensor:
-    """[B, S] int64: the position of what stands in each slot.
-
-    A committed slot holds the position of its own index; the rows being written hold theirs, which in a tree
-    are not the slot's.
-    """
-    if step.slot_positions is None:
-        batch = step.position_ids.shape[0]
-        positions = torch.arange(slots, device=step.position_ids.device)[None, None, :, None].expand(batch, 1, slots, 1)
-        written = tensor_scatter(positions, step.position_ids[:, None, :, None], step.write_index)
-        step.slot_positions = written[:, 0, :, 0]
-    return step.slot_positions
-
-
 @contextlib.contextmanager
 def our_attention(model: Any) -> Iterator[None]:
     """Let every layer of the model attend through us. An encoder and a decoder may each hold a copy of the configuration."""
@@ -186,10 +110,11 @@ def our_attention(model: Any) -> Iterator[None]:
 class DecoderGraph(torch.nn.Module):
     """The model as the contract sees it: positional tensors in, logits, hidden, [aux_hidden] and caches out."""
 
-    def __init__(self, model: Any, aux_layers: tuple[int, ...] = ()) -> None:
+    def __init__(self, model: Any, aux_layers: tuple[int, ...] = (), variants: Variants = ONE) -> None:
         super().__init__()
         self.model = model
         self.aux_layers = aux_layers
+        self.variants = variants
 
     def forward(
         self,
@@ -200,33 +125,47 @@ class DecoderGraph(torch.nn.Module):
         output_rows: Tensor,
         caches: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        step = Step(position_ids, write_index, list(caches))
-        with during(step), chosen_rows(self.model, output_rows) as captured:
+        count = self.variants.count
+        step = Step(position_ids, write_index, list(caches), variants=count)
+        ids, positions = (rows.repeat(count, 1) if count > 1 else rows for rows in (input_ids, position_ids))
+
+        def choose(values: Tensor) -> Tensor:
+            return self.variants.choose(values, position_ids)
+
+        with during(step), always_clamped(self.model), chosen_rows(self.model, output_rows, choose) as captured:
             out = self.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
+                input_ids=ids,
                 attention_mask=attention_mask,
                 past_key_values=SlotCache(step),
                 use_cache=True,
                 output_hidden_states=bool(self.aux_layers),
+                **_positions(self.model, positions),
             )
         check_attended(self.model, step)
-        aux = [torch.cat([out.hidden_states[i] for i in self.aux_layers], dim=-1)] if self.aux_layers else []
+        aux = [torch.cat([choose(out.hidden_states[i]) for i in self.aux_layers], dim=-1)] if self.aux_layers else []
         return (out.logits, captured[0], *aux, *step.caches)
 
 
+def _positions(model: Any, position_ids: Tensor) -> dict[str, Tensor]:
+    """Nothing where the model takes no positions: `explicit_positions` has then replaced what computes them."""
+    return {"position_ids": position_ids} if takes(model, "position_ids") else {}
+
+
 @contextlib.contextmanager
-def chosen_rows(model: Any, output_rows: Tensor) -> Iterator[list[Tensor]]:
+def chosen_rows(
+    model: Any, output_rows: Tensor, choose: Callable[[Tensor], Tensor] = lambda values: values
+) -> Iterator[list[Tensor]]:
     """Keep what the LM head reads ([B, T, H], after the final norm; yielded), and hand it the chosen rows only.
 
-    Hooking there leaves whatever the architecture does after the LM head (soft caps, logit scales) in place.
+    Hooking there leaves whatever the architecture does after the LM head (soft caps, logit scales) in place. `choose` makes
+    [B, T, H] of what the model's variants give.
     """
     captured: list[Tensor] = []
 
     def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        captured.append(args[0])
+        captured.append(choose(args[0]))
         index = output_rows[:, :, None].expand(-1, -1, args[0].shape[-1])
-        return (torch.gather(args[0], 1, index),)
+        return (torch.gather(captured[0], 1, index),)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
@@ -266,23 +205,24 @@ class ShapeProbe:
         return 0
 
 
-def cache_infos(model: Any) -> tuple[CacheInfo, ...]:
+def cache_infos(model: Any, variants: Variants = ONE) -> tuple[KeyValueInfo, ...]:
     """The caches the model asks for, found by running two tokens through it.
 
     Raises CheckpointError when it keeps other state than one key and value cache per layer.
     """
+    require_inputs(model, "attention_mask", "past_key_values")
     probe = ShapeProbe()
     positions = torch.arange(2)[None]
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
     step = Step(positions, torch.zeros(1, dtype=torch.long), [])
     try:
-        with during(step), our_attention(model), torch.no_grad():
+        with during(step), on_the_contract(model, ONE), torch.no_grad():
             model(
                 input_ids=torch.zeros(1, 2, dtype=torch.long),
-                position_ids=positions,
                 attention_mask=mask,
                 past_key_values=probe,
                 use_cache=True,
+                **_positions(model, positions),
             )
     except CheckpointError:
         raise
@@ -291,28 +231,42 @@ def cache_infos(model: Any) -> tuple[CacheInfo, ...]:
             f"{type(model).__name__} is not supported: it needs more of its cache or inputs than keys, values, mask and "
             f"positions ({error}). Nearest supported: a decoder with plain attention layers, such as Llama or Qwen3."
         ) from error
-    layers = model.config.get_text_config().num_hidden_layers
+    layers = decoder_layers(model)
     if sorted(probe.shapes) != list(range(layers)):
         raise CheckpointError(not_through_us(model, len(probe.shapes), layers))
-    return tuple(CacheInfo(contract.key_name(i), contract.value_name(i), *probe.shapes[i]) for i in range(layers))
+    sizes = [probe.shapes[layer] for layer in range(layers)]
+    return tuple(
+        KeyValueInfo(contract.key_name(i), contract.value_name(i), variants.count * heads, key, value, dtype_of(model))
+        for i, (heads, key, value) in enumerate(sizes)
+    )
 
 
-def trace_decoder(model: Any, caches: tuple[CacheInfo, ...], aux_layers: tuple[int, ...] = ()) -> Any:
+def dtype_of(model: Any) -> str:
+    """numpy's name of the type a model computes in."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def decoder_layers(model: Any) -> int:
+    """Of a decoder: one that was half of an encoder-decoder keeps the encoder's number as `num_hidden_layers`."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
+
+
+@contextlib.contextmanager
+def on_the_contract(model: Any, variants: Variants) -> Iterator[None]:
+    """While open, the model attends through us, and reads positions and lengths from the step alone."""
+    with our_attention(model), explicit_positions(model), explicit_lengths(model, variants):
+        yield
+
+
+def trace_decoder(
+    model: Any, caches: tuple[KeyValueInfo, ...], aux_layers: tuple[int, ...] = (), variants: Variants = ONE
+) -> Any:
     """The canonical decoder as an onnx_ir Model with the contract's input and output names.
 
     Raises CheckpointError when the model does not fit the contract.
     """
-    wrapper = DecoderGraph(model, aux_layers).eval()
-    with our_attention(model), torch.no_grad(), quiet_exporter():
-        program = torch.onnx.export(
-            wrapper,
-            example_inputs(model, caches),
-            dynamo=True,
-            dynamic_shapes=dynamic_shapes(len(caches)),
-            opset_version=contract.OPSET,
-            optimize=True,
-            verbose=False,
-        )
+    program = to_onnx(DecoderGraph(model, aux_layers, variants), example_inputs(model, caches), dynamic_shapes(len(caches)))
     cache_names = [name for cache in caches for name in (cache.key_name, cache.value_name)]
     rename(program.model.graph.inputs, [*contract.STEP_INPUTS, *cache_names])
     aux = [contract.AUX_HIDDEN] if aux_layers else []
@@ -320,7 +274,43 @@ def trace_decoder(model: Any, caches: tuple[CacheInfo, ...], aux_layers: tuple[i
     return program.model
 
 
-def example_inputs(model: Any, caches: tuple[CacheInfo, ...]) -> tuple[Any, ...]:
+def to_onnx(graph: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[Any, ...]) -> Any:
+    """Trace a wrapper of a model (its attribute `model`) into an ONNX program.
+
+    Raises CheckpointError when the model's code has no form as one graph.
+    """
+    model: Any = graph.model
+    match_constants_exactly()
+    with on_the_contract(model, getattr(graph, "variants", ONE)), torch.no_grad(), quiet_exporter():
+        try:
+            return torch.onnx.export(
+                graph.eval(),
+                inputs,
+                dynamo=True,
+                dynamic_shapes=axes,
+                opset_version=contract.OPSET,
+                optimize=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = error.__cause__ or error
+            raise CheckpointError(
+                f"{type(model).__name__} is not supported: its code cannot be traced into one graph "
+                f"({str(reason).splitlines()[0]}). Nearest supported: a decoder such as Llama or Qwen3, "
+                "or an encoder-decoder such as T5, BART or Whisper."
+            ) from error
+
+
+def match_constants_exactly() -> None:
+    """The optimizer that runs after tracing takes x + 1e-8 for x + 0, which removes the epsilon of some norms."""
+    for rule in _DEFAULT_REWRITE_RULES:
+        for node in getattr(rule, "_target_pattern", ()):
+            for value in node.inputs:
+                if isinstance(value, PatternConstant):
+                    value._rel_tol = value._abs_tol = 0.0
+
+
+def example_inputs(model: Any, caches: tuple[KeyValueInfo, ...]) -> tuple[Any, ...]:
     batch, rows, slots, chosen = EXAMPLE.values()
     whole = {"dtype": torch.long}
     buffers = [

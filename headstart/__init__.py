@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from headstart.exporter.heads.install import import_head
     from headstart.runtime.bundle import Bundle
     from headstart.runtime.errors import HeadstartError
-    from headstart.runtime.generation import Result, Stats
-    from headstart.runtime.model import Model, load
+    from headstart.runtime.loading import load
+    from headstart.runtime.model import Model
+    from headstart.runtime.options import DecodeOptions, GenerateOptions
+    from headstart.runtime.results import Result, Stats
     from headstart.runtime.segments import Segment
     from headstart.runtime.transcription import Caption, Transcript
 
@@ -34,12 +36,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Bundle": "headstart.runtime.bundle",
     "Caption": "headstart.runtime.transcription",
+    "DecodeOptions": "headstart.runtime.options",
+    "GenerateOptions": "headstart.runtime.options",
     "HeadstartError": "headstart.runtime.errors",
     "Model": "headstart.runtime.model",
     "QuantizeOptions": "headstart.calibration.quantize",
-    "Result": "headstart.runtime.generation",
+    "Result": "headstart.runtime.results",
     "Segment": "headstart.runtime.segments",
-    "Stats": "headstart.runtime.generation",
+    "Stats": "headstart.runtime.results",
     "Transcript": "headstart.runtime.transcription",
     "TuneOptions": "headstart.calibration.tune",
     "bench": "headstart.calibration.bench",
@@ -47,7 +51,7 @@ _HOMES = {
     "compare": "headstart.calibration.report",
     "export": "headstart.exporter.export",
     "import_head": "headstart.exporter.heads.install",
-    "load": "headstart.runtime.model",
+    "load": "headstart.runtime.loading",
     "quantize": "headstart.calibration.quantize",
     "train_medusa": "headstart.calibration.train",
     "tune": "headstart.calibration.tune",
@@ -57,6 +61,8 @@ _HOMES = {
 __all__ = [
     "Bundle",
     "Caption",
+    "DecodeOptions",
+    "GenerateOptions",
     "HeadstartError",
     "Model",
     "QuantizeOptions",

@@ -5,10 +5,15 @@ Heavy packages are imported inside the commands, so that `--help` is instant and
 
 import signal
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
+
+if TYPE_CHECKING:
+    from headstart.runtime.model import Model
+    from headstart.runtime.options import DecodeOptions
 
 app = typer.Typer(
     help="From a Hugging Face checkpoint with draft heads to fast, lossless decoding on the edge.",
@@ -21,9 +26,35 @@ app.add_typer(heads_app, name="heads")
 
 BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, or what the bundle was built for: cuda, cuda:tensorrt, trt-rtx:sm89, tensorrt.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
-Untuned = Annotated[bool, typer.Option("--untuned", help="Leave aside what headstart tune found.")]
+Untuned = Annotated[bool, typer.Option("--untuned", help="Ignore what headstart tune measured.")]
 DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
+
+
+NewTokens = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", "-n", help="The most tokens to add: 128; all there is room for with --audio."),
+]
+DrafterName = Annotated[
+    str | None, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
+]
+Acceptance = Annotated[
+    str | None, typer.Option(help="Name of an acceptance rule; the lossless one that fits the draft by default.")
+]
+BuildFor = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
+]
+Precision = Annotated[
+    Literal["float16", "bfloat16"] | None,
+    typer.Option(help="TensorRT and cuda: of a float32 bundle; float16 by default."),
+]
+BuiltFor = Annotated[
+    str, typer.Option(help="cpu, or what the bundle was built for: cuda (or cuda:tensorrt), trt-rtx:sm89, tensorrt.")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -43,6 +74,18 @@ def options(
     """Options of the program itself."""
 
 
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line on standard error, in place of Python's, which names a line of source code."""
+    print(f"headstart: warning: {message}", file=sys.stderr)
+
+
 class _Interrupted(KeyboardInterrupt):
     """A signal that ends the program, raised so that temporary files are removed as on Ctrl-C."""
 
@@ -59,6 +102,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
     from headstart.runtime.errors import HeadstartError, missing_extra
 
+    warnings.showwarning = _print_warning
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
@@ -86,6 +130,7 @@ def export(
     assistant_of: Annotated[
         Path | None, typer.Option(help="Bundle with the very same encoder: leave it out here, and draft for that one.")
     ] = None,
+    check: Annotated[bool, typer.Option(help="Compare the exported graphs with the checkpoint.")] = True,
     force: Force = False,
 ) -> None:
     """Export a checkpoint, with draft heads, to a bundle."""
@@ -95,7 +140,9 @@ def export(
 
     with stages() as progress:
         layers = _integers(aux_layers)
-        bundle = run(checkpoint, output, head or (), dtype, max_cache, layers, force, progress, assistant_of)
+        bundle = run(checkpoint, output, head or (), dtype, max_cache, layers, force, progress, assistant_of, check)
+    for note in bundle.manifest.provenance.notes:
+        print(f"Note: {note}", file=sys.stderr)
     print(f"{bundle.path}: {bundle.manifest.model.architecture}, heads: {', '.join(bundle.manifest.heads) or 'none'}")
 
 
@@ -138,26 +185,25 @@ def quantize(
 @app.command()
 def build(
     bundle: BundleArg,
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
-    ] = "cpu",
-    precision: Annotated[
-        Literal["float16", "bfloat16"], typer.Option(help="TensorRT and cuda: of a float32 bundle.")
-    ] = "float16",
+    device: BuildFor = "cpu",
+    precision: Precision = None,
     cache: Annotated[int | None, typer.Option(help="TensorRT: tokens the caches hold; the model's limit by default.")] = None,
-    batch: Annotated[int, typer.Option(help="TensorRT: sequences decoded together.")] = 1,
-    prefill_rows: Annotated[int, typer.Option(help="TensorRT: the most prompt tokens of one pass.")] = 512,
-    source: Annotated[int, typer.Option(help="TensorRT: tokens of the longest source of an encoder-decoder.")] = 512,
+    batch: Annotated[int | None, typer.Option(help="TensorRT: sequences decoded together; 1 by default.")] = None,
+    prefill_rows: Annotated[
+        int | None, typer.Option(help="TensorRT: the most prompt tokens of one pass; 512 by default.")
+    ] = None,
+    source: Annotated[
+        int | None, typer.Option(help="TensorRT: tokens of the longest source of an encoder-decoder; 512 by default.")
+    ] = None,
     audio_seconds: Annotated[
-        float | None, typer.Option(help="TensorRT: the longest recording, where the model hears any length; 30 by default.")
+        float | None, typer.Option(help="TensorRT: the longest recording, for models that take any length; 30 by default.")
     ] = None,
     fits: Annotated[str | None, typer.Option(help="TensorRT: stop unless it fits this board; see headstart plan.")] = None,
     workspace_mb: Annotated[int | None, typer.Option(help="TensorRT: the most scratch memory of a kernel.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="Classic TensorRT: keeps timings between builds.")] = None,
     strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights, and beside it the graph they come from.")
+        bool, typer.Option("--strip-weights", help="TensorRT: a plan without weights, and the graph they come from.")
     ] = False,
     refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights can be exchanged later.")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="TensorRT: newer versions load it.")] = False,
@@ -166,18 +212,30 @@ def build(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Make a bundle's graphs ready for one device."""
+    """Prepare a bundle's graphs for one device."""
     from headstart.exporter.build import build as run
-    from headstart.exporter.tensorrt.build import TensorRtOptions
-    from headstart.exporter.tensorrt.builder import BuilderOptions
+    from headstart.exporter.targets.options import options_for
 
     from .screen import show_engine, stages
 
-    flags = (strip_weights, refit, version_compatible, hardware_compatible)
-    builder = BuilderOptions(workspace_mb, optimization_level, *flags, timing_cache)
+    given = {
+        "precision": precision,
+        "cache": cache,
+        "batch": batch,
+        "prefill_rows": prefill_rows,
+        "source": source,
+        "audio_seconds": audio_seconds,
+        "fits": fits,
+        "workspace_mb": workspace_mb,
+        "optimization_level": optimization_level,
+        "timing_cache": timing_cache,
+        "strip_weights": strip_weights,
+        "refit": refit,
+        "version_compatible": version_compatible,
+        "hardware_compatible": hardware_compatible,
+    }
     with stages() as progress:
-        sizes = (precision, cache, batch, prefill_rows, source, audio_seconds)
-        info = run(bundle, device, force, progress, TensorRtOptions(*sizes, fits, builder))
+        info = run(bundle, device, force=force, progress=progress, options=options_for(device, given))
     show_engine(bundle, info)
 
 
@@ -195,11 +253,18 @@ def plan(
     """The memory a TensorRT engine will need, before it is built, and the boards it fits."""
     from headstart.exporter.devices import DEVICES
     from headstart.exporter.memory_plan import memory_plan
-    from headstart.exporter.tensorrt.build import TensorRtOptions
+    from headstart.exporter.tensorrt.options import TensorRtOptions
 
     from .screen import show_plans
 
-    options = TensorRtOptions(precision, cache, batch, prefill_rows, source, audio_seconds)
+    options = TensorRtOptions(
+        precision=precision,
+        cache=cache,
+        batch=batch,
+        prefill_rows=prefill_rows,
+        source=source,
+        audio_seconds=audio_seconds,
+    )
     show_plans(bundle, [memory_plan(bundle, name, options) for name in on or DEVICES])
 
 
@@ -214,6 +279,18 @@ def inspect(bundle: BundleArg) -> None:
 
 
 @app.command()
+def upgrade(bundle: BundleArg) -> None:
+    """Convert a bundle that an older Headstart wrote, in place."""
+    from headstart.runtime.upgrade import outdated
+    from headstart.runtime.upgrade import upgrade as run
+
+    upgraded = run(bundle)
+    print(f"{bundle}: schema {upgraded.manifest.schema_version}")
+    for command in outdated(upgraded):
+        print(f"to be done again: {command}")
+
+
+@app.command()
 def generate(
     bundle: BundleArg,
     prompt: Annotated[str | None, typer.Argument(help="The text to complete; - reads standard input.")] = None,
@@ -221,13 +298,8 @@ def generate(
     language: Annotated[str | None, typer.Option(help="Spoken in the recording, such as en; heard by default.")] = None,
     task: Annotated[str, typer.Option(help="transcribe, or translate where the model can.")] = "transcribe",
     timestamps: Annotated[bool | None, typer.Option(help="Print segments with times; --no-timestamps decodes without.")] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option("--max-new-tokens", "-n", help="The most tokens to add: 128; all there is room for with --audio."),
-    ] = None,
-    drafter: Annotated[
-        str | None, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
-    ] = None,
+    max_new_tokens: NewTokens = None,
+    drafter: DrafterName = None,
     draft_nodes: Annotated[int | None, typer.Option(help="Nodes of the draft tree.")] = None,
     draft_model: DraftModel = None,
     beams: Annotated[int | None, typer.Option(help="Beam search, without drafts; 0 is the checkpoint's number.")] = None,
@@ -235,7 +307,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is off; the checkpoint's own when not given.")] = None,
     no_repeat_ngram: Annotated[int | None, typer.Option(help="0 is off; the checkpoint's own when not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
@@ -243,46 +315,61 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; captions, with --audio.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and acceptance, on standard error.")] = False,
-    device: Annotated[
-        str, typer.Option(help="cpu, or what the bundle was built for: cuda (or cuda:tensorrt), trt-rtx:sm89, tensorrt.")
-    ] = "cpu",
+    acceptance: Acceptance = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Allow an acceptance rule that changes the distribution.")] = False,
+    device: BuiltFor = "cpu",
     threads: Threads = None,
     untuned: Untuned = False,
 ) -> None:
     """Complete a prompt, or transcribe a recording."""
-    from headstart.runtime.model import load
+    from headstart.runtime.loading import load
+    from headstart.runtime.options import DecodeOptions
 
-    from .screen import print_captions, print_generation, print_transcript
+    from .screen import SpeechOptions, print_captions, print_generation, print_transcript
 
-    model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    rules = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
-    given = {"max_new_tokens": max_new_tokens, "drafter": drafter, "draft_nodes": draft_nodes}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | {**sampling, **rules}
+    drafts: DecodeOptions = {"draft_nodes": draft_nodes, "acceptance": acceptance, "lossy": lossy}
+    sampling: DecodeOptions = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    rules: DecodeOptions = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "stop": stop or ()}
+    options: DecodeOptions = {"max_new_tokens": max_new_tokens, **drafts, **sampling, **rules}
+    if drafter is not None:
+        options["drafter"] = drafter
     if beams is not None:
-        _check_beams(audio=audio, stream=stream, stop=stop, stats=stats, **given | {"max_new_tokens": None})
-    if audio is not None and stream:
-        print_captions(model, audio, {"language": language, "task": task, **options}, stats)
-    elif audio is not None:
-        print_transcript(model, audio, {"language": language, "task": task, "timestamps": timestamps, **options}, stats)
+        _check_beams(audio, stream, stats, options)
+    model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
+    if audio is not None:
+        show = print_captions if stream else print_transcript
+        show(model, audio, SpeechOptions(language, task, timestamps), options, stats)
+        return
+    text = _prompt(prompt)
+    if chat:
+        text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    if beams is None:
+        print_generation(model, text, decoder_prompt, options, stream, stats)
     else:
-        text = _prompt(prompt)
-        if chat:
-            text = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        if beams is not None:
-            del options["stop"]
-            print(model.beam_search(text, beams or None, decoder_prompt=decoder_prompt, **options)[0].text)
-            return
-        print_generation(model, text, {"decoder_prompt": decoder_prompt, **options}, stream, stats)
+        print(_best_beam(model, text, beams, decoder_prompt, options))
 
 
-def _check_beams(**given: Any) -> None:
-    """Raises OptionError for options that beam search knows nothing of; of sampling it speaks itself."""
+def _best_beam(model: "Model", text: str, beams: int, decoder_prompt: str, options: "DecodeOptions") -> str:
+    limit = options.get("max_new_tokens")
+    return model.beam_search(
+        text,
+        beams or None,
+        decoder_prompt=decoder_prompt,
+        max_new_tokens=limit,
+        repetition_penalty=options.get("repetition_penalty"),
+        no_repeat_ngram=options.get("no_repeat_ngram"),
+    )[0].text
+
+
+def _check_beams(audio: Path | None, stream: bool, stats: bool, options: "DecodeOptions") -> None:
+    """Raises OptionError for options that beam search does not have."""
     from headstart.runtime.errors import OptionError
 
+    refused = ("drafter", "draft_nodes", "acceptance", "lossy", "stop", "temperature", "top_k", "min_p", "seed")
+    given = {"audio": audio, "stream": stream, "stats": stats, **{name: options.get(name) for name in refused}}
     named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
     if named:
-        raise OptionError(f"{named[0]} does not go with --beams: beam search neither drafts nor streams. Fix: leave one out.")
+        raise OptionError(f"{named[0]} does not go with --beams: beam search neither drafts nor samples. Fix: leave one out.")
 
 
 @app.command()
@@ -327,6 +414,7 @@ def bench(
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts of each class.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.")] = 5,
+    device: Device = "cpu",
     drafter: Annotated[list[str] | None, typer.Option(help="Measure this one; may be repeated. All by default.")] = None,
     draft_model: DraftModel = None,
     untuned: Untuned = False,
@@ -339,14 +427,14 @@ def bench(
 
     from headstart.calibration.bench import bench as run
     from headstart.calibration.bench import draw
-    from headstart.runtime.model import load
+    from headstart.runtime.loading import load
     from headstart.runtime.prompts import read_prompt_classes
 
     from .screen import counted, show_bench, write_json
 
     classes = {kind: texts[:limit] for kind, texts in read_prompt_classes(prompts).items()}
     started = time.perf_counter()
-    model = load(bundle, threads=threads, draft_model=draft_model, tuned=not untuned)
+    model = load(bundle, device, threads, draft_model, tuned=not untuned)
     load_s = time.perf_counter() - started
     with counted() as progress:
         result = run(model, classes, max_new_tokens, rounds, drafter or (), load_s, progress)
@@ -371,6 +459,8 @@ def compare(
     prompts: Annotated[Path, typer.Option(help="Prompts for the acceptance lengths.", show_default=False)],
     limit: Annotated[int, typer.Option(help="Use the first N prompts.", min=1)] = 12,
     tokens: Annotated[int, typer.Option(help="Of the text.", min=256)] = 16384,
+    device: Device = "cpu",
+    threads: Threads = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw it there; needs the bench extra.")] = None,
 ) -> None:
@@ -382,7 +472,8 @@ def compare(
     from .screen import counted, show_quantization, write_json
 
     with counted() as progress:
-        report = run(bundles, data, read_inputs(prompts)[:limit], tokens, progress=progress)
+        texts = read_inputs(prompts)[:limit]
+        report = run(bundles, data, texts, tokens, progress=progress, device=device, threads=threads)
     show_quantization(report)
     if json_file:
         write_json(json_file, report)
@@ -397,10 +488,15 @@ def verify(
     limit: Annotated[int | None, typer.Option(help="Use the first N prompts.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     checkpoint: Annotated[Path | None, typer.Option(help="Compare with this checkpoint in torch, too.")] = None,
+    samples: Annotated[
+        int, typer.Option(help="Continuations drawn with each drafter to test sampled decoding; 0 leaves that out.", min=0)
+    ] = 1000,
+    device: Device = "cpu",
+    threads: Threads = None,
     draft_model: DraftModel = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
 ) -> None:
-    """Lossless? Equal to the checkpoint? Exit code 1 on a fault."""
+    """Intact, equal to the checkpoint, lossless? Exit code 1 on a fault."""
     from headstart.calibration.verify import verify as run
     from headstart.runtime.prompts import read_inputs
 
@@ -408,7 +504,7 @@ def verify(
 
     texts = read_inputs(prompts)[:limit] if prompts else []
     with counted() as progress:
-        report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, progress=progress)
+        report = run(bundle, texts, max_new_tokens, checkpoint, draft_model, device, progress, threads=threads, samples=samples)
     show_report(report)
     if json_file:
         write_json(json_file, report)

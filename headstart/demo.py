@@ -14,14 +14,14 @@ from typing import Any
 
 import headstart
 from headstart.runtime.errors import BundleError, OptionError
-from headstart.runtime.generation import Prompt, Result
-from headstart.runtime.model import Model
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.prompts import read_answers
+from headstart.runtime.results import Result
 
 from .screen import counted, out, show_report, show_tuning, stages, table
 
 NEW_TOKENS = 128
-VERIFIED_PROMPTS = 4
+VERIFIED_PROMPTS, VERIFIED_SAMPLES = 4, 100
 TUNING_PROMPTS = 8  # the file's last, which are not measured; of a short file, the second half
 
 
@@ -146,7 +146,11 @@ def run_sample(
     for weights, bundle in bundles.items():
         source = checkpoint if weights == "float32" else None
         with counted() as progress_of:
-            reports.append(headstart.verify(bundle, prompts[:VERIFIED_PROMPTS], NEW_TOKENS, source, progress=progress_of))
+            reports.append(
+                headstart.verify(
+                    bundle, prompts[:VERIFIED_PROMPTS], NEW_TOKENS, source, progress=progress_of, samples=VERIFIED_SAMPLES
+                )
+            )
         show_report(reports[-1])
     rows = measure(sample, {weights: headstart.load(bundle) for weights, bundle in bundles.items()}, measured, rounds)
     return rows, all(report.ok for report in reports)

@@ -18,15 +18,17 @@ from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle, Manifest
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, PlanInfo, built_engine
 from headstart.runtime.errors import HeadstartError
-from headstart.runtime.generation import Generation, Result
 from headstart.runtime.model import Model
+from headstart.runtime.options import DecodeOptions
 from headstart.runtime.output import atomic_write
+from headstart.runtime.precision import LEAST_AGREEMENT, FloatAgreement
+from headstart.runtime.results import Result
 from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:
     from headstart.calibration.bench import Bench
     from headstart.calibration.report import QuantizationReport
-    from headstart.calibration.verify import Report
+    from headstart.calibration.verification.outcome import Divergence, GreedyCheck, Report, SamplingCheck
     from headstart.exporter.memory_plan import MemoryPlan
 
 WIDE = 132  # columns, where the output is not a terminal
@@ -66,7 +68,7 @@ def table(title: str, *columns: str) -> Table:
 def show_bundle(bundle: Bundle) -> None:
     manifest, model = bundle.manifest, bundle.manifest.model
     size = sum((bundle.path / name).stat().st_size for name in manifest.files)
-    cache = sum(c.kv_heads * (c.key_size + c.value_size) for c in manifest.caches)
+    cache = sum(c.kv_heads * (c.key_size + c.value_size) for c in manifest.graphs["decoder"].slots)
     grid = table(f"{bundle.path}", "what", "value")
     bytes_each = 2 if model.dtype in ("float16", "bfloat16") else 4
     rows = {
@@ -111,7 +113,8 @@ def _exceptions(info: EngineInfo) -> Iterator[str]:
 def _source(manifest: Manifest) -> str:
     shape = manifest.graphs["encoder"].inputs[0].shape
     longest = f"at most {manifest.model.max_source}" if manifest.model.max_source else "of any length"
-    return f"{manifest.model.source} {list(shape[1:])}, {longest}; cross-attention of {len(manifest.cross_caches)} layers"
+    layers = len(manifest.graphs["decoder"].reads)
+    return f"{manifest.model.source} {list(shape[1:])}, {longest}; cross-attention of {layers} layers"
 
 
 def show_engine(bundle: Path, info: EngineInfo) -> None:
@@ -122,17 +125,24 @@ def show_engine(bundle: Path, info: EngineInfo) -> None:
         grid.add_row(name, value)
     for name, plan in info.plans.items():
         grid.add_row(name, describe_plan(plan))
-    if info.peak_memory_mb:
+    if info.plans:
         written = len(info.plans["decoder"].in_place)
         grid.add_row("cache", f"{info.cache_slots} slots, {info.batch} sequence(s); {written} tensors written in place")
         grid.add_row("peak memory of the build", f"{info.peak_memory_mb:.0f} MB")
-    ran = info.relative_difference >= 0
-    grid.add_row(
-        "against the canonical graph",
-        f"{info.relative_difference:.1e} of the logits' range" if ran else "not run: this machine cannot compute it",
-    )
+    for name, found in info.differences.items():
+        grid.add_row(f"{name} against the canonical graph", f"{found.largest:.1e} of the outputs' range")
+    if not info.differences:
+        grid.add_row("against the canonical graphs", "not compared: this machine cannot run the engine")
+    if info.float_agreement is not None:
+        grid.add_row("against the float model", describe_agreement(info.float_agreement))
     grid.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.builder.items()))
     out.print(grid)
+
+
+def describe_agreement(found: FloatAgreement) -> str:
+    """A quantized engine against the float model, and a warning where it does not represent it."""
+    poor = "" if found.greedy >= LEAST_AGREEMENT else f" (POOR: below {LEAST_AGREEMENT:.0%})"
+    return f"{found.greedy:.0%} of its greedy tokens{poor}; logits {found.median:.1e} of their range off in a typical row"
 
 
 def describe_plan(plan: PlanInfo) -> str:
@@ -170,10 +180,12 @@ def show_plans(bundle: Path, plans: "Sequence[MemoryPlan]") -> None:
 
 def show_tuning(bundle: Path, tuning: Tuning) -> None:
     simulated = f", predicted for {tuning.device}" if tuning.simulated else ""
-    grid = table(f"{bundle}: verify pass in ms{simulated}", "history", *map(str, tuning.verify.rows))
-    for history, line in zip(tuning.verify.histories, tuning.verify.milliseconds, strict=True):
-        grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
-    out.print(grid)
+    for cost in tuning.verify.batches:
+        title = f"{bundle}: verify pass in ms, batch {cost.batch}{simulated}"
+        grid = table(title, "history", *map(str, cost.rows))
+        for history, line in zip(cost.histories, cost.milliseconds, strict=True):
+            grid.add_row(str(history), *(f"{ms:.3g}" for ms in line))
+        out.print(grid)
     grid = table(f"{tuning.prompts} prompts, each drafter with its budget", "drafter", "draft ms", "acceptance", "× plain")
     for name, one in tuning.drafters.items():
         grid.add_row(name, f"{one.draft_ms:.2f}", f"{one.acceptance_length:.2f}", f"{one.speedup:.2f}")
@@ -183,7 +195,8 @@ def show_tuning(bundle: Path, tuning: Tuning) -> None:
 
 def show_bench(bench: "Bench") -> None:
     columns = ("prefill tok/s", "first token ms", "tok/s", "slowest – fastest", "× plain", "acceptance", "round cost")
-    grid = table(f"{bench.bundle}: {bench.quantization}", "class", "drafter", *columns)
+    engine = bench.device if bench.built else f"{bench.device}, not built"
+    grid = table(f"{bench.bundle} on {engine}: {bench.quantization}", "class", "drafter", *columns)
     for row in bench.rows:
         speed = (f"{row.decode_tokens_per_s:.1f}", f"{row.slowest:.1f} – {row.fastest:.1f}", f"{row.speedup:.2f}")
         start = (f"{row.prefill_tokens_per_s:.0f}", f"{row.ttft_ms:.1f}")
@@ -202,7 +215,8 @@ def show_quantization(report: "QuantizationReport") -> None:
     names = [name.replace("_", " ") for name in written]
     columns = ("perplexity", "agreement", "KL, nats", *names, *drafters, "disk MB", "memory MB")
     read = f"{report.tokens} tokens" + (f" ({report.left_out} lines too long)" if report.left_out else "")
-    grid = table(f"{report.text}: {read}; acceptance length on {report.prompts} prompts", "bundle", "scheme", *columns)
+    title = f"{report.text} on {report.device}: {read}; acceptance length on {report.prompts} prompts"
+    grid = table(title, "bundle", "scheme", *columns)
     for one in report.schemes:
         quality = [f"{one.perplexity:.3f}", f"{one.agreement:.1%}", f"{one.kl:.4f}"]
         quality += [f"{getattr(one, name):.1%}" for name in written]
@@ -210,7 +224,7 @@ def show_quantization(report: "QuantizationReport") -> None:
         grid.add_row(one.bundle, one.scheme, *quality, *lengths, f"{one.disk_mb:.1f}", f"{one.memory_mb:.0f}")
     out.print(grid)
     if not all(one.built for one in report.schemes):
-        out.print("Not all bundles are built for this device: the others ran their canonical graph, in float32.")
+        out.print(f"Not all bundles are built for {report.device}: the others computed their canonical graph, in float32.")
 
 
 def show_heads(bundle: Bundle) -> None:
@@ -228,9 +242,9 @@ def show_accuracy(report: dict[str, Any]) -> None:
     out.print(grid)
 
 
-def print_generation(model: Model, prompt: str, options: dict[str, Any], stream: bool, stats: bool) -> None:
+def print_generation(model: Model, prompt: str, decoder_prompt: str, options: DecodeOptions, stream: bool, stats: bool) -> None:
     """The completion on standard output, the figures on standard error."""
-    generation = Generation(model, [prompt], **options)
+    generation = model.start([prompt], decoder_prompt=decoder_prompt, **options)
     for pieces in generation.pieces():
         if stream:
             print(pieces[0], end="", flush=True)
@@ -240,14 +254,23 @@ def print_generation(model: Model, prompt: str, options: dict[str, Any], stream:
         err.print(escape(describe(result)))
 
 
-def print_transcript(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+@dataclasses.dataclass(frozen=True)
+class SpeechOptions:
+    """How a recording is heard: see Model.transcribe."""
+
+    language: str | None = None
+    task: str = "transcribe"
+    timestamps: bool | None = None
+
+
+def print_transcript(model: Model, recording: Path, speech: SpeechOptions, options: DecodeOptions, stats: bool) -> None:
     """The text, or segments with their times if requested; notes and figures on standard error."""
     started = time.perf_counter()
-    transcript = model.transcribe(recording, **options)
+    transcript = model.transcribe(recording, speech.language, speech.task, speech.timestamps, **options)
     seconds = time.perf_counter() - started
     _print_notes(transcript.notes)
     times = [f"[{segment.start:6.2f} → {segment.end:6.2f}] {segment.text}" for segment in transcript.segments]
-    print("\n".join(times) if options["timestamps"] else transcript.text)
+    print("\n".join(times) if speech.timestamps else transcript.text)
     if stats:
         for window in transcript.windows:
             err.print(escape(describe(window)))
@@ -255,13 +278,13 @@ def print_transcript(model: Model, recording: Path, options: dict[str, Any], sta
         err.print(f"{transcript.duration_s:.2f} s of audio in {seconds:.2f} s: {factor}, including opening the graphs")
 
 
-def print_captions(model: Model, recording: Path, options: dict[str, Any], stats: bool) -> None:
+def print_captions(model: Model, recording: Path, speech: SpeechOptions, options: DecodeOptions, stats: bool) -> None:
     """A recording as a live source, one second at a time: one caption per line."""
     audio = load_audio(recording)
     _print_notes(audio.notes)
     seconds = range(0, len(audio.samples), audio.sampling_rate)
     chunks = (audio.samples[begin : begin + audio.sampling_rate] for begin in seconds)
-    for caption in model.stream_audio(chunks, **options):
+    for caption in model.stream_audio(chunks, speech.language, speech.task, **options):
         print(f"[{caption.heard_s:6.2f} s] {caption.text}")
         if stats and caption.window is not None:
             err.print(escape(describe(caption.window)))
@@ -282,26 +305,62 @@ def describe(result: Result) -> str:
 
 
 def show_report(report: "Report") -> None:
-    grid = table("logits and greedy tokens", "reference", "rows", "max |Δ|", "relative", "greedy equal", "ties", "faults")
+    """One screen: what is broken, each comparison with its limits, each drafter, and the verdict."""
+    for fault in report.faults:
+        out.print(f"[bold red]FAULT[/] {escape(fault.where)}: {escape(fault.what)}")
+    if report.logits:
+        out.print(_logit_grid(report))
+    if report.greedy:
+        out.print(_greedy_grid(report.greedy))
+    for check in report.greedy:
+        for one in (*check.divergences, *check.faults):
+            out.print(_divergence(check, one))
+    if report.sampling:
+        out.print(_sampling_grid(report.sampling))
+    for note in report.notes:
+        out.print(f"note: {escape(note)}")
+    where = f"{report.bundle} on {report.device}" + (f" in {report.precision}" if report.precision else "")
+    out.print(escape(where) + (": no fault" if report.ok else ": [bold red]FAULT[/], see above"))
+
+
+def _logit_grid(report: "Report") -> Table:
+    grid = table("|Δlogit| over each row's logit range", "what", "against", "rows", "largest", "limit", "median", "limit", "")
     for c in report.logits:
-        equal = f"{c.greedy_equal} of {c.greedy_of}"
-        numbers = (f"{c.max_abs_difference:.1e}", f"{c.max_relative_difference:.1e}", equal, str(c.ties), str(c.faults))
-        grid.add_row(escape(Path(c.reference).name), str(c.rows), *numbers)
-    out.print(grid)
-    grid = table("speculative against plain, greedy", "drafter", "prompts", "tokens", "acceptance length", "ties", "faults")
-    for d in report.drafters:
-        ties = sum(x.kind == "tie" for x in d.divergences)
-        numbers = (str(d.prompts), str(d.tokens), f"{d.acceptance_length:.2f}", str(ties), str(len(d.divergences) - ties))
-        grid.add_row(d.drafter, *numbers)
-    out.print(grid)
-    for d in report.drafters:
-        for x in d.divergences:
-            out.print(
-                f"{d.drafter}: prompt {x.prompt} differs at new token {x.token}: plain {x.plain}, speculative "
-                f"{x.speculative}, top-2 margin {x.margin:.2e}: {x.kind}"
-            )
-    out.print(f"noise of a tree's other branches: {report.tree_noise:.1e} of the logits' range")
-    out.print("verified: no fault" if report.ok else "[bold red]FAULT[/]: see above")
+        sizes = (f"{c.largest:.1e}", f"{c.largest_limit:.0e}", f"{c.median:.1e}", f"{c.median_limit:.0e}")
+        verdict = "" if c.ok else c.problem or f"FAULT: text {c.worst_text}, row {c.worst_row}"
+        grid.add_row(c.subject, escape(Path(c.reference).name), str(c.rows), *sizes, escape(verdict))
+    return grid
+
+
+def _greedy_grid(checks: "Sequence[GreedyCheck]") -> Table:
+    columns = ("prompts", "tokens", "acceptance length", "ties", "faults")
+    grid = table("greedy, each token judged by the canonical graph", "drafter", "against", *columns)
+    for c in checks:
+        ties = sum(one.kind == "tie" for one in c.divergences)
+        faults = len(c.divergences) - ties + len(c.faults)
+        grid.add_row(
+            c.drafter, c.reference, str(c.prompts), str(c.tokens), f"{c.acceptance_length:.2f}", str(ties), str(faults)
+        )
+    return grid
+
+
+def _divergence(check: "GreedyCheck", one: "Divergence") -> str:
+    return (
+        f"{check.drafter}, prompt {one.prompt}, new token {one.token}: {one.found} where {check.reference} has {one.expected}; "
+        f"top-2 margin {one.margin:.1e}, gap {one.gap:.1e}, a tie up to {check.tie_bound:.0e}: {one.kind}"
+    )
+
+
+def _sampling_grid(checks: "Sequence[SamplingCheck]") -> Table:
+    first = checks[0]
+    title = f"sampled, chi-square at significance {first.significance:.0e}; TV: total variation"
+    columns = ("rule", "samples", "drafts accepted", "χ²", "degrees", "p", "TV seen", f"TV found at power {first.power}", "")
+    grid = table(title, "drafter", *columns)
+    for c in checks:
+        sizes = (f"{c.statistic:.1f}", str(c.degrees), f"{c.p_value:.1e}", f"{c.total_variation:.3f}", f"{c.detects:.3f}")
+        verdict = "" if c.ok else f"FAULT{f': {c.impossible} impossible' if c.impossible else ''}"
+        grid.add_row(c.drafter, c.rule, str(c.samples), f"{c.accepted} of {c.drafted}", *sizes, verdict)
+    return grid
 
 
 def write_json(file: Path, value: Any) -> None:

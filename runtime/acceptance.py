@@ -19,8 +19,8 @@ from .acceptance_rules import (
     accept_typical,
     accept_without_replacement,
 )
-from .engine import Scores
 from .errors import OptionError
+from .graph import Scores
 from .rng import NumpyRng, Rng
 from .sampling import LogitState
 from .tree import DraftTree

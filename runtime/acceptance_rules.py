@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine import Scores
+from .graph import Scores
 from .rng import Rng
 from .sampling import LogitState
 from .tree import DraftTree

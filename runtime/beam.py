@@ -1,7 +1,7 @@
-"""Beam search: the few most probable texts side by side, without speculation.
+"""Beam search: the few most probable texts in parallel, without speculation.
 
 Scores, length penalty, early stopping and the order of ties are those of `transformers.generate(num_beams=n)`, so that a
-checkpoint meant for beams (translation, summaries) gives the text it gives there. One text at a time; its beams are the
+checkpoint meant for beams (translation, summaries) gives the same text as there. One text at a time; its beams are the
 rows of one batch.
 """
 
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import KVCache
-from .engine import Engine
+from . import contract
 from .errors import OptionError
-from .prefill import check_prompts, prefill
+from .graph import Engine
+from .prefill import check_prompt, last_logits, prefill, run_decoder
 from .rules import TokenRules
 from .sampling import LogitRules, LogitState, SamplingOptions
+from .states import State
 
 NO_BEAM = -1e9  # score of a beam that is not there yet: all begin as copies of one prompt
 
@@ -27,7 +28,7 @@ class BeamOptions:
     """How beams are searched.
 
     Attributes:
-        num_beams: texts kept side by side.
+        num_beams: texts kept in parallel.
         length_penalty: a finished text's log-probability is divided by its length to this power; above 0 favours long ones.
         early_stopping: True ends with `num_beams` finished texts; False when, at the present length, none that still runs
             could get among them; "never" when none could at any length.
@@ -125,24 +126,26 @@ def beam_search(
 
     Raises PromptError when the prompt is empty or too long for the cache, or for a source that the encoder cannot take.
     """
-    check_prompts([prompt], engine.model.max_cache)
+    check_prompt(prompt, engine.model)
     count = options.num_beams
     longest = min(engine.model.max_cache, len(prompt) + options.max_new_tokens)
-    rules = LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens, _ids(engine, source)))
-    cache = engine.new_cache(count, longest, None if source is None else engine.encode([source]).repeated(count))
-    logits = np.repeat(prefill(engine, cache.row(0), prompt).logits[0], count, axis=0)
-    cache.gather([0] * count)
-    beams = Beams(options, longest - len(prompt))
-    states = [rules.start(prompt)] * count
+    ids = _ids(engine, source)
+    rules = LogitRules(options.sampling, options.rules.for_text(len(prompt), longest, options.end_tokens, ids))
+    sources = None if source is None else engine.encode([source]).repeated(count)
+    state = engine.graph("decoder").new_state(count, longest, sources)
+    logits = np.repeat(last_logits(prefill(engine, state.row(0), prompt))[None], count, axis=0)
+    state.gather([0] * count)
+    beams, texts = Beams(options, longest - len(prompt)), [rules.start(prompt) for _ in range(count)]
     while True:
-        moves = beams.advance(np.stack([_log_probs(*row, options.renormalize) for row in zip(logits, states, strict=True)]))
+        rows = [_log_probs(row, text, options.renormalize) for row, text in zip(logits, texts, strict=True)]
+        moves = beams.advance(np.stack(rows))
         if beams.done:
             return beams.finished
-        states = [states[move].fork() for move in moves]
-        for state, output in zip(states, beams.outputs, strict=True):
-            state.advance(output[-1])
-        cache.gather(moves)
-        logits = _step(engine, cache, [output[-1] for output in beams.outputs])
+        state.gather(moves)
+        texts = [texts[move].fork() for move in moves]
+        for text, output in zip(texts, beams.outputs, strict=True):
+            text.advance(output[-1])
+        logits = _step(engine, state, [output[-1] for output in beams.outputs])
 
 
 def _ids(engine: Engine, source: NDArray[Any] | None) -> list[int]:
@@ -151,19 +154,19 @@ def _ids(engine: Engine, source: NDArray[Any] | None) -> list[int]:
     return token_ids
 
 
-def _step(engine: Engine, cache: KVCache, token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """[beams, V] logits behind one more token in each row, which is committed."""
+def _step(engine: Engine, state: State, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """[beams, V] logits after one more token in each row, which is committed."""
     one = np.ones((len(token_ids), 1, 1), np.bool_)
-    positions = cache.lengths[:, None].copy()
-    output = engine.forward(cache, np.array(token_ids, np.int64)[:, None], positions, one, np.zeros_like(positions))
+    positions = state.lengths[:, None].copy()
+    outputs = run_decoder(engine, state, np.array(token_ids, np.int64)[:, None], positions, one, np.zeros_like(positions))
     for row in range(len(token_ids)):
-        cache.commit(row, [0])
-    return output.logits[:, 0]
+        state.commit(row, [0])
+    return np.asarray(outputs[contract.LOGITS][:, 0])
 
 
-def _log_probs(logits: NDArray[np.float32], state: LogitState, renormalize: bool) -> NDArray[np.float64]:
+def _log_probs(logits: NDArray[np.float32], text: LogitState, renormalize: bool) -> NDArray[np.float64]:
     """[V] log-probabilities after the rules, which see log-probabilities as they do in transformers' beam search."""
-    ruled = state.process(_log_softmax(logits.astype(np.float64)).astype(np.float32)).astype(np.float64)
+    ruled = text.process(_log_softmax(logits.astype(np.float64)).astype(np.float32)).astype(np.float64)
     return _log_softmax(ruled) if renormalize else ruled
 
 

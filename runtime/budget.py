@@ -1,41 +1,30 @@
 """How much of a draft is worth verifying: the part of the tree that brings the most tokens per second.
 
-A verify pass over n nodes costs t(n), measured; the tokens it brings are 1 + Σ path probability. Nodes are taken in falling
-probability, so the best part of a tree is a prefix of that order (design, the loop; OPT-Tree, arXiv 2406.17276; Sequoia,
-arXiv 2402.12374). Probabilities were measured on other texts, and greedily: what they promise is held against what comes, and
-scaled. When the tokens that really come do not pay for the drafting, the drafter rests.
+A verify pass over n rows for each of B sequences costs t(B, n); the tokens it brings are 1 + Σ path probability for each of
+them. Nodes are taken in falling probability, so the best part of a tree is a prefix of that order (OPT-Tree, arXiv 2406.17276;
+Sequoia, arXiv 2402.12374). Probabilities were measured on other texts, and greedily, so promised tokens are compared with
+accepted ones and scaled. Where the accepted tokens do not pay for the drafting, the drafter rests; while it rests, an
+inexpensive one is followed in the *shadow*: it proposes, nothing is verified, and the target's own tokens tell what would
+have been accepted. An untuned drafter starts in the shadow, so that it costs nothing until it has shown that it pays.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine import MAX_ROWS
-from .tree import DraftTree, empty_tree
+from .graph import MAX_ROWS
+from .tree import ROOT, DraftTree, empty_tree
+from .verify_cost import Curve
 
-HISTORY_STEP = 64  # tokens of history over which a cost curve is reused
 WINDOW = 16  # drafted rounds after which the account is settled
 SHORTEST_REST, LONGEST_REST = 32, 1024  # plain rounds before the drafter is tried again
 GAIN = 1.1  # what a draft must promise over plain decoding: each size of pass has costs of its own that t(n) does not hold
-FORGET = 0.95  # weight of the rounds before the last in a drafter's record: some 20 rounds count
-BENEFIT_OF_DOUBT = 4.0  # promised tokens that count as kept before anything was seen
-
-
-@dataclass(frozen=True)
-class VerifyCost:
-    """Milliseconds of a verify pass: `milliseconds[i][j]` over `rows[j]` rows behind `histories[i]` tokens."""
-
-    rows: tuple[int, ...]
-    histories: tuple[int, ...]
-    milliseconds: tuple[tuple[float, ...], ...]
-
-    def curve(self, history: int) -> NDArray[np.float64]:
-        """[MAX_ROWS + 1]: the cost of that many rows, between the measured histories and rows by straight lines."""
-        columns = np.array(self.milliseconds)  # [histories, rows]
-        at_history = [np.interp(history, self.histories, column) for column in columns.T]
-        curve: NDArray[np.float64] = np.interp(np.arange(MAX_ROWS + 1), self.rows, at_history)
-        return curve
+FORGET = 0.95  # weight of earlier rounds in a drafter's record: some 20 rounds count
+BENEFIT_OF_DOUBT = 4.0  # promised tokens that count as accepted before anything was seen
+SHADOW_PROOF = 8.0  # promised tokens to follow in the shadow before an untuned drafter may draft
+SHADOW_PRICE = 0.01  # the most that proposing in the shadow may cost, of a plain round
 
 
 @dataclass
@@ -43,14 +32,13 @@ class Account:
     """What drafting brought and cost since it was last settled, in plain decoding's own milliseconds."""
 
     rounds: int = 0
-    tokens: int = 0
     milliseconds: float = 0.0
     plain_milliseconds: float = 0.0
 
 
 @dataclass
 class Record:
-    """How well a drafter's probabilities hold: tokens promised and tokens accepted, old rounds fading."""
+    """How well a drafter's probabilities hold: tokens promised and tokens accepted, earlier rounds fading."""
 
     promised: float = 0.0
     accepted: float = 0.0
@@ -66,27 +54,37 @@ class Record:
 
 
 @dataclass
-class Standing:
-    """What is known of one drafter in use. Texts that come one after another, or side by side, may share it."""
+class DrafterStats:
+    """What is known of one drafter in use, shared by all sequences that it drafts for.
 
+    `proven` False keeps the drafter in the shadow until it has promised SHADOW_PROOF tokens there.
+    """
+
+    proven: bool = True
     record: Record = field(default_factory=Record)
     _account: Account = field(default_factory=Account)
     _rest: int = 0  # plain rounds still to go
     _next_rest: int = SHORTEST_REST
+    _shadowed: float = 0.0  # tokens promised in the shadow
 
     @property
     def resting(self) -> bool:
-        return self._rest > 0
+        return self._rest > 0 or not self.proven
 
     def rested(self) -> None:
         """A plain round has passed."""
         self._rest = max(0, self._rest - 1)
 
-    def book(self, tokens: int, milliseconds: float, plain_milliseconds: float) -> None:
-        """One drafted round: what it brought, what it took, and what the same tokens would have taken plainly."""
+    def shadowed(self, promised: float, accepted: float) -> None:
+        """A tree was followed without being verified."""
+        self.record.add(promised, accepted)
+        self._shadowed += promised
+        self.proven = self.proven or self._shadowed >= SHADOW_PROOF
+
+    def add(self, milliseconds: float, plain_milliseconds: float) -> None:
+        """One drafted round: what it took, and what the same tokens would have taken plainly."""
         account = self._account
         account.rounds += 1
-        account.tokens += tokens
         account.milliseconds += milliseconds
         account.plain_milliseconds += plain_milliseconds
         if account.rounds >= WINDOW:
@@ -102,58 +100,135 @@ class Standing:
         self._account = Account()
 
 
+class Shadow:
+    """A tree that was proposed and not verified, followed along the tokens that the target decides by itself."""
+
+    def __init__(self, tree: DraftTree, known: int) -> None:
+        """`known`: tokens of the text when the tree was proposed."""
+        self._tree, self._known = tree, known
+        self._children = tree.children()
+        self._node = ROOT
+        self.accepted = 0
+        self.promised = float(np.exp(tree.log_probs.astype(np.float64)).sum())
+
+    def follow(self, token_ids: Sequence[int]) -> bool:
+        """Take the text so far. Returns whether it is settled what would have been accepted."""
+        while self._known < len(token_ids):
+            token = token_ids[self._known]
+            self._known += 1
+            found = [node for node in self._children[self._node + 1] if self._tree.token_ids[node] == token]
+            if not found:
+                return True
+            self._node, self.accepted = found[0], self.accepted + 1
+        return not self._children[self._node + 1]
+
+
 @dataclass
 class Budget:
     """One sequence's budget for one drafter.
 
     Attributes:
-        cost: of a verify pass.
-        draft_ms: what a proposal costs, whether or not its tree is used.
+        price: milliseconds of a proposal by (nodes, depth), whether or not its tree is used.
         max_nodes: to ask the drafter for.
-        standing: of the drafter, shared by the sequences it serves.
+        stats: of the drafter, shared by the sequences it serves.
     """
 
-    cost: VerifyCost
-    draft_ms: float
+    price: Callable[[int, int], float]
     max_nodes: int
-    standing: Standing = field(default_factory=Standing)
-    _promise: float = 0.0  # Σ probability of the tree that was cut last
-    _curve: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    _curve_at: int = -1
+    stats: DrafterStats = field(default_factory=DrafterStats)
+    _promise: float = 0.0  # Σ probability of the tree that was verified last
+    _shadow: Shadow | None = None
+    _pause: int = 0  # plain rounds until the next shadow, so that shadows cost next to nothing
 
     @property
     def resting(self) -> bool:
-        return self.standing.resting
+        return self.stats.resting
 
-    def cut(self, tree: DraftTree, history: int) -> DraftTree:
-        """The part of `tree` with the highest (1 + Σ probability) / (t(n) + draft time); empty where plain decoding is best.
+    def draft_ms(self) -> float:
+        return self.price(self.max_nodes, self.max_nodes)
 
-        A draft that was sampled stays whole: leaving nodes out by what was drawn would bend the output's distribution.
+    def wants_shadow(self, token_ids: Sequence[int]) -> bool:
+        """Whether to propose in this round although nothing will be verified. Settles the shadow before."""
+        if self._shadow is not None and self._shadow.follow(token_ids):
+            self.stats.shadowed(self._shadow.promised, self._shadow.accepted)
+            self._shadow = None
+        self._pause = max(0, self._pause - 1)
+        return self._shadow is None and self._pause == 0
+
+    def shadow(self, tree: DraftTree, token_ids: Sequence[int], plain_ms: float) -> None:
+        """Follow this tree instead of verifying it. A drawn one tells nothing about what greedy text would accept."""
+        self._pause = int(self.draft_ms() / max(SHADOW_PRICE * plain_ms, 1e-9))
+        if len(tree) and tree.draft_probs is None:
+            self._shadow = Shadow(tree, len(token_ids))
+        elif len(tree):
+            self.stats.proven = True
+
+    def drafted(self, promise: float) -> None:
+        """The tree that is verified in this round promises so many tokens besides the target's own."""
+        self._promise = promise
+
+    def observe(self, tokens: int, milliseconds: float, plain_milliseconds: float, drafted: bool) -> None:
+        """One round brought `tokens`.
+
+        `milliseconds`: of a verify pass of the tree's size; `plain_milliseconds`: of a plain one. `drafted`: a draft was
+        asked for.
         """
-        self._promise = 0.0
-        if not len(tree) or tree.draft_probs is not None:
-            return tree
-        cost = self._cost(history)
-        probabilities = np.sort(np.exp(tree.log_probs.astype(np.float64)))[::-1][: MAX_ROWS - 1]
-        promises = np.concatenate([[0.0], np.cumsum(probabilities)])
-        rates = (1 + self.standing.record.trust * promises) / (cost[1 : 1 + len(promises)] + self.draft_ms)
-        nodes = int(rates.argmax())
-        if rates[nodes] < GAIN * rates[0]:
-            nodes = 0
-        self._promise = float(promises[nodes])
-        return tree.best(nodes, len(tree)) if nodes else empty_tree()
-
-    def observe(self, tokens: int, nodes: int, history: int, drafted: bool) -> None:
-        """Book one round: `tokens` came of a verify pass over `nodes` nodes; `drafted` says whether a draft was asked for."""
         if not drafted:
-            self.standing.rested()
+            self.stats.rested()
             return
-        self.standing.record.add(self._promise, tokens - 1 if self._promise else 0)
-        cost = self._cost(history)
-        self.standing.book(tokens, cost[1 + nodes] + self.draft_ms, tokens * cost[1])
+        self.stats.record.add(self._promise, tokens - 1 if self._promise else 0)
+        self.stats.add(milliseconds + self.draft_ms(), tokens * plain_milliseconds)
+        self._promise = 0.0
 
-    def _cost(self, history: int) -> NDArray[np.float64]:
-        if history // HISTORY_STEP != self._curve_at:
-            self._curve_at = history // HISTORY_STEP
-            self._curve = self.cost.curve(history)
-        return self._curve
+
+@dataclass(frozen=True)
+class Draft:
+    """A tree proposed for one sequence, and the budget that limits it; None verifies all of it."""
+
+    tree: DraftTree
+    budget: Budget | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Verified as it is. A drawn draft is: leaving nodes out by what was drawn would bias the output's distribution."""
+        return self.budget is None or self.tree.draft_probs is not None
+
+    def promises(self, most: int) -> NDArray[np.float64]:
+        """[≤ most + 1] tokens that its best 0, 1, … nodes promise, scaled by how well promises held so far."""
+        assert self.budget is not None
+        probabilities = np.sort(np.exp(self.tree.log_probs.astype(np.float64)))[::-1][:most]
+        return self.budget.stats.record.trust * np.concatenate([[0.0], np.cumsum(probabilities)])
+
+
+def share(drafts: Sequence[Draft], curve: Curve) -> list[DraftTree]:
+    """What of each tree to verify in one pass: the rows that bring the most tokens of all sequences per millisecond.
+
+    A pass has equally many rows for each sequence, so all of them share one number of rows; a sequence whose best nodes are
+    fewer or promise nothing leaves the rest of its rows unused. `curve` is t(B, n) of the batch at hand.
+    """
+    least = max((len(draft.tree) for draft in drafts if draft.fixed), default=0)
+    limited = [draft for draft in drafts if not draft.fixed and len(draft.tree)]
+    if not limited:
+        return [draft.tree for draft in drafts]
+    nodes = _best_size(limited, least, len(drafts), curve)
+    return [draft.tree if draft.fixed else _cut(draft, nodes) for draft in drafts]
+
+
+def _best_size(limited: Sequence[Draft], least: int, sequences: int, curve: Curve) -> int:
+    """Nodes per sequence with the most tokens per millisecond; those that fixed trees take unless more are clearly better."""
+    most = max(least, min(MAX_ROWS - 1, max(len(draft.tree) for draft in limited)))
+    tokens = np.full(most + 1, float(sequences))
+    for draft in limited:
+        promises = draft.promises(most)
+        tokens += np.pad(promises, (0, most + 1 - len(promises)), mode="edge")
+    draft_ms = max(draft.budget.draft_ms() for draft in limited if draft.budget is not None)
+    rates = tokens / (curve[1 : most + 2] + draft_ms)
+    best = least + int(rates[least:].argmax())
+    return best if best == least or rates[best] >= GAIN * rates[least] else least
+
+
+def _cut(draft: Draft, nodes: int) -> DraftTree:
+    assert draft.budget is not None
+    tree = draft.tree.best(nodes, len(draft.tree)) if nodes else empty_tree()
+    draft.budget.drafted(float(np.exp(tree.log_probs.astype(np.float64)).sum()))
+    return tree

@@ -9,12 +9,13 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .documents import from_document, from_json, to_json
 from .errors import BundleError
 from .output import atomic_write, check_files, hash_files, interrupted
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 kept the decoder's caches apart from its graph
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"  # what the checkpoint itself says on a few inputs
 
@@ -29,12 +30,61 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class KeyValueInfo:
+    """The keys and values of one attention layer: slots of the graph's own, or what it reads of the source.
+
+    Both tensors are [B, kv_heads, slots or source rows, key_size or value_size].
+    """
+
+    key_name: str
+    value_name: str
+    kv_heads: int
+    key_size: int
+    value_size: int
+    dtype: str
+
+    def sizes(self) -> dict[str, int]:
+        """Tensor name -> size of its last axis, the key first."""
+        return {self.key_name: self.key_size, self.value_name: self.value_size}
+
+
+@dataclass(frozen=True)
+class RecurrentInfo:
+    """A recurrent state: [B, *shape] before the first row goes in, [B, T, *shape] comes out, one after each row.
+
+    The output is called `contract.updated(name)`. A sequence without tokens has a state of zeros.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+StateInfo = KeyValueInfo | RecurrentInfo
+
+
+@dataclass(frozen=True)
 class GraphInfo:
-    """One ONNX file, its path relative to the bundle."""
+    """One ONNX file, its path relative to the bundle, with all that it reads, returns and keeps.
+
+    Attributes:
+        inputs, outputs: all of them, the states' and the sources' tensors included.
+        slots: key/value slots that it keeps from run to run, updated in place.
+        recurrent: states that it returns one per row.
+        reads: cross-attention keys and values, which the encoder's graph returns.
+    """
 
     file: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    slots: tuple[KeyValueInfo, ...] = ()
+    recurrent: tuple[RecurrentInfo, ...] = ()
+    reads: tuple[KeyValueInfo, ...] = ()
+
+    @property
+    def states(self) -> tuple[StateInfo, ...]:
+        """What it keeps from run to run; empty for a graph without memory."""
+        return (*self.slots, *self.recurrent)
 
 
 @dataclass(frozen=True)
@@ -45,21 +95,6 @@ class WeightInfo:
     offset: int  # bytes
     dtype: str
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class CacheInfo:
-    """The keys and values of one attention layer: its own cache, or what it reads of the source.
-
-    `dtype` None is the model's own.
-    """
-
-    key_name: str
-    value_name: str
-    kv_heads: int
-    key_size: int
-    value_size: int
-    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +156,9 @@ class GenerationRules:
     begin_suppress_tokens: tuple[int, ...] = ()
     min_length: int | None = None
     max_length: int | None = None
+    max_new_tokens: int | None = None
     min_new_tokens: int | None = None
+    repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -138,13 +175,18 @@ class GenerationRules:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the bundle came from: command, source, package versions, hashes of the source's weight files."""
+    """Where the bundle came from: command, source, package versions, hashes of the source's weight files.
+
+    Attributes:
+        notes: what the export has to say about the bundle, one sentence each: settings that are not applied, say.
+    """
 
     command: str
     source: str
     created: str  # ISO 8601, UTC
     versions: dict[str, str]
     source_sha256: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,7 +194,7 @@ class HeadInfo:
     """A draft head: `heads/<name>/head.json`. `shared` names head initializers that lie in the target's data file."""
 
     name: str
-    family: str  # "medusa"
+    family: str  # a row of the table of families, "medusa"
     dialect: str  # the published format it was imported from
     hidden_size: int
     vocab_size: int
@@ -160,7 +202,6 @@ class HeadInfo:
     top_k: int  # candidates per head
     graph: GraphInfo
     shared: dict[str, WeightInfo] = field(default_factory=dict)
-    lossless: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,12 +211,10 @@ class Manifest:
     schema_version: int
     model: ModelInfo
     graphs: dict[str, GraphInfo]
-    caches: tuple[CacheInfo, ...]
     generation: GenerationRules
     provenance: Provenance
     audio: AudioInfo | None = None  # of models that read recordings
-    cross_caches: tuple[CacheInfo, ...] = ()  # keys and values of the source, one for each decoder layer
-    heads: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()  # draft heads, whose graphs are described in their own head.json
     weights: dict[str, WeightInfo] = field(default_factory=dict)
     quantization: dict[str, str] = field(default_factory=dict)
     # graph -> values that left float16's range on the golden inputs; a graph that is not named was not looked at
@@ -212,22 +251,37 @@ class Bundle:
         file = self.path / "heads" / name / "head.json"
         return from_json(HeadInfo, file.read_text("utf-8"), str(file))
 
+    @property
+    def graphs(self) -> dict[str, GraphInfo]:
+        """Every graph by the name that `Engine.graph` takes: the target's own, then `heads/<name>` of each draft head."""
+        return self.manifest.graphs | {f"heads/{name}": self.head(name).graph for name in self.manifest.heads}
 
-def read_manifest(path: Path) -> Manifest:
-    """Raises BundleError when the folder holds no manifest this version can read."""
+
+def read_document(path: Path) -> dict[str, Any]:
+    """`manifest.json` as it is, of any schema. Raises BundleError when the folder has none."""
     file = path / MANIFEST
     if not file.is_file():
         old = interrupted(path)
         fix = f"mv {old} {path}, the bundle that was being replaced" if old else f"headstart export CHECKPOINT -o {path}"
         raise BundleError(f"{path} is not a bundle: it holds no {MANIFEST}. Fix: {fix}.")
     try:
-        document = json.loads(file.read_text("utf-8"))
-        version = document["schema_version"]
+        document: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        int(document["schema_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{file} is no valid manifest ({error}). Fix: export or copy the bundle again.") from error
+    return document
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises BundleError when the folder has no manifest that this version can read."""
+    document, file = read_document(path), path / MANIFEST
+    version = document["schema_version"]
     if version != SCHEMA_VERSION:
+        older = version < SCHEMA_VERSION
+        fix = f"headstart upgrade {path}, or export again" if older else "a newer Headstart, or export again with this one"
         raise BundleError(
-            f"{file} has schema version {version}, this Headstart reads {SCHEMA_VERSION}. Fix: export again with this version."
+            f"{file} has schema version {version}, which {'an older' if older else 'a newer'} Headstart wrote; "
+            f"this one reads {SCHEMA_VERSION}. Fix: {fix}."
         )
     return from_document(Manifest, document, str(file))
 

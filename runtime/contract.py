@@ -1,10 +1,15 @@
 """The graph contract's names, fixed in one place (design: decoder inputs and outputs).
 
-Axes: B batch, T new rows, S cache slots, R chosen rows, G key/value heads, D head size, H hidden size, V vocabulary,
-E rows of the encoder's states (one per source token, or fewer per audio frame).
+Axes: B batch, T new rows, S slots, R chosen rows, G key/value heads, D head size, H hidden size, V vocabulary,
+E rows of the encoder's states (one per source token, or fewer per audio frame). In the manifest they are called as below.
 """
 
 OPSET = 24  # the first with TensorScatter
+
+BATCH, ROWS, SLOTS, CHOSEN, SOURCE = "batch", "rows", "slots", "chosen", "source"  # axes B, T, S, R, E
+# The attention mask's last axis in lowered graphs that read no more slots than the mask covers, and whose batches need no
+# padding of single rows; S, the capacity, elsewhere.
+USED_SLOTS = "used_slots"
 
 INPUT_IDS = "input_ids"  # [B, T] int64
 POSITION_IDS = "position_ids"  # [B, T] int64
@@ -15,21 +20,24 @@ LOGITS = "logits"  # [B, R, V]
 HIDDEN = "hidden"  # [B, T, H]
 AUX_HIDDEN = "aux_hidden"  # [B, T, n * H]
 
+# Of draft heads with K independent heads and k candidates each.
+TOPK_IDS = "topk_ids"  # [B, K, k] int64
+TOPK_LOG_PROBS = "topk_log_probs"  # [B, K, k] float32
+
 AUDIO = "audio"  # [B, samples] float32, into the front-end's graph
 INPUT_FEATURES = "input_features"  # out of it; [B, bands, frames], or as the encoder's graph takes it
 ENCODER_MASK = "encoder_mask"  # [B, E] bool, which source rows exist; the encoder's graph takes it for text
-ENCODER_STATES = "encoder_states"  # [B, E, H of the encoder], what an assistant's graph takes in the place of a source
+ENCODER_STATES = "encoder_states"  # [B, E, H of the encoder], what an assistant's graph takes instead of a source
 ENCODER_HIDDEN = "encoder_hidden"  # [B, E, H of the encoder]
 
-# Of decoders as TensorRT gets them: the mask is computed in the graph, and so is the best token of each chosen row.
-ROW_MASK = "row_mask"  # [B, T, T] bool, in the place of attention_mask: which of the new rows each new row sees
+# Decoders lowered for TensorRT compute the mask in the graph, and graphs with a recurrent state need no other. Decoders
+# lowered for a GPU compute the best token of each chosen row as well.
+ROW_MASK = "row_mask"  # [B, T, T] bool, instead of attention_mask: which of the new rows each new row sees
 BEST_IDS = "best_ids"  # [B, R] int32
 
-# The mask's last axis in graphs that read no more of the caches than the mask covers, and whose batches need no padding of
-# single rows; S, the capacity, elsewhere.
-USED_SLOTS = "used_slots"
-
 STEP_INPUTS = (INPUT_IDS, POSITION_IDS, ATTENTION_MASK, WRITE_INDEX, OUTPUT_ROWS)
+# What an engine derives from the state and the row mask; callers of a graph pass everything else.
+DERIVED_INPUTS = (ATTENTION_MASK, ROW_MASK, WRITE_INDEX)
 
 
 def key_name(layer: int) -> str:
@@ -53,5 +61,5 @@ def cross_value_name(layer: int) -> str:
 
 
 def updated(name: str) -> str:
-    """The output under which a cache comes back. The runtime binds both to one buffer."""
+    """The output under which a state's tensor comes back. The runtime binds slots, in and out, to one buffer."""
     return f"{name}.out"

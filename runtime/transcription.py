@@ -1,14 +1,14 @@
 """Speech to text for recordings of any length: windows, Whisper's timestamp seeking, and live captions.
 
 A window is what the encoder reads at once. Longer recordings are read window by window, each beginning where the last
-finished segment ended. Live captions read a growing recording again and again, the previous hypothesis being the draft.
-Knows what goes into the decoder and comes out of it; how that is decoded is the business of `model`.
+finished segment ended. Live captions read a growing recording again and again; the previous hypothesis is the draft.
+Knows what goes into the decoder and comes out of it; `generation` decodes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from .audio import Audio, Samples, load_audio
 from .bundle import AudioInfo, GenerationRules
 from .errors import OptionError, PromptError
-from .prefill import prefill
+from .generation import Generator, Input
+from .graph import SLOT_STEP
+from .options import DecodeOptions, GenerateOptions
+from .prefill import last_logits, open_state, prefill
+from .results import Result
 from .segments import STEP_S, Segment, Span, split_window
-
-if TYPE_CHECKING:
-    from .generation import Result
-    from .model import Model
 
 Recording = str | Path | NDArray[Any]  # a sound file, or samples as `load_audio` takes them
 
@@ -33,7 +33,7 @@ class Transcript:
     Attributes:
         text: all of it.
         segments: with times; one for the whole recording where the model writes no timestamps.
-        language: the language's token without its brackets, "en"; empty where the model knows but one.
+        language: the language's token without its brackets, "en"; empty where the model knows only one.
         duration_s: of the recording.
         notes: what had to be converted in the recording.
         windows: the decoding of each window, in order; its token ids hold the timestamps.
@@ -44,16 +44,16 @@ class Transcript:
     language: str
     duration_s: float
     notes: tuple[str, ...]
-    windows: "tuple[Result, ...]"
+    windows: tuple[Result, ...]
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What is known of a recording that goes on.
+    """The state of a recording that is still growing.
 
     Attributes:
-        segments: what stands.
-        hypothesis: the text behind them, which may change with the next chunk; empty when `final`.
+        segments: final ones.
+        hypothesis: the text after them, which may change with the next chunk; empty when `final`.
         heard_s: seconds of sound so far.
         final: the recording has ended.
         window: the decoding the hypothesis comes from; None when `final`.
@@ -63,7 +63,7 @@ class Caption:
     hypothesis: str
     heard_s: float
     final: bool = False
-    window: "Result | None" = None
+    window: Result | None = None
 
     @property
     def text(self) -> str:
@@ -71,16 +71,22 @@ class Caption:
 
 
 class Transcriber:
-    """One recording's way through a model: language, task and options are fixed; windows come one after another."""
+    """Decodes the windows of one recording, with one language, task and set of options."""
 
     def __init__(
-        self, model: "Model", language: str | None, task: str, timestamps: bool | None, options: dict[str, Any]
+        self,
+        generator: Generator,
+        language: str | None = None,
+        task: str = "transcribe",
+        timestamps: bool | None = None,
+        options: DecodeOptions | None = None,
     ) -> None:
         """Raises OptionError for a model that reads no audio, and for languages, tasks or timestamps it has no tokens for."""
-        manifest = model.bundle.manifest
+        manifest = generator.bundle.manifest
         if manifest.audio is None:
             raise OptionError(f"{manifest.model.architecture} reads text, not speech. Fix: generate(prompt).")
-        self._model, self._options = model, options
+        self._generator = generator
+        self._options: DecodeOptions = options or {}
         self._audio: AudioInfo = manifest.audio
         self._rules: GenerationRules = manifest.generation
         has_times = self._rules.no_timestamps_token_id is not None
@@ -100,7 +106,7 @@ class Transcriber:
         return self._audio.window
 
     def _language(self, language: str | None) -> str:
-        """The language's token, "<|en|>"; empty where there is none to choose, or where it is yet to be heard."""
+        """The language's token, "<|en|>"; empty where there is none to choose, or where it is not detected yet."""
         known = self._rules.lang_to_id
         if language is None:
             return next(iter(known)) if len(known) == 1 else ""
@@ -119,62 +125,67 @@ class Transcriber:
         return [known[task]]
 
     def prompt(self, timestamps: bool) -> list[int]:
-        """What the decoder starts from, behind its start token: language, task, and whether times are wanted."""
+        """What the decoder starts from: the start token, language, task, and whether times are wanted."""
         language = [self._rules.lang_to_id[self.language]] if self.language else []
         no_times = self._rules.no_timestamps_token_id
-        return [*language, *self._task, *([] if timestamps or no_times is None else [no_times])]
+        return [self._start, *language, *self._task, *([] if timestamps or no_times is None else [no_times])]
 
-    def inputs(self, recording: Recording) -> tuple[NDArray[np.float32], list[int]]:
-        """(what the encoder reads, what the decoder starts from) of a recording within one window, without timestamps.
+    @property
+    def _start(self) -> int:
+        start = self._rules.decoder_start_token_id
+        assert start is not None, "a model that reads audio has an encoder"
+        return start
+
+    def input(self, recording: Recording) -> Input:
+        """What a recording within one window is decoded from, without timestamps.
 
         Raises AudioError, and PromptError for a longer recording.
         """
         audio = load_audio(recording, self.sampling_rate)
         self.check_length(audio)
-        features = self._features(audio.samples)
-        self._hear_language(features)
-        return features, self.prompt(timestamps=False)
+        return self._input(audio.samples, timestamps=False)
+
+    def _input(self, samples: Samples, timestamps: bool) -> Input:
+        features = self._features(samples)
+        self._detect_language(features)
+        return Input(tuple(self.prompt(timestamps)), features)
 
     def check_length(self, audio: Audio) -> None:
-        """Raises PromptError where a recording has no room in one window."""
+        """Raises PromptError where a recording is longer than one window."""
         if self.window is not None and len(audio.samples) > self.window:
             raise PromptError(
                 f"The recording has {audio.duration_s:.1f} s, and one window {self.window / self.sampling_rate:.0f} s. "
                 "Fix: timestamps, where the model has them: longer recordings are read from one to the next."
             )
 
-    def decode(self, samples: Samples, timestamps: bool, hypothesis: Sequence[int] = ()) -> "Result":
+    def decode(self, samples: Samples, timestamps: bool, hypothesis: Sequence[int] = ()) -> Result:
         """Decode one window: at most `window` samples."""
-        features = self._features(samples)
-        self._hear_language(features)
-        prompt = self.prompt(timestamps)
-        room = self._model.engine.model.max_cache - len(prompt) - 1  # behind prompt and start token
-        options = {"max_new_tokens": room} | self._options
-        return self._model.generate(
-            features=features,
-            decoder_prompt=prompt,
-            timestamps=timestamps,
-            hypotheses=[hypothesis] if hypothesis else (),
-            **options,
-        )
+        given = self._input(samples, timestamps)
+        options: GenerateOptions = {**self._options, "timestamps": timestamps, "hypotheses": [hypothesis] if hypothesis else ()}
+        if options.get("max_new_tokens") is None:
+            options["max_new_tokens"] = self._generator.engine.model.max_cache - len(given.prompt_ids)
+        generation = self._generator.start([given], options)
+        for _ in generation.pieces():
+            pass
+        return generation.results()[0]
 
     def _features(self, samples: Samples) -> NDArray[np.float32]:
         """What the encoder reads: one window, filled up with silence."""
         if self.window is not None:
             samples = np.pad(samples, (0, self.window - len(samples)))
-        return self._model.engine.features(samples)
+        with self._generator.exclusive() as engine:
+            return engine.features(samples)
 
-    def _hear_language(self, features: NDArray[np.float32]) -> None:
-        """Choose the most probable language token behind the start token, once, where the user named none."""
-        engine, known, start = self._model.engine, self._rules.lang_to_id, self._rules.decoder_start_token_id
+    def _detect_language(self, features: NDArray[np.float32]) -> None:
+        """Choose the most probable language token after the start token, once, where the user named none."""
+        known = self._rules.lang_to_id
         if self.language or not known:
             return
-        assert start is not None
-        cache = engine.new_cache(1, 64, engine.encode([features]))
-        logits = prefill(engine, cache, [start]).logits[0, 0]
-        self.language = max(known, key=lambda token: float(logits[known[token]]))
+        with self._generator.exclusive() as engine:
+            logits = last_logits(prefill(engine, open_state(engine, SLOT_STEP, features), [self._start]))
+            self.language = max(known, key=lambda token: float(logits[known[token]]))
 
-    def seek(self, samples: Samples) -> "Iterator[tuple[list[Segment], Result]]":
+    def seek(self, samples: Samples) -> Iterator[tuple[list[Segment], Result]]:
         """Decode window by window with timestamps; each window's segments, times counted from the first sample."""
         assert self.window is not None
         at, step = 0, self.samples_per_step
@@ -190,7 +201,7 @@ class Transcriber:
         return round(STEP_S * self.sampling_rate)
 
     def spans(self, token_ids: Sequence[int], samples: int) -> tuple[list[Span], int]:
-        """(the spans that stand, samples until the next window begins) of a window of that many samples."""
+        """(the finished spans, samples until the next window begins) of a window of that many samples."""
         no_times = self._rules.no_timestamps_token_id
         assert no_times is not None
         text = [token for token in token_ids if token not in self._rules.eos_token_ids]
@@ -202,7 +213,7 @@ class Transcriber:
         begin_s, end_s = begin / self.sampling_rate, end / self.sampling_rate
         found = []
         for span in spans:
-            text = self._model.tokenizer.decode(span.token_ids).strip()
+            text = self._generator.tokenizer.decode(span.token_ids).strip()
             start, stop = (min(begin_s + steps * STEP_S, end_s) for steps in (span.start, span.end))
             if text:
                 found.append(Segment(round(start, 2), round(stop, 2), text, span.token_ids))
@@ -224,9 +235,7 @@ def transcribe(transcriber: Transcriber, recording: Recording) -> Transcript:
     return _transcript(transcriber, audio, segments, results)
 
 
-def _transcript(
-    transcriber: Transcriber, audio: Audio, segments: Sequence[Segment], results: "tuple[Result, ...]"
-) -> Transcript:
+def _transcript(transcriber: Transcriber, audio: Audio, segments: Sequence[Segment], results: tuple[Result, ...]) -> Transcript:
     text = " ".join(segment.text for segment in segments)
     language = transcriber.language.strip("<|>")
     return Transcript(text, tuple(segments), language, audio.duration_s, audio.notes, results)
@@ -236,7 +245,7 @@ def live_captions(transcriber: Transcriber, chunks: Iterable[NDArray[Any]]) -> I
     """A caption after each chunk, and a final one.
 
     While the sound fits a window it is decoded again with each chunk, without timestamps. When it no longer does, the
-    window is decoded with them once, its finished segments stand, and the rest begins the next window.
+    window is decoded with them once, its finished segments become final, and the rest begins the next window.
     """
     segments: list[Segment] = []
     samples: Samples = np.zeros(0, np.float32)
@@ -257,7 +266,7 @@ def live_captions(transcriber: Transcriber, chunks: Iterable[NDArray[Any]]) -> I
 
 
 def _settle(transcriber: Transcriber, window: Samples, begin: int, draft: Sequence[int]) -> tuple[list[Segment], int]:
-    """(the segments of a full window that stand, samples they cover)."""
+    """(the finished segments of a full window, samples they cover)."""
     if not transcriber.timestamps:
         raise PromptError("The recording has become longer than one window, and this model writes no timestamps to go on from.")
     result = transcriber.decode(window, True, draft)

@@ -1,4 +1,4 @@
-"""`tuning/<device>.json`: what was measured of an engine and its drafters on one machine, and which drafter won.
+"""`tuning/<device>.json`: the measurements of an engine and its drafters on one machine, and the drafter that was chosen.
 
 Schema: the frozen dataclasses below, one JSON object.
 """
@@ -9,13 +9,14 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from .budget import Budget, Standing, VerifyCost
+from .budget import Budget, DrafterStats
 from .bundle import Bundle
 from .documents import from_json
 from .engines.info import EngineInfo
 from .errors import BundleError, EngineError
+from .verify_cost import VerifyCost
 
-TUNING_SCHEMA = 2
+TUNING_SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class DrafterTuning:
 
     Attributes:
         rates: acceptance rate per class of node, given that its parent was accepted (see the drafter for its classes).
-        draft_ms: median milliseconds of a proposal, and of what a drafted round takes more than a plain one beside verifying.
+        draft_ms: median milliseconds of a proposal, plus what a drafted round takes more than a plain one apart from verifying.
         acceptance_length: new tokens per verify call, with the budget on.
         speedup: tokens/s over plain decoding's, measured with the budget on.
         enough: for a pair, the tokens its first drafter must promise for the second not to be asked.
@@ -39,9 +40,9 @@ class DrafterTuning:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Everything `headstart tune` found. `chosen` is a drafter's name or "none", and `reason` says why.
+    """Everything `headstart tune` measured. `chosen` is a drafter's name or "none", and `reason` says why.
 
-    `simulated`: costs and speed-ups were predicted for a board that was not at hand; acceptance was measured.
+    `simulated`: costs and speed-ups were predicted for a board that was not available; acceptance was measured.
     """
 
     schema_version: int
@@ -55,10 +56,10 @@ class Tuning:
     prompts: int
     simulated: bool = False
 
-    def budget(self, drafter: str, standing: Standing) -> Budget | None:
-        """A budget for one sequence; None for a drafter that was not tuned."""
-        tuned = self.drafters.get(drafter)
-        return None if tuned is None else Budget(self.verify, tuned.draft_ms, self.max_nodes, standing)
+    def budget(self, drafter: str, stats: DrafterStats) -> Budget:
+        """A budget for one sequence with a drafter that was tuned."""
+        draft_ms = self.drafters[drafter].draft_ms
+        return Budget(lambda nodes, depth: draft_ms, self.max_nodes, stats)
 
 
 def tuning_file(bundle: Bundle, device: str) -> Path:

@@ -49,6 +49,44 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {**GATED, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
 }
 
+BERT_SIZES: dict[str, Any] = {**COMMON, "intermediate_size": 96, "is_decoder": True}
+DECODER_SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 256,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+# Causal LMs that number positions themselves: from padding_idx + 1, or from the length of the cache.
+SELF_POSITIONED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert_decoder": ("BertLMHead", BERT_SIZES),
+    "roberta_decoder": ("Roberta", {**BERT_SIZES, "pad_token_id": 1, "bos_token_id": 0}),
+    "xlm_roberta_decoder": ("XLMRoberta", BERT_SIZES),
+    "bart_decoder": ("Bart", DECODER_SIZES),
+    "pegasus_decoder": ("Pegasus", {**DECODER_SIZES, "encoder_layers": 1}),
+    "marian_decoder": ("Marian", DECODER_SIZES),
+    "bigbird_pegasus_decoder": ("BigBirdPegasus", DECODER_SIZES),
+}
+LONG_FACTORS: dict[str, Any] = {
+    "rope_theta": 10000.0,
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.7 * i for i in range(8)],
+    "original_max_position_embeddings": 32,
+}
+# Causal LMs whose rotary frequencies change with the length of the text.
+LENGTH_DEPENDENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3_longrope": ("Phi3", {**GATED, "original_max_position_embeddings": 32, "rope_parameters": LONG_FACTORS}),
+    "llama_longrope": ("Llama", {**GATED, "rope_parameters": LONG_FACTORS}),
+}
+
 T5_SIZES: dict[str, Any] = {
     "vocab_size": 300,
     "d_model": 64,
@@ -181,28 +219,31 @@ ENCODER_DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def tiny_model(name: str, seed: int = 0) -> Any:
     """A random model whose logits are spread enough that greedy decoding has no near-ties."""
-    if name in ENCODER_DECODERS:
-        return _tiny_encoder_decoder(name, seed)
-    prefix, settings = ARCHITECTURES[name]
-    config_name = f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
-    config = getattr(transformers, config_name)(**settings)
-    torch.manual_seed(seed)
-    class_name = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
-    return _spread(getattr(transformers, class_name)(config).eval())
-
-
-def _tiny_encoder_decoder(name: str, seed: int) -> Any:
-    class_name, config_name, settings = ENCODER_DECODERS[name]
-    config = getattr(transformers, config_name)(**copy.deepcopy(settings))
-    torch.manual_seed(seed)
-    model = getattr(transformers, class_name)(config).eval()
+    if name not in ENCODER_DECODERS:
+        return spread(random_model(name, seed))
+    class_name = ENCODER_DECODERS[name][0]
     # A model that repeats one token whatever its source proves little: neither embedding nor attention may outweigh the other.
     if class_name.startswith(("T5", "MT5", "UMT5", "Moonshine")):
-        return _spread(model, 3.0, 0.4)
-    return _spread(model, 4.0, 16.0) if name == "whisper" else _spread(model)
+        return spread(random_model(name, seed), 3.0, 0.4)
+    return spread(random_model(name, seed), 4.0, 16.0) if name == "whisper" else spread(random_model(name, seed))
 
 
-def _spread(model: Any, matrices: float = 4.0, embeddings: float = 4.0) -> Any:
+def random_model(name: str, seed: int = 0, **settings: Any) -> Any:
+    """The architecture as transformers initialises it, in its configuration above updated by `settings`."""
+    torch.manual_seed(seed)
+    if name in ENCODER_DECODERS:
+        class_name, config_name, defaults = ENCODER_DECODERS[name]
+        config = getattr(transformers, config_name)(**copy.deepcopy(defaults | settings))
+        return getattr(transformers, class_name)(config).eval()
+    prefix, defaults = (ARCHITECTURES | SELF_POSITIONED | LENGTH_DEPENDENT)[name]
+    config_name = f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix.removesuffix('LMHead')}Config"
+    config = getattr(transformers, config_name)(**defaults | settings)
+    class_name = f"{prefix}Model" if prefix == "BertLMHead" else f"{prefix}ForCausalLM"
+    class_name = "GPT2LMHeadModel" if prefix == "GPT2" else class_name
+    return getattr(transformers, class_name)(config).eval()
+
+
+def spread(model: Any, matrices: float = 4.0, embeddings: float = 4.0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and parameter.requires_grad:

@@ -10,6 +10,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Each process of a parallel run gets cores of its own before torch and ONNX Runtime count them: pools that spin on each
+    # other's cores make everything slower.
+    _worker, _workers = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    _cores = sorted(os.sched_getaffinity(0))[_worker::_workers]
+    os.sched_setaffinity(0, _cores or os.sched_getaffinity(0))
+
 from architectures import save_checkpoint, tiny_model
 from speech import save_speech_checkpoint
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime.acceptance import Accepted
-from headstart.runtime.engine import ArrayScores
+from headstart.runtime.graph import HostScores
 from headstart.runtime.sampling import LogitRules, SamplingOptions
 from headstart.runtime.tree import ROOT, DraftTree, chain
 
@@ -72,11 +72,11 @@ class Target:
             self.table[path] = np.log(self.generator.dirichlet(np.full(self.vocabulary, 0.7)) + 1e-6)
         return self.table[path].astype(np.float32)
 
-    def rows(self, tree: DraftTree) -> ArrayScores:
+    def rows(self, tree: DraftTree) -> HostScores:
         paths: list[tuple[int, ...]] = [()]
         for node, parent in enumerate(tree.parents.tolist()):
             paths.append((*paths[parent + 1], int(tree.token_ids[node])))
-        return ArrayScores(np.stack([self.logits(path) for path in paths]))
+        return HostScores(np.stack([self.logits(path) for path in paths]))
 
     def probabilities(self, path: tuple[int, ...], rules: LogitRules = SAMPLED) -> NDArray[np.float64]:
         if rules is not SAMPLED:

@@ -12,7 +12,7 @@ from architectures import ARCHITECTURES, ENCODER_DECODERS, save_checkpoint, tiny
 from headstart.exporter.comparison import all_logits, compare_greedy
 from headstart.exporter.export import export
 from headstart.exporter.golden import decoder_start, read_golden, reference_greedy, reference_logits
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 
 
 def row(name: str, folder: Path) -> str:

@@ -18,20 +18,13 @@ from headstart.exporter.tensorrt.profiles import decoder_profiles, head_profiles
 from headstart.exporter.tensorrt.recordings import encoder_profiles, frontend_profiles
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.info import EngineInfo, PlanInfo, Profile
-from headstart.runtime.engines.onnxruntime import open_session
-from headstart.runtime.engines.tensorrt import TensorRtEngine
+from headstart.runtime.engines.ort_session import element_type, open_session
+from headstart.runtime.engines.trt_engine import TensorRtEngine
+from headstart.runtime.graph import MAX_ROWS
 
 TOKENS = 192
 SLOTS = TOKENS + MAX_ROWS
-TYPES = {
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-    "tensor(float16)": np.float16,
-    "tensor(float)": np.float32,
-}
 
 
 class Memory:
@@ -93,6 +86,8 @@ class StandInPlan:
 
     def __init__(self, file: Path, memory: Memory, profiles: Sequence[Profile]) -> None:
         self.session, self.memory, self._known = open_session(file, 1), memory, profiles
+        nodes = (*self.session.get_inputs(), *self.session.get_outputs())
+        self.kinds = {node.name: element_type(node.type) for node in nodes}
         self.profiles: list[int] = []
         self.places: list[dict[str, int]] = []
 
@@ -103,7 +98,7 @@ class StandInPlan:
         for node in self.session.get_inputs():
             shape = tuple(shapes[node.name]) if any(isinstance(axis, str) for axis in node.shape) else tuple(node.shape)
             self._check(self._known[profile], node.shape, shape)
-            feeds[node.name] = self.memory.view(addresses[node.name], shape, TYPES[node.type]).copy()
+            feeds[node.name] = self.memory.view(addresses[node.name], shape, self.kinds[node.name]).copy()
         for node, value in zip(self.session.get_outputs(), self.session.run(None, feeds), strict=True):
             assert addresses[node.name] % 256 == 0 or node.name.endswith(contract.updated(""))
             self.memory.view(addresses[node.name], value.shape, value.dtype)[...] = value

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from headstart.exporter.graph import save_graph
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.provider import open_session
+from headstart.runtime.engines.ort_session import open_session
 
 SLOTS, PROMPT, TREE = 64, 20, 5
 FLOAT16_NOISE = 0.02  # of the logits' range: the tiny models' weights are four times as large as trained ones
@@ -36,7 +36,7 @@ def run(model: ir.Model, bundle: Bundle, file: Path) -> list[NDArray[np.float32]
     session = open_session(file, 1)
     dtype = np.float16 if session.get_inputs()[-1].type == "tensor(float16)" else np.float32
     caches = {}
-    for cache in bundle.manifest.caches:
+    for cache in bundle.manifest.graphs["decoder"].slots:
         for name, size in ((cache.key_name, cache.key_size), (cache.value_name, cache.value_size)):
             caches[name] = np.zeros((1, cache.kv_heads, SLOTS, size), dtype)
     ids = np.random.default_rng(5).integers(3, bundle.manifest.model.vocab_size, (1, PROMPT + TREE + 1))

@@ -16,7 +16,7 @@ from architectures import ARCHITECTURES, ENCODER_DECODERS, save_checkpoint, tiny
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.build import build
 from headstart.exporter.export import export
-from headstart.exporter.tensorrt.build import TensorRtOptions
+from headstart.exporter.tensorrt.options import TensorRtOptions
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import EngineInfo, built_engine
 from headstart.runtime.errors import HeadstartError
@@ -50,7 +50,7 @@ def architecture_row(bundle: Path, device: str) -> str:
         size, seconds = sum(plan.bytes for plan in plans), sum(plan.build_s for plan in plans)
         cells.append(f"{size / 1e6:.1f} MB ({stored / 1e6:.2f}), {seconds:.1f} s")
         native = f"{fused(info, 'decoder')} | {fused(info, 'encoder')} | {len(info.plans['decoder'].in_place)}"
-    own = 2 * len(Bundle.load(bundle, check_hashes=False).manifest.caches)
+    own = 2 * len(Bundle.load(bundle, check_hashes=False).manifest.graphs["decoder"].slots)
     return f"{' | '.join(cells)} | {native} of {own}"
 
 

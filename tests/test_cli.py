@@ -14,7 +14,7 @@ import soundfile
 from speech import recording
 
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
 CheckpointOf = Callable[[str], Path]
@@ -77,16 +77,20 @@ def test_inspect_and_heads_list(bundle_of: BundleOf) -> None:
 
 
 def test_verify_passes_and_reports(bundle_of: BundleOf, checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
-    arguments = ("-n", 16, "--checkpoint", checkpoint_of("llama"), "--json", tmp_path / "r.json")
+    arguments = ("-n", 16, "--samples", 200, "--checkpoint", checkpoint_of("llama"), "--json", tmp_path / "r.json")
     done = headstart("verify", bundle_of("llama").path, *arguments, "--draft-model", bundle_of("qwen2").path)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
-    assert [check["faults"] for check in report["logits"]] == [0, 0]
-    assert [check["drafter"] for check in report["drafters"]] == ["ngram", "draft_model"]
+    references = {check["reference"] for check in report["logits"]}
+    assert references == {"golden outputs", "canonical graph", str(checkpoint_of("llama"))} and report["device"] == "cpu"
+    assert all(check["largest"] <= check["largest_limit"] for check in report["logits"])
+    assert [check["drafter"] for check in report["greedy"]] == ["none", "none", "ngram", "draft_model"]
+    assert [check["drafter"] for check in report["sampling"]] == ["none", "ngram", "draft_model"]
+    assert "no fault" in done.stdout and "TV found at power 0.99" in done.stdout
 
 
 def test_verify_fails_on_another_checkpoint(bundle_of: BundleOf, checkpoint_of: CheckpointOf) -> None:
-    done = headstart("verify", bundle_of("llama").path, "-n", 8, "--checkpoint", checkpoint_of("qwen2"))
+    done = headstart("verify", bundle_of("llama").path, "-n", 8, "--samples", 0, "--checkpoint", checkpoint_of("qwen2"))
     assert done.returncode == 1 and "FAULT" in done.stdout
 
 
@@ -214,7 +218,7 @@ def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
     done = headstart("tune", small, "--data", prompts, "-n", 16)
     assert done.returncode == 0 and "chosen: " in done.stdout, done.stderr
     done = headstart("bench", small, "--prompts", prompts, "-n", 8, "--rounds", 1, "--json", tmp_path / "bench.json")
-    assert done.returncode == 0 and "verify after" in done.stdout, done.stderr
+    assert done.returncode == 0 and "verify after" in done.stdout and "on cpu" in done.stdout, done.stderr
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert {"machine", "commit", "verify_ms", "rows"} <= set(figures)
     row = {

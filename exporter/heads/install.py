@@ -1,4 +1,4 @@
-"""Adding a draft head to a bundle that is already there."""
+"""Adding a draft head to an existing bundle."""
 
 import dataclasses
 import shutil
@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headstart.runtime.bundle import MANIFEST, Bundle, HeadInfo, Manifest, write_manifest
-from headstart.runtime.errors import OptionError, OutputError, missing_extra
+from headstart.runtime.errors import OutputError, missing_extra
 from headstart.runtime.output import atomic_write
-
-RESERVED = ("auto", "none", "ngram", "draft_model")  # what --drafter calls other things
 
 
 def import_head(
@@ -24,31 +22,31 @@ def import_head(
 ) -> HeadInfo:
     """Import the head in `folder` into a finished bundle, as `heads/<name>`; of a lossy format only when `lossy`.
 
-    The head is built beside the bundle and renamed into it, then the manifest is rewritten: whatever fails or interrupts
-    leaves the bundle as it was.
+    The head is built next to the bundle and renamed into it, then the manifest is rewritten: a failure or an interrupt leaves
+    the bundle as it was.
 
     Raises:
         BundleError: no valid bundle.
-        HeadError: another family, a lossy format, or made for another target.
+        HeadError: another family, a lossy format, made for another target, damaged weights, or a name that no head can have.
         OutputError: the bundle has a head of that name (unless `force`).
     """
     try:
-        from .medusa import add_head, default_name
+        from .families import add_head, check_name, default_name, recognise
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Importing a head") from error
-    opened = Bundle.load(Path(bundle).resolve())  # "." has no folder beside it to work in
-    name = name or default_name(opened.manifest)
-    _check_name(opened, name, force)
+    opened = Bundle.load(Path(bundle).resolve())  # "." has no parent in its name
+    head = recognise(Path(folder), lossy)
+    name = default_name(opened.manifest, head.family) if name is None else name
+    check_name(name)
+    _check_free(opened, name, force)
     others = dataclasses.replace(opened.manifest, heads=tuple(h for h in opened.manifest.heads if h != name))
     with _workplace(opened.path) as workplace:
-        manifest = add_head(workplace, others, Path(folder), name, top_k, lossy)
-        _replace_value(workplace, opened.path, name, manifest)
+        manifest = add_head(workplace, others, head, name, top_k)
+        _swap_in(workplace, opened.path, name, manifest)
     return Bundle(opened.path, manifest).head(name)
 
 
-def _check_name(bundle: Bundle, name: str, force: bool) -> None:
-    if not name.isidentifier() or name in RESERVED:
-        raise OptionError(f"{name!r} cannot name a head: letters, digits and _ only, and not {', '.join(RESERVED)}.")
+def _check_free(bundle: Bundle, name: str, force: bool) -> None:
     target = bundle.path / "heads" / name
     if target.exists() and not force:
         raise OutputError(f"{target} exists and is not overwritten. Fix: another --name, or --force.")
@@ -56,7 +54,7 @@ def _check_name(bundle: Bundle, name: str, force: bool) -> None:
 
 @contextmanager
 def _workplace(bundle: Path) -> Iterator[Path]:
-    """A temporary folder beside the bundle: on the same disk, so that renaming works, and out of the manifest's sight."""
+    """A temporary folder next to the bundle: on the same disk, so that renaming works, and outside the hashed files."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.head-", dir=bundle.parent))
     except OSError as error:
@@ -70,7 +68,7 @@ def _workplace(bundle: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace_value(workplace: Path, bundle: Path, name: str, manifest: Manifest) -> None:
+def _swap_in(workplace: Path, bundle: Path, name: str, manifest: Manifest) -> None:
     """Swap `heads/<name>` and rewrite the manifest; put both back when anything, Ctrl-C included, comes between."""
     new, target, old = workplace / "heads" / name, bundle / "heads" / name, workplace / "old"
     before = (bundle / MANIFEST).read_text("utf-8")

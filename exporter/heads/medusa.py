@@ -1,12 +1,12 @@
 """Medusa heads: from any published dialect to one ONNX graph (arXiv 2401.10774).
 
 Per head i: x = h; for each residual block x = x + SiLU(A x + b); logits_i = W_i x. The blocks of blockwise parallel decoding
-(arXiv 1811.03115) are x = x + B ReLU(A x + a) + b instead. Head i proposes the token i + 2 after
-the one whose hidden state h is; the target's own LM head gives the token after it. W_i may be the target's LM head.
+(arXiv 1811.03115) are x = x + B ReLU(A x + a) + b instead. h is the hidden state at some token; the target's own LM head
+predicts the next one, and head i the one i + 2 positions ahead. W_i may be the target's LM head.
 """
 
-import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,37 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from headstart.exporter.graph import tensor_infos
+from headstart.exporter.graph import described_graph, tensor_infos
 from headstart.exporter.graph_builder import GraphBuilder
-from headstart.runtime.bundle import GraphInfo, HeadInfo, Manifest, ModelInfo, WeightInfo
-from headstart.runtime.documents import to_json
+from headstart.runtime import contract
+from headstart.runtime.bundle import GraphInfo, HeadInfo, ModelInfo, WeightInfo
 from headstart.runtime.errors import HeadError
 
-from .recognise import DIALECTS, HeadCheckpoint, recognise
+from .family import Family, Installation, Reads
+from .folder import HeadFolder, Tensors
+from .medusa_dialects import DIALECTS, recognise
 from .storage import reference, save_head
 
 Array = NDArray[np.float32]
 Blocks = dict[tuple[int, int, str], Array]
-TOP_K = 10  # candidates per head, as published
 LM_HEAD = ("lm_head", "lm_head.scale")  # the second in quantized bundles
+
+
+@dataclass(frozen=True)
+class HeadCheckpoint:
+    """The tensors of Medusa heads in one dialect, as float32, and their configuration."""
+
+    path: Path
+    dialect: str
+    tensors: Tensors
+    config: Mapping[str, Any]
+
+
+def read_checkpoint(folder: HeadFolder, dialect: str) -> HeadCheckpoint:
+    """Raises HeadError for a missing or damaged file, and for weights that are NaN or infinite."""
+    names = DIALECTS[dialect]
+    tensors = folder.tensors("|".join(f"(?:{kind})" for kind in (names.block, names.output, names.projection, names.extra)))
+    return HeadCheckpoint(folder.path, dialect, tensors, folder.config)
 
 
 @dataclass(frozen=True)
@@ -186,49 +204,33 @@ def _check_projections(
         )
 
 
-def add_head(
-    bundle: Path, manifest: Manifest, folder: Path, name: str | None = None, top_k: int = TOP_K, lossy: bool = False
-) -> Manifest:
-    """Write `heads/<name>/` into a bundle folder; returns the manifest that names it. Does not write the manifest.
-
-    Raises HeadError when the head is of another family or does not fit the target.
-    """
-    checkpoint = recognise(folder, lossy)
-    weights = medusa_from_checkpoint(checkpoint, manifest.model)
-    name = name or default_name(manifest)
-    target = bundle / "heads" / name
-    target.mkdir(parents=True)
-    shared = _shared_projection(weights, manifest, folder)
-    candidates = min(top_k, manifest.model.vocab_size if weights.token_map is None else len(weights.token_map))
-    info = HeadInfo(
-        name=name,
+def to_graphs(folder: HeadFolder, dialect: str, target: Installation) -> HeadInfo:
+    """One graph: `hidden` to each head's best candidates. Raises HeadError when the heads do not fit the target."""
+    model = target.model
+    weights = medusa_from_checkpoint(read_checkpoint(folder, dialect), model)
+    shared = _shared_projection(weights, target.weights, folder.path)
+    candidates = min(target.top_k, model.vocab_size if weights.token_map is None else len(weights.token_map))
+    return HeadInfo(
+        name=target.name,
         family="medusa",
-        dialect=checkpoint.dialect,
-        hidden_size=manifest.model.hidden_size,
-        vocab_size=manifest.model.vocab_size,
+        dialect=dialect,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
         heads=weights.heads,
         top_k=candidates,
-        graph=write_graph(weights, shared, target / "head.onnx", f"heads/{name}/head.onnx", candidates),
+        graph=write_graph(weights, shared, target.folder / "head.onnx", target.file("head.onnx"), candidates),
         shared=shared,
     )
-    (target / "head.json").write_text(to_json(info), "utf-8")
-    return dataclasses.replace(manifest, heads=(*manifest.heads, name))
 
 
-def default_name(manifest: Manifest) -> str:
-    """medusa, medusa2, medusa3, …: the first that is free."""
-    taken = set(manifest.heads)
-    return next(name for i in range(1, 1000) if (name := f"medusa{i if i > 1 else ''}") not in taken)
-
-
-def _shared_projection(weights: MedusaWeights, manifest: Manifest, folder: Path) -> dict[str, WeightInfo]:
+def _shared_projection(weights: MedusaWeights, shareable: Mapping[str, WeightInfo], folder: Path) -> dict[str, WeightInfo]:
     if weights.projections is not None:
         return {}
-    if "lm_head" not in manifest.weights:
+    if "lm_head" not in shareable:
         raise HeadError(
             f"{folder} projects with the target's LM head, and this target's graph does not show which weight that is."
         )
-    return {name: info for name, info in manifest.weights.items() if name in LM_HEAD}
+    return {name: info for name, info in shareable.items() if name in LM_HEAD}
 
 
 def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Path, name: str, top_k: int) -> GraphInfo:
@@ -246,11 +248,11 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
     if weights.token_map is not None:
         ids = graph.node("Gather", [graph.constant("token_map", weights.token_map), ids])
     outputs = [
-        _output(ids, "topk_ids", ir.DataType.INT64, heads, top_k),
-        _output(values, "topk_log_probs", ir.DataType.FLOAT, heads, top_k),
+        _output(ids, contract.TOPK_IDS, ir.DataType.INT64, heads, top_k),
+        _output(values, contract.TOPK_LOG_PROBS, ir.DataType.FLOAT, heads, top_k),
     ]
     save_head(graph.model([source], outputs, "head"), file)
-    return GraphInfo(name, tensor_infos([source]), tensor_infos(outputs))
+    return described_graph(name, tensor_infos([source]), tensor_infos(outputs))
 
 
 def _first_block(graph: GraphBuilder, weights: MedusaWeights, source: Any) -> Any:
@@ -300,3 +302,6 @@ def _projection(graph: GraphBuilder, weights: MedusaWeights, shared: dict[str, W
 def _output(value: Any, name: str, dtype: ir.DataType, heads: int, top_k: int) -> Any:
     value.name, value.dtype, value.shape = name, dtype, ir.Shape(("batch", heads, top_k))
     return value
+
+
+FAMILY = Family(recognise, lambda folder, layers: Reads(), to_graphs)

@@ -6,7 +6,8 @@ the used slots. Everything else is the same, and both forms read one file of wei
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+
+import onnx_ir as ir
 
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.grouped_heads import fold_grouped_heads
@@ -18,19 +19,19 @@ from headstart.exporter.passes.per_row_int8 import Product, lower_linears
 from headstart.exporter.passes.query_rows import pad_query_rows
 from headstart.exporter.passes.used_slots import read_used_slots
 
-Pass = Callable[[Any], tuple[Any, bool]]
+Pass = Callable[[ir.Model], tuple[ir.Model, bool]]
 
 
 @dataclass
 class Lowered:
     """The two forms of a lowered decoder, and how many nodes of each kind they hold."""
 
-    single: Any
-    batch: Any
+    single: ir.Model
+    batch: ir.Model
     passes: dict[str, int] = field(default_factory=dict)
 
 
-def lower_decoder(model: Any, positions: int, product: Product) -> Lowered:
+def lower_decoder(model: ir.Model, positions: int, product: Product) -> Lowered:
     """Lower a canonical decoder. `positions`: the longest text; `product`: see `fastest_exact`."""
     quantized = sum(linear.quantized for linear in linears(model))
     for lowering in _common(product):
@@ -48,7 +49,7 @@ def lower_decoder(model: Any, positions: int, product: Product) -> Lowered:
     return Lowered(single, batch, counts)
 
 
-def lower_graph(model: Any, product: Product) -> Any:
+def lower_graph(model: ir.Model, product: Product) -> ir.Model:
     """Lower a graph that keeps no cache: a draft head's, or an encoder's."""
     for lowering in _common(product):
         model, _ = lowering(model)

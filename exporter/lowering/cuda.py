@@ -6,7 +6,6 @@ its memory-efficient attention takes without copying keys and values; quantized 
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -28,11 +27,11 @@ PRECISIONS = ("float16", "bfloat16")
 class Lowered:
     """A lowered graph, and how many nodes of each kind it holds."""
 
-    model: Any
+    model: ir.Model
     passes: dict[str, int]
 
 
-def lower(model: Any, precision: str, overflowing: Collection[str] = ()) -> Lowered:
+def lower(model: ir.Model, precision: str, overflowing: Collection[str] = ()) -> Lowered:
     """Lower a decoder, an encoder or a head.
 
     Args:
@@ -58,12 +57,12 @@ def lower(model: Any, precision: str, overflowing: Collection[str] = ()) -> Lowe
     return Lowered(model, _counts(model, grouped))
 
 
-def _computes_in_float32(model: Any) -> bool:
-    """Whether the activations are float32: a bundle that was exported in half precision says itself what is not."""
+def _computes_in_float32(model: ir.Model) -> bool:
+    """Whether the activations are float32: the types of a bundle exported in half precision are final."""
     return any(value.dtype == ir.DataType.FLOAT for value in (*model.graph.inputs, *model.graph.outputs))
 
 
-def _counts(model: Any, grouped: bool) -> dict[str, int]:
+def _counts(model: ir.Model, grouped: bool) -> dict[str, int]:
     kinds = [node.op_type for node in model.graph]
     return {
         "fused_norms": kinds.count("RMSNormalization") + kinds.count("LayerNormalization"),

@@ -1,12 +1,11 @@
 """The recipe for TensorRT, classic and RTX: which passes, in which order. The graph stays one of standard operators.
 
 What builders need beyond the canonical graph: one stated type for every value, a cache of one size, and masks and heads in
-the form their fused attention takes. DequantizeLinear in front of a MatMul stays: it is how 8 and 4 bits are said there.
+the form their fused attention takes. DequantizeLinear before a MatMul stays: it is how TensorRT expresses 8 and 4 bits.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -24,6 +23,7 @@ from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.rms_norm import fuse_rms_norms
 from headstart.exporter.passes.row_mask import mask_from_rows
 from headstart.exporter.passes.scatter_elements import scatter_elements
+from headstart.exporter.passes.values import dtype_of, tensor_of
 from headstart.runtime.errors import EngineError
 
 from .attention import decomposed_attention
@@ -38,7 +38,7 @@ class Lowered:
     """A lowered graph, what each pass left in it, its weights' bytes by type, and the layers that are not as the others: linear
     ones that stay float32, attention that is decomposed."""
 
-    model: Any
+    model: ir.Model
     passes: dict[str, int]
     weight_bytes: dict[str, int]
     float32_layers: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Lowered:
 
 
 def lower(
-    model: Any, precision: str, sizes: Mapping[str, int], native: bool = True, overflowing: Collection[str] = ()
+    model: ir.Model, precision: str, sizes: Mapping[str, int], native: bool = True, overflowing: Collection[str] = ()
 ) -> Lowered:
     """Lower a decoder, an encoder or a head.
 
@@ -85,7 +85,7 @@ def lower(
     return Lowered(model, _counts(model, grouped, len(parts)), weight_bytes(model), float32_layers, parts)
 
 
-def lower_frontend(model: Any, sizes: Mapping[str, int], native: bool = True) -> Lowered:
+def lower_frontend(model: ir.Model, sizes: Mapping[str, int], native: bool = True) -> Lowered:
     """Of recordings: it stays in float32, for its powers span more than half precision does."""
     if not native:
         model.graph.opset_imports[""] = DECOMPOSED_OPSET
@@ -93,29 +93,29 @@ def lower_frontend(model: Any, sizes: Mapping[str, int], native: bool = True) ->
     return Lowered(model, {}, weight_bytes(model))
 
 
-def check_carried(model: Any, beyond: Collection[str]) -> None:
+def check_carried(model: ir.Model, beyond: Collection[str]) -> None:
     """Raises EngineError where a value beyond float16 is one of attention's, or leaves the graph."""
     stuck = [node.outputs[0].name for node in layers_beyond(model, beyond) if node.op_type in HALF_ONLY]
     stuck += [value.name for value in model.graph.outputs if value.name in beyond]
     if stuck:
         raise EngineError(
-            f"{stuck[0]} takes part in numbers beyond float16's 65504, and engines attend and pass states on in half "
-            "precision only. Fix: --precision bfloat16."
+            f"{stuck[0]} involves values beyond float16's 65504, and engines compute attention and pass states on in "
+            "half precision only. Fix: --precision bfloat16."
         )
 
 
-def _linear_names(model: Any, beyond: Collection[str]) -> tuple[str, ...]:
+def _linear_names(model: ir.Model, beyond: Collection[str]) -> tuple[str, ...]:
     """The checkpoint's names of the linear layers that make or read such values."""
     nodes = {id(node) for node in layers_beyond(model, beyond)}
     return tuple(linear.name for linear in linears(model) if id(linear.node) in nodes)
 
 
-def _computes_in_float32(model: Any) -> bool:
-    """Whether the activations are float32: a bundle that was exported in half precision says itself what is not."""
+def _computes_in_float32(model: ir.Model) -> bool:
+    """Whether the activations are float32: the types of a bundle exported in half precision are final."""
     return any(value.dtype == ir.DataType.FLOAT for value in (*model.graph.inputs, *model.graph.outputs))
 
 
-def _counts(model: Any, grouped: bool, decomposed_layers: int) -> dict[str, int]:
+def _counts(model: ir.Model, grouped: bool, decomposed_layers: int) -> dict[str, int]:
     kinds = [node.op_type for node in model.graph]
     return {
         "fused_norms": kinds.count("RMSNormalization") + kinds.count("LayerNormalization"),
@@ -127,11 +127,11 @@ def _counts(model: Any, grouped: bool, decomposed_layers: int) -> dict[str, int]
     }
 
 
-def weight_bytes(model: Any) -> dict[str, int]:
+def weight_bytes(model: ir.Model) -> dict[str, int]:
     """Bytes of the constants by type; int4 is two to a byte."""
     total: dict[str, int] = {}
     for value in model.graph.initializers.values():
-        kind = WEIGHT_TYPES.get(value.dtype.name)
+        kind = WEIGHT_TYPES.get(dtype_of(value).name)
         if kind is not None:
-            total[kind] = total.get(kind, 0) + value.const_value.nbytes
+            total[kind] = total.get(kind, 0) + tensor_of(value).nbytes
     return total

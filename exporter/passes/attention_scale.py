@@ -4,27 +4,26 @@ Read from the plans of TensorRT-RTX 1.7.1: where the scale is 1 (OPT, Granite), 
 it updates it; with any other scale it updates the cache in place.
 """
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
 from .half import NUMPY_TYPES
 from .surgery import Writer, in_order
+from .values import dtype_of, operand
 
 
-def avoid_unit_scale(model: Any) -> tuple[Any, bool]:
+def avoid_unit_scale(model: ir.Model) -> tuple[ir.Model, bool]:
     """Rewrite every Attention of scale 1. Returns (model, whether anything changed)."""
     changed = False
     for node in in_order(model):
         scale = node.attributes.get("scale")
         if node.op_type != "Attention" or scale is None or float(scale.value) != 1.0:
             continue
-        query = node.inputs[0]
+        query, dtype = operand(node, 0), dtype_of(operand(node, 0))
         write = Writer(model, node)
-        two = write.constant(f"two.{query.dtype.name.lower()}", np.full((), 2, NUMPY_TYPES[query.dtype]))
+        two = write.constant(f"two.{dtype.name.lower()}", np.full((), 2, NUMPY_TYPES[dtype]))
         doubled = write.node("Mul", [query, two])
-        doubled.dtype, doubled.shape = query.dtype, query.shape
+        doubled.dtype, doubled.shape = dtype, query.shape
         node.replace_input_with(0, doubled)
         node.attributes["scale"] = ir.AttrFloat32("scale", 0.5)
         changed = True

@@ -1,11 +1,11 @@
 """Gemm over a constant matrix becomes MatMul and Add, the form every other pass knows linear layers by."""
 
-from typing import Any
+import onnx_ir as ir
 
 from .surgery import Writer, clean, constant_of, in_order, replace_value
 
 
-def split_gemms(model: Any) -> tuple[Any, bool]:
+def split_gemms(model: ir.Model) -> tuple[ir.Model, bool]:
     """Rewrite Gemm nodes that only multiply by a constant and add to it: no scaling, activations not transposed."""
     found = [node for node in in_order(model) if node.op_type == "Gemm" and _is_linear(node)]
     for node in found:
@@ -22,11 +22,11 @@ def split_gemms(model: Any) -> tuple[Any, bool]:
     return model, bool(found)
 
 
-def _is_linear(node: Any) -> bool:
+def _is_linear(node: ir.Node) -> bool:
     plain = _attribute(node, "alpha", 1.0) == 1.0 and _attribute(node, "beta", 1.0) == 1.0 and not _attribute(node, "transA", 0)
     return plain and constant_of(node.inputs[1]) is not None
 
 
-def _attribute(node: Any, name: str, default: float) -> float:
+def _attribute(node: ir.Node, name: str, default: float) -> float:
     found = node.attributes.get(name)
     return default if found is None else float(found.value)

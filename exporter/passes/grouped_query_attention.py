@@ -2,9 +2,10 @@
 
 The portable pair reads the cache's whole capacity; GroupQueryAttention reads the history alone. It takes the tree mask as
 a bias and positions for its rotary embedding (ONNX Runtime, contrib operators). It serves one sequence at a time: with
-history behind several rows it refuses batches.
+history before several rows it refuses batches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from headstart.runtime import contract
 
 from .rotary import Rotary, match_rotary, rotary_table
 from .surgery import MICROSOFT, Writer, clean, constant_of, in_order, producer, replace_value
+from .values import operand, shape_of, size_of, stated
 
+Pair = tuple[ir.Value, ir.Value]
 TABLE_STEP = 8  # the operator takes rotary tables whose width is a multiple of this
 MASKED = np.float32(-1e30)  # added to a masked score: its exponential is zero, and no sum overflows
 
@@ -25,24 +28,24 @@ MASKED = np.float32(-1e30)  # added to a masked score: its exponential is zero, 
 class _Layer:
     """One attention layer in the portable form."""
 
-    node: Any
-    query: Any  # [B, H, T, D]
-    key: Any  # [B, G, T, D]
-    value: Any
-    key_cache: Any  # graph inputs
-    value_cache: Any
-    key_scatter: Any
-    value_scatter: Any
-    mask: Any
-    scales: tuple[Any, Any] | None = None  # of an int8 cache's keys and values, [G] each
+    node: ir.Node
+    query: ir.Value  # [B, H, T, D]
+    key: ir.Value  # [B, G, T, D]
+    value: ir.Value
+    key_cache: ir.Value  # graph inputs
+    value_cache: ir.Value
+    key_scatter: ir.Node
+    value_scatter: ir.Node
+    mask: ir.Value
+    scales: tuple[ir.Value, ir.Value] | None = None  # of an int8 cache's keys and values, [G] each
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(query heads, key/value heads, head size)."""
-        return self.query.shape[1], self.key_cache.shape[1], self.key_cache.shape[3]
+        return size_of(self.query, 1), size_of(self.key_cache, 1), size_of(self.key_cache, 3)
 
 
-def fuse_attention(model: Any, positions: int) -> tuple[Any, bool]:
+def fuse_attention(model: ir.Model, positions: int) -> tuple[ir.Model, bool]:
     """Rewrite every layer that fits. `positions` is the longest text in tokens: the rotary tables' length."""
     layers = [layer for node in in_order(model) if (layer := _layer(node)) is not None]
     if not layers:
@@ -54,52 +57,57 @@ def fuse_attention(model: Any, positions: int) -> tuple[Any, bool]:
     return model, True
 
 
-def _layer(node: Any) -> _Layer | None:
+def _layer(node: ir.Node) -> _Layer | None:
     if node.op_type != "Attention" or len(node.inputs) != 4:
         return None
-    query, keys, values, mask = node.inputs
+    query, keys, values, mask = (operand(node, index) for index in range(4))
     (keys, key_scale), (values, value_scale) = _stored(keys), _stored(values)
     key_scatter, value_scatter = producer(keys, "TensorScatter"), producer(values, "TensorScatter")
-    if key_scatter is None or value_scatter is None or mask is None:
+    if key_scatter is None or value_scatter is None:
         return None
-    key_cache, value_cache = key_scatter.inputs[0], value_scatter.inputs[0]
-    same_sizes = key_cache.shape[3] == value_cache.shape[3]
-    if not (key_cache.is_graph_input() and same_sizes and key_cache.shape[3] % 8 == 0):
+    key_cache, value_cache = operand(key_scatter, 0), operand(value_scatter, 0)
+    size = size_of(key_cache, 3)
+    if not (key_cache.is_graph_input() and size == size_of(value_cache, 3) and size % 8 == 0):
         return None
-    key, value = key_scatter.inputs[1], value_scatter.inputs[1]
+    key, value = operand(key_scatter, 1), operand(value_scatter, 1)
     scales = None
     if key_scale is not None and value_scale is not None:
-        key, value = (v.producer().inputs[0] for v in (key, value))  # the operator quantizes what it stores
+        key, value = (_before_rounding(new) for new in (key, value))  # the operator quantizes what it stores
         scales = key_scale, value_scale
     return _Layer(node, query, key, value, key_cache, value_cache, key_scatter, value_scatter, mask, scales)
 
 
-def _stored(read: Any) -> tuple[Any, Any]:
+def _before_rounding(new: ir.Value) -> ir.Value:
+    """The floats of which `new` is the quantized form."""
+    return operand(stated(new.producer(), f"what computes {new.name}"), 0)
+
+
+def _stored(read: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     """(the updated cache, its scales when it is int8) of what an Attention reads."""
     dequantize = producer(read, "DequantizeLinear")
-    return (read, None) if dequantize is None else (dequantize.inputs[0], dequantize.inputs[1])
+    return (read, None) if dequantize is None else (operand(dequantize, 0), operand(dequantize, 1))
 
 
 class _Shared:
-    """What all layers read: lengths, biases per mask, rotary tables. Made once, in front of the first layer."""
+    """What all layers read: lengths, biases per mask, rotary tables. Computed once, before the first layer."""
 
-    def __init__(self, model: Any, anchor: Any, positions: int) -> None:
+    def __init__(self, model: ir.Model, anchor: ir.Node, positions: int) -> None:
         self.model, self.positions = model, positions
         self._first = anchor
-        self._biases: dict[int, Any] = {}
+        self._biases: dict[int, ir.Value] = {}
         self._tables: dict[tuple[int, int], tuple[NDArray[np.float32], NDArray[np.float32]] | None] = {}
         inputs = {value.name: value for value in model.graph.inputs}
         write = Writer(model, anchor)
         rows = write.node("Shape", [inputs[contract.INPUT_IDS]], start=1, end=2)
         self._total = write.node("Add", [inputs[contract.WRITE_INDEX], rows])  # [1], history and new rows
-        # The operator wants 32-bit lengths: each sequence's last index, and the total.
+        # The operator requires 32-bit lengths: each sequence's last index, and the total.
         last = write.node("Sub", [self._total, write.ints([1])])
         self.last = write.node("Cast", [last], to=ir.DataType.INT32)
         total = write.node("Cast", [self._total], to=ir.DataType.INT32)
         self.total = write.node("Squeeze", [total, write.ints([0])])
         self.position_ids = inputs[contract.POSITION_IDS]
 
-    def bias(self, mask: Any, anchor: Any) -> Any:
+    def bias(self, mask: ir.Value, anchor: ir.Node) -> ir.Value:
         """[B, 1 or H, T, total] float: what is added to the scores, by default 0 where the row may look, else MASKED."""
         key = id(mask)
         if key not in self._biases:
@@ -110,7 +118,7 @@ class _Shared:
             self._biases[key] = write.node("Where", [seen, zero, masked]) if boolean else seen
         return self._biases[key]
 
-    def tables(self, rotary: Rotary) -> tuple[Any, Any] | None:
+    def tables(self, rotary: Rotary) -> tuple[ir.Value, ir.Value] | None:
         """Initializers with cosines and sines, [positions, D'/2] each."""
         key = (id(rotary.cos), id(rotary.sin))
         if key not in self._tables:
@@ -126,7 +134,7 @@ class _Shared:
         return write.constant(f"rotary_cos.{index}", kept[0]), write.constant(f"rotary_sin.{index}", kept[1])
 
 
-def _rewrite(model: Any, layer: _Layer, shared: _Shared) -> None:
+def _rewrite(model: ir.Model, layer: _Layer, shared: _Shared) -> None:
     heads, kv_heads, size = layer.sizes
     query, key = layer.query, layer.key
     rotary, tables = _rotary(layer, shared)
@@ -158,14 +166,14 @@ def _rewrite(model: Any, layer: _Layer, shared: _Shared) -> None:
     replace_value(layer.value_scatter.outputs[0], values)
 
 
-def _spread(write: Writer, scale: Any, size: int) -> Any:
-    """[1, G, 1, D]: the operator wants a scale for each channel of each head."""
+def _spread(write: Writer, scale: ir.Value, size: int) -> ir.Value:
+    """[1, G, 1, D]: the operator requires a scale for each channel of each head."""
     heads = constant_of(scale)
     assert heads is not None
     return write.constant(f"{scale.name}.channels", np.repeat(heads[None, :, None, None], size, axis=3))
 
 
-def _rotary(layer: _Layer, shared: _Shared) -> tuple[tuple[Any, Any] | None, tuple[Any, Any] | None]:
+def _rotary(layer: _Layer, shared: _Shared) -> tuple[Pair | None, Pair | None]:
     """((query, key) before their rotary embedding, (cos, sin) tables), or (None, None) when it stays outside."""
     query, key = match_rotary(layer.query), match_rotary(layer.key)
     if query is None or key is None or query.cos is not key.cos or query.sin is not key.sin:
@@ -174,7 +182,7 @@ def _rotary(layer: _Layer, shared: _Shared) -> tuple[tuple[Any, Any] | None, tup
     return ((query.source, key.source), tables) if tables is not None else (None, None)
 
 
-def _flat(write: Writer, value: Any, width: int) -> Any:
+def _flat(write: Writer, value: ir.Value, width: int) -> ir.Value:
     """[B, T, heads · D] of a [B, heads, T, D] value: what it was reshaped from, when that is how it came about."""
     transposed = producer(value, "Transpose")
     if transposed is not None and list(transposed.attributes["perm"].value) == [0, 2, 1, 3]:
@@ -188,7 +196,7 @@ def _flat(write: Writer, value: Any, width: int) -> Any:
     return write.node("Reshape", [rows_first, write.ints([0, 0, width])])
 
 
-def _packed(flat: list[Any]) -> list[Any]:
+def _packed(flat: Sequence[ir.Value]) -> Sequence[ir.Value | None]:
     """[query-key-value, None, None] when the three are the parts of one split; else as they are."""
     split = producer(flat[0], "Split")
     if split is None or len(split.outputs) != 3 or any(a is not b for a, b in zip(flat, split.outputs, strict=True)):
@@ -196,9 +204,9 @@ def _packed(flat: list[Any]) -> list[Any]:
     return [split.inputs[0], None, None]
 
 
-def _replace_output(write: Writer, old: Any, new: Any, heads: int, size: int) -> None:
+def _replace_output(write: Writer, old: ir.Value, new: ir.Value, heads: int, size: int) -> None:
     """Let readers of the portable [B, H, T, D] output read GroupQueryAttention's [B, T, H · D]."""
-    new.shape = ir.Shape([old.shape[0], old.shape[2], heads * size])
+    new.shape = ir.Shape([shape_of(old)[0], shape_of(old)[2], heads * size])
     new.type = old.type
     for node, _ in list(old.uses()):
         flat = _flattened(node, heads * size)
@@ -209,8 +217,8 @@ def _replace_output(write: Writer, old: Any, new: Any, heads: int, size: int) ->
         replace_value(old, write.node("Transpose", [split], perm=[0, 2, 1, 3]))
 
 
-def _flattened(transpose: Any, width: int) -> Any:
-    """The output of the Transpose and Reshape that make [B, T, H · D] of an attention's output."""
+def _flattened(transpose: ir.Node, width: int) -> ir.Value | None:
+    """The output of the Transpose and Reshape that turn an attention's output into [B, T, H · D]."""
     if transpose.op_type != "Transpose" or list(transpose.attributes["perm"].value) != [0, 2, 1, 3]:
         return None
     for node, _ in transpose.outputs[0].uses():
@@ -220,12 +228,6 @@ def _flattened(transpose: Any, width: int) -> Any:
     return None
 
 
-def fused_layers(model: Any) -> int:
+def fused_layers(model: ir.Model) -> int:
     """How many attention layers are GroupQueryAttention."""
     return sum(node.op_type == "GroupQueryAttention" for node in model.graph)
-
-
-def portable_layers(model: Any) -> int:
-    """How many cached attention layers are left in the portable form."""
-    scatters = [node for node in model.graph if node.op_type == "TensorScatter" and node.inputs[0].is_graph_input()]
-    return len(scatters) // 2

@@ -1,13 +1,15 @@
-"""Linear layers of a graph, whatever form their weight takes: plain, transposed, or behind a DequantizeLinear."""
+"""Linear layers of a graph, whatever form their weight takes: plain, transposed, or after a DequantizeLinear."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .surgery import constant_of, producer
+from .values import array_of, name_of, operand, shape_of, size_of, stated
 
 
 @dataclass(frozen=True)
@@ -21,30 +23,39 @@ class Linear:
         transposed: the initializer is stored [N, K] (as a tied embedding is), else [K, N].
     """
 
-    node: Any
-    weight: Any
-    scales: Any = None
+    node: ir.Node
+    weight: ir.Value
+    scales: ir.Value | None = None
     transposed: bool = False
 
     @property
     def name(self) -> str:
         """The checkpoint's name of the weight."""
-        name: str = self.weight.name.removesuffix(".quantized")
-        return name
+        return name_of(self.weight).removesuffix(".quantized")
+
+    @property
+    def source(self) -> ir.Value:
+        """The activations that the layer reads."""
+        return operand(self.node, 0)
 
     @property
     def quantized(self) -> bool:
         return self.scales is not None
 
     @property
+    def required_scales(self) -> ir.Value:
+        """The scales of a layer that is known to be quantized."""
+        return stated(self.scales, f"the scales of {self.name}")
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(K, N): inputs and outputs."""
-        first, second = self.weight.shape
+        first, second = size_of(self.weight, 0), size_of(self.weight, 1)
         return (second, first) if self.transposed else (first, second)
 
     def values(self) -> NDArray[Any]:
-        """[K, N] as stored: floats, or whole numbers when quantized."""
-        array: NDArray[Any] = self.weight.const_value.numpy()
+        """[K, N] as stored: floats, or integers when quantized."""
+        array = array_of(self.weight)
         if self.quantized:
             array = array.astype(np.int8)
         return array.T if self.transposed else array
@@ -58,28 +69,28 @@ class Linear:
 
     def _scale_of_each(self) -> NDArray[np.float32]:
         """[N] or [K, N]."""
-        scales: NDArray[np.float32] = np.asarray(self.scales.const_value.numpy(), np.float32)
+        scales: NDArray[np.float32] = np.asarray(array_of(self.required_scales), np.float32)
         if scales.ndim == 1:
             return scales
         scales = scales.T if self.transposed else scales
         return np.repeat(scales, self.shape[0] // scales.shape[0], axis=0)
 
 
-def linears(model: Any) -> Iterator[Linear]:
+def linears(model: ir.Model) -> Iterator[Linear]:
     """Every linear layer, in the order of computation."""
     for node in list(model.graph):
         if node.op_type == "MatMul" and node.domain == "" and (linear := _linear(node)) is not None:
             yield linear
 
 
-def _linear(node: Any) -> Linear | None:
-    value = node.inputs[1]
+def _linear(node: ir.Node) -> Linear | None:
+    value = operand(node, 1)
     transpose = producer(value, "Transpose")
     if transpose is not None:
-        value = transpose.inputs[0]
+        value = operand(transpose, 0)
     dequantize = producer(value, "DequantizeLinear")
-    weight, scales = (dequantize.inputs[0], dequantize.inputs[1]) if dequantize is not None else (value, None)
-    if not weight.is_initializer() or weight.const_value is None or len(weight.shape) != 2:
+    weight, scales = (value, None) if dequantize is None else (operand(dequantize, 0), operand(dequantize, 1))
+    if not weight.is_initializer() or weight.const_value is None or len(shape_of(weight)) != 2:
         return None
     return Linear(node, weight, scales, transpose is not None)
 
@@ -89,11 +100,11 @@ def is_lm_head(linear: Linear, vocab_size: int) -> bool:
     return linear.shape[1] == vocab_size
 
 
-def embedding_tables(model: Any, vocab_size: int) -> Iterator[tuple[Any, Any]]:
+def embedding_tables(model: ir.Model, vocab_size: int) -> Iterator[tuple[ir.Node, ir.Value]]:
     """(Gather node, [V, H] float initializer) of the token embedding."""
     for node in list(model.graph):
         if node.op_type != "Gather" or constant_of(node.inputs[0]) is None:
             continue
-        table = node.inputs[0]
-        if len(table.shape) == 2 and table.shape[0] == vocab_size:
+        table = operand(node, 0)
+        if len(shape_of(table)) == 2 and shape_of(table)[0] == vocab_size:
             yield node, table

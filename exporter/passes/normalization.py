@@ -4,12 +4,11 @@ RMSNorm arrives as six element-wise nodes; ONNX Runtime computes it, together wi
 (SimplifiedLayerNormalization, SkipSimplifiedLayerNormalization, SkipLayerNormalization). The patterns are onnxscript's.
 """
 
-from typing import Any
-
+import onnx_ir as ir
 from onnxscript.rewriter.ort_fusions import rms_normalization, skip_normalization
 
 
-def fuse_normalization(model: Any) -> tuple[Any, bool]:
+def fuse_normalization(model: ir.Model) -> tuple[ir.Model, bool]:
     """Returns (model, whether anything changed)."""
     changed = rms_normalization.fuse_rms_normalization(model)
     changed += skip_normalization.fuse_skip_rms_normalization(model)

@@ -7,18 +7,20 @@ GroupQueryAttention takes query, key and value in one piece.
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .linear import Linear, linears
 from .surgery import Writer, clean, constant_of, only_user, replace_value
+from .values import array_of, dtype_of, shape_of
 
 
-def pack_linears(model: Any) -> tuple[Any, bool]:
+def pack_linears(model: ir.Model) -> tuple[ir.Model, bool]:
     """Join the layers of each shared input, with their biases when all have one."""
-    groups: dict[tuple[int, Any, Any], list[Linear]] = {}
+    groups: dict[tuple[int, ir.DataType, int | None], list[Linear]] = {}
     for linear in linears(model):
         if not linear.transposed:  # a tied embedding keeps its own layout
-            kind = linear.weight.dtype, None if linear.scales is None else len(linear.scales.shape)
+            kind = dtype_of(linear.weight), None if linear.scales is None else len(shape_of(linear.scales))
             groups.setdefault((id(linear.node.inputs[0]), *kind), []).append(linear)
     packable = [group for group in groups.values() if len(group) > 1]
     for group in packable:
@@ -28,7 +30,7 @@ def pack_linears(model: Any) -> tuple[Any, bool]:
     return model, bool(packable)
 
 
-def _pack(model: Any, group: list[Linear]) -> None:
+def _pack(model: ir.Model, group: list[Linear]) -> None:
     first = group[0]
     write = Writer(model, first.node)
     name = "+".join([first.name, *(linear.name.rsplit(".", 2)[-2] for linear in group[1:])])
@@ -45,18 +47,18 @@ def _pack(model: Any, group: list[Linear]) -> None:
         replace_value(old, new)
 
 
-def _packed_weight(write: Writer, name: str, group: list[Linear]) -> Any:
-    values = np.concatenate([linear.weight.const_value.numpy() for linear in group], axis=1)
+def _packed_weight(write: Writer, name: str, group: list[Linear]) -> ir.Value:
+    values = np.concatenate([array_of(linear.weight) for linear in group], axis=1)
     if not group[0].quantized:
         return write.constant(name, values)
-    scales = np.concatenate([linear.scales.const_value.numpy() for linear in group], axis=-1)
+    scales = np.concatenate([array_of(linear.required_scales) for linear in group], axis=-1)
     weight, scale = write.constant(f"{name}.quantized", values), write.constant(f"{name}.scale", scales)
     if scales.ndim == 1:
         return write.node("DequantizeLinear", [weight, scale], axis=1)
     return write.node("DequantizeLinear", [weight, scale], axis=0, block_size=len(values) // len(scales))
 
 
-def _bias(result: Any) -> tuple[Any, NDArray[Any]] | None:
+def _bias(result: ir.Value) -> tuple[ir.Node, NDArray[Any]] | None:
     """(Add node, [N] bias) when all that happens to `result` is the addition of a constant vector."""
     add = only_user(result)
     if add is None or add.op_type != "Add":

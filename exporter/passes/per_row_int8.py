@@ -8,7 +8,7 @@ their own, that is taken: it depends on no row at all.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from .linear import Linear, linears
 from .surgery import MICROSOFT, Writer, clean, constant_of, producer, replace_value
+from .values import array_of, operand, shape_of
 
 LARGEST = 127
 ZERO_POINTS = {"uint8": 128, "int8": 0}
@@ -42,7 +43,7 @@ class Product:
 PRODUCTS = (Product("uint8", "int8"), Product("int8", "int8"), Product("uint8", "uint8"))
 
 
-def lower_linears(model: Any, product: Product) -> tuple[Any, bool]:
+def lower_linears(model: ir.Model, product: Product) -> tuple[ir.Model, bool]:
     """Rewrite every quantized linear layer. `product`: the types this CPU multiplies exactly and fast, see `fastest_exact`."""
     rounded: dict[int, _Rounded] = {}
     changed = False
@@ -59,14 +60,14 @@ def lower_linears(model: Any, product: Product) -> tuple[Any, bool]:
 class _Rounded:
     """Activations as integers: x ≈ values · step · row, where row is None for a scale that is the same for all rows."""
 
-    values: Any  # [B, T, K] uint8 or int8
-    step: Any  # float
-    row: Any  # [B, T, 1] float
+    values: ir.Value  # [B, T, K] uint8 or int8
+    step: ir.Value  # float
+    row: ir.Value | None  # [B, T, 1] float
 
 
-def _rewrite(model: Any, linear: Linear, product: Product, rounded: dict[int, _Rounded]) -> None:
+def _rewrite(model: ir.Model, linear: Linear, product: Product, rounded: dict[int, _Rounded]) -> None:
     write = Writer(model, linear.node)
-    source, result = linear.node.inputs[0], linear.node.outputs[0]
+    source, result = linear.source, linear.node.outputs[0]
     if id(source) not in rounded:  # layers that read the same activations share their rounding
         kind = product.activations
         rounded[id(source)] = _by_fixed_scale(write, source, kind) or _by_row(write, source, kind)
@@ -81,17 +82,17 @@ def _rewrite(model: Any, linear: Linear, product: Product, rounded: dict[int, _R
     replace_value(result, floats if left.row is None else write.node("Mul", [floats, left.row]))
 
 
-def _by_fixed_scale(write: Writer, source: Any, kind: Integer) -> _Rounded | None:
+def _by_fixed_scale(write: Writer, source: ir.Value, kind: Integer) -> _Rounded | None:
     """The rounding that the canonical graph prescribes, when it does."""
     dequantize = producer(source, "DequantizeLinear")
     quantize = producer(dequantize.inputs[0], "QuantizeLinear") if dequantize is not None else None
-    if quantize is None or constant_of(quantize.inputs[1]) is None or len(quantize.inputs[1].shape):
+    if quantize is None or constant_of(quantize.inputs[1]) is None or len(shape_of(operand(quantize, 1))):
         return None
-    floats, step = quantize.inputs[:2]
+    floats, step = operand(quantize, 0), operand(quantize, 1)
     return _Rounded(write.node("QuantizeLinear", [floats, step, _zero_point(write, kind)]), step, None)
 
 
-def _by_row(write: Writer, source: Any, kind: Integer) -> _Rounded:
+def _by_row(write: Writer, source: ir.Value, kind: Integer) -> _Rounded:
     """Each row divided by its largest magnitude, in steps of 1/127.
 
     A row of zeros is 0/0, and whatever that becomes is multiplied by 0 again.
@@ -102,7 +103,7 @@ def _by_row(write: Writer, source: Any, kind: Integer) -> _Rounded:
     return _Rounded(values, step, largest)
 
 
-def _zero_point(write: Writer, kind: Integer) -> Any:
+def _zero_point(write: Writer, kind: Integer) -> ir.Value:
     return write.constant(f"zero_point.{kind}", np.array(ZERO_POINTS[kind], kind))
 
 
@@ -113,8 +114,8 @@ def shifted(values: NDArray[np.int8], kind: Integer) -> NDArray[np.int8] | NDArr
 
 def per_channel(linear: Linear) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """([K, N] int8, [N] float32) of a quantized layer: as stored when it has one scale per channel, else widened."""
-    if linear.weight.dtype == ir.DataType.INT8 and len(linear.scales.shape) == 1:
-        return linear.values(), np.asarray(linear.scales.const_value.numpy(), np.float32)
+    if linear.weight.dtype == ir.DataType.INT8 and len(shape_of(linear.required_scales)) == 1:
+        return linear.values(), np.asarray(array_of(linear.required_scales), np.float32)
     weight = linear.dequantized()
     scales = np.abs(weight).max(axis=0) / LARGEST
     safe = np.where(scales > 0, scales, 1).astype(np.float32)

@@ -8,7 +8,10 @@ need nothing once they are folded (`fold_grouped_heads`): they are rows of one p
 
 from typing import Any
 
+import onnx_ir as ir
+
 from .surgery import Writer, constant_of, in_order, replace_value
+from .values import operand
 
 SLOT_AXES = 4  # of a product of attention: [B, H, T, D] by [B, G, D, S]
 
@@ -18,7 +21,7 @@ def pad_query_rows(model: Any) -> tuple[Any, bool]:
     masks: dict[int, Any] = {}
     changed = False
     for node in in_order(model):
-        if node.op_type == "Attention" and node.inputs[0].shape is not None and node.inputs[0].shape[1] == _kv_heads(node):
+        if node.op_type == "Attention" and _heads(node, 0) is not None and _heads(node, 0) == _heads(node, 1):
             _pad_attention(Writer(model, node), node, masks)
             changed = True
         elif node.op_type == "MatMul" and node.domain == "" and _is_attention(node):
@@ -27,8 +30,10 @@ def pad_query_rows(model: Any) -> tuple[Any, bool]:
     return model, changed
 
 
-def _kv_heads(node: Any) -> Any:
-    return node.inputs[1].shape[1] if node.inputs[1].shape is not None else None
+def _heads(node: ir.Node, index: int) -> Any:
+    """Of the query or the keys, [B, heads, …]; None where the graph does not state them."""
+    shape = operand(node, index).shape
+    return None if shape is None else shape[1]
 
 
 def _is_attention(node: Any) -> bool:

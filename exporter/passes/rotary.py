@@ -9,89 +9,91 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from headstart.runtime import contract
 
 from .surgery import integers, part_in_memory, producer
+from .values import name_of, operand, size_of
 
 
 @dataclass(frozen=True)
 class Rotary:
     """`source` [B, heads, T, D] before rotation, and the [B, T, D'] cosines and sines; D' < D where only a part is rotated."""
 
-    source: Any
-    cos: Any
-    sin: Any
+    source: ir.Value
+    cos: ir.Value
+    sin: ir.Value
 
 
-def match_rotary(value: Any) -> Rotary | None:
+def match_rotary(value: ir.Value) -> Rotary | None:
     """The rotary embedding that computes `value` [B, heads, T, D]; None for any other computation."""
     joined = producer(value, "Concat")
     if joined is None:
         return _match_full(value)
     if len(joined.inputs) != 2:
         return None
-    inner, rest = _match_full(joined.inputs[0]), producer(joined.inputs[1], "Slice")
+    inner, rest = _match_full(operand(joined, 0)), producer(joined.inputs[1], "Slice")
     turned = producer(inner.source, "Slice") if inner is not None else None
     if inner is None or rest is None or turned is None or turned.inputs[0] is not rest.inputs[0]:
         return None
-    return Rotary(rest.inputs[0], inner.cos, inner.sin)
+    return Rotary(operand(rest, 0), inner.cos, inner.sin)
 
 
-def _match_full(value: Any) -> Rotary | None:
+def _match_full(value: ir.Value) -> Rotary | None:
     add = producer(value, "Add")
-    products = [producer(v, "Mul") for v in add.inputs] if add is not None else []
-    if len(products) != 2 or None in products:
+    factors = [producer(v, "Mul") for v in add.inputs] if add is not None else []
+    products = [node for node in factors if node is not None]
+    if len(products) != 2:
         return None
     for plain, turned in (products, products[::-1]):
         for i, j in ((0, 1), (1, 0)):
-            source = _half_turned(turned.inputs[i])
+            source = _half_turned(operand(turned, i))
             if source is None:
                 continue
             k = next((k for k in (0, 1) if plain.inputs[k] is source), None)
-            cos = _unsqueezed(plain.inputs[1 - k]) if k is not None else None
-            sin = _unsqueezed(turned.inputs[j])
+            cos = _unsqueezed(operand(plain, 1 - k)) if k is not None else None
+            sin = _unsqueezed(operand(turned, j))
             if cos is not None and sin is not None:
                 return Rotary(source, cos, sin)
     return None
 
 
-def _half_turned(value: Any) -> Any:
+def _half_turned(value: ir.Value) -> ir.Value | None:
     """x, when `value` is concat(-x[half:], x[:half]) on the last axis."""
     joined = producer(value, "Concat")
     if joined is None or len(joined.inputs) != 2:
         return None
     negated, first = producer(joined.inputs[0], "Neg"), joined.inputs[1]
-    pieces = [_piece(negated.inputs[0] if negated is not None else None), _piece(first)]
-    if pieces[0] is None or pieces[1] is None or pieces[0][0] is not pieces[1][0]:
+    second_half, first_half = _piece(negated.inputs[0] if negated is not None else None), _piece(first)
+    if second_half is None or first_half is None or second_half[0] is not first_half[0]:
         return None
-    source, size = pieces[0][0], pieces[0][0].shape[-1] if pieces[0][0].shape is not None else None
-    if not isinstance(size, int) or pieces[0][1] != size // 2 or pieces[1][1] != 0:
-        return None
-    return source
+    source = first_half[0]
+    size = source.shape[-1] if source.shape is not None else None
+    return source if isinstance(size, int) and (first_half[1], second_half[1]) == (0, size // 2) else None
 
 
-def _piece(value: Any) -> tuple[Any, int] | None:
+def _piece(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     """(whole, start) of a slice of the last axis, or of one half of an even split."""
     cut = producer(value, "Slice")
     if cut is not None:
         start = integers(cut.inputs[1])
-        return (cut.inputs[0], start[0]) if start is not None and len(start) == 1 else None
+        return (operand(cut, 0), start[0]) if start is not None and len(start) == 1 else None
     split = producer(value, "Split")
     if split is None or len(split.outputs) != 2:
         return None
-    half = split.inputs[0].shape[-1] // 2
-    return split.inputs[0], 0 if value is split.outputs[0] else half
+    whole = operand(split, 0)
+    return whole, 0 if value is split.outputs[0] else size_of(whole, -1) // 2
 
 
-def _unsqueezed(value: Any) -> Any:
+def _unsqueezed(value: ir.Value) -> ir.Value | None:
     """[B, T, D] when `value` is its [B, 1, T, D]."""
     node = producer(value, "Unsqueeze")
     return node.inputs[0] if node is not None and integers(node.inputs[1]) == [1] else None
 
 
-def rotary_table(model: Any, value: Any, positions: int) -> NDArray[np.float32] | None:
+def rotary_table(model: ir.Model, value: ir.Value, positions: int) -> NDArray[np.float32] | None:
     """[positions, D'/2] float32: cosines (or sines) at positions 0, 1, …
 
     None when they depend on anything but each row's own position, or when the second half of a row does not repeat the first
@@ -99,7 +101,7 @@ def rotary_table(model: Any, value: Any, positions: int) -> NDArray[np.float32] 
     """
     import onnxruntime as ort
 
-    part = part_in_memory(model, [contract.POSITION_IDS], [value.name])
+    part = part_in_memory(model, [contract.POSITION_IDS], [name_of(value)])
     if part is None:  # it also depends on another input
         return None
     options = ort.SessionOptions()

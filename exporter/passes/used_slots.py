@@ -12,13 +12,14 @@ import onnx_ir as ir
 from headstart.runtime import contract
 
 from .surgery import Writer, clean, in_order
+from .values import operand
 
 
 def read_used_slots(model: Any) -> tuple[Any, bool]:
     """Cut every updated cache to the mask's columns. Returns (model, whether anything changed)."""
     inputs = {value.name: value for value in model.graph.inputs}
     mask = inputs.get(contract.ATTENTION_MASK)
-    scatters = [node for node in in_order(model) if node.op_type == "TensorScatter" and node.inputs[0].is_graph_input()]
+    scatters = [node for node in in_order(model) if node.op_type == "TensorScatter" and operand(node, 0).is_graph_input()]
     if mask is None:
         return model, False
     capacity = mask.shape[3]

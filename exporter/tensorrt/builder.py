@@ -5,48 +5,18 @@ The same calls serve classic TensorRT and TensorRT for RTX; what differs is in `
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headstart.runtime.engines.info import PlanInfo, Profile
-from headstart.runtime.errors import EngineError, OptionError
+from headstart.runtime.errors import EngineError
 
 from .library import RTX, Library
+from .options import BuilderOptions
 from .plan import in_place, read_plan
 
 Progress = Callable[[str], None]
 MEBIBYTE = 1 << 20
-
-
-@dataclass(frozen=True)
-class BuilderOptions:
-    """How a plan is built.
-
-    Attributes:
-        workspace_mb: the most scratch memory a kernel may ask for; None leaves it to the library.
-        optimization_level: 0 (fastest build) to 5; None is the library's own.
-        strip_weights: leave the weights out of the plan; the runtime puts them in, from the lowered graph, which is then kept
-            beside it. The very weights it was built with: NVIDIA warns of wrong biases where others are allowed (11.3).
-        refit: weights can be exchanged in the built engine. TensorRT for RTX wants a GPU for both, at build.
-        version_compatible: newer versions of the library may load the plan (classic TensorRT).
-        hardware_compatible: GPUs newer than the one it is built on may run it (classic TensorRT, Ampere and later).
-        timing_cache: file in which classic TensorRT keeps its timings between builds.
-    """
-
-    workspace_mb: int | None = None
-    optimization_level: int | None = None
-    strip_weights: bool = False
-    refit: bool = False
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    timing_cache: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.workspace_mb is not None and self.workspace_mb < 1:
-            raise OptionError(f"--workspace-mb must be at least 1, got {self.workspace_mb}.")
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise OptionError(f"--optimization-level must lie between 0 and 5, got {self.optimization_level}.")
 
 
 def build_plan(
@@ -58,7 +28,7 @@ def build_plan(
     progress: Progress,
     module_of: Callable[[str], str] = lambda node: "an unknown module",
 ) -> PlanInfo:
-    """Build the ONNX graph in `file`; the plan goes beside it, under the suffix .plan.
+    """Build the ONNX graph in `file`; the plan is written next to it, with the suffix .plan.
 
     Args:
         axes: input name -> its axes: sizes, or the names that the profiles give sizes for.
@@ -69,10 +39,10 @@ def build_plan(
     """
     trt = library.module
     library.check(options.version_compatible, options.hardware_compatible)
-    log = _log(trt)
+    log = error_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, network, file, log, module_of)
+    parse(trt, network, file, log, module_of)
     allow_decomposition(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, options)
@@ -101,7 +71,7 @@ def _refusal(file: Path, library: Library, options: BuilderOptions, reason: str)
     return f"TensorRT {library.version} could not build {file.name} for {library.target.device}: {reason} {fix}"
 
 
-def _log(trt: Any) -> Any:
+def error_log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps the errors, which the library only ever prints."""
 
@@ -141,7 +111,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-def _parse(trt: Any, network: Any, file: Path, log: Any, module_of: Callable[[str], str]) -> None:
+def parse(trt: Any, network: Any, file: Path, log: Any, module_of: Callable[[str], str]) -> None:
     parser = trt.OnnxParser(network, log)
     if parser.parse_from_file(str(file)):
         return
@@ -169,7 +139,7 @@ def allow_decomposition(trt: Any, network: Any) -> None:
 
 def _configure(trt: Any, config: Any, options: BuilderOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)  # where a graph says float32, ten bits of mantissa will not do
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 in a graph means more than ten bits of mantissa
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MEBIBYTE)
     if options.optimization_level is not None:
@@ -188,7 +158,7 @@ def _configure(trt: Any, config: Any, options: BuilderOptions) -> None:
 
 
 def _profile(builder: Any, network: Any, axes: Mapping[str, Sequence[str | int]], profile: Profile) -> Any:
-    made = builder.create_optimization_profile()
+    shapes_of = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
         unknown = [axis for axis in axes[name] if not isinstance(axis, int) and axis not in profile.sizes]
@@ -199,8 +169,8 @@ def _profile(builder: Any, network: Any, axes: Mapping[str, Sequence[str | int]]
         shapes = [
             tuple(axis if isinstance(axis, int) else profile.sizes[axis][which] for axis in axes[name]) for which in range(3)
         ]
-        made.set_shape(name, *shapes)
-    return made
+        shapes_of.set_shape(name, *shapes)
+    return shapes_of
 
 
 def _layers(network: Any) -> dict[str, int]:
@@ -210,22 +180,11 @@ def _layers(network: Any) -> dict[str, int]:
         layer = network.get_layer(index)
         name = layer.type.name.lower()
         if layer.num_outputs and layer.get_output(0) is not None:
-            name += f" {_type_name(layer.get_output(0).dtype)}"
+            name += f" {type_name(layer.get_output(0).dtype)}"
         counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items()))
 
 
-def _type_name(dtype: Any) -> str:
+def type_name(dtype: Any) -> str:
     name = str(dtype.name)
     return {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32"}.get(name, name.lower())
-
-
-def network_ends(library: Library, file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(type, shape) of each input and output as the library's parser sees them; -1 is an open axis."""
-    trt = library.module
-    log = _log(trt)
-    network = trt.Builder(log).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, network, file, log, lambda node: node)
-    ends = [network.get_input(i) for i in range(network.num_inputs)]
-    ends += [network.get_output(i) for i in range(network.num_outputs)]
-    return {tensor.name: (_type_name(tensor.dtype), tuple(tensor.shape)) for tensor in ends}

@@ -28,13 +28,13 @@ ELSEWHERE = {
     "sm103": "B300",
     "sm110": "Jetson Thor",
 }
-# What a generation's kernels do not take, as TensorRT-RTX 1.7.1 says when it is asked.
+# Types that a generation's kernels do not support, as TensorRT-RTX 1.7.1 reports.
 NOT_THERE = {"sm75": ("bfloat16", "int4")}
 
 
 @dataclass(frozen=True)
-class Target:
-    """What an engine is built for. `generations` are compute capabilities as sm86; none for the GPU at hand."""
+class TensorRtDevice:
+    """What an engine is built for. `generations` are compute capabilities as sm86; none for the GPU of this machine."""
 
     kind: str
     generations: tuple[str, ...] = ()
@@ -44,12 +44,7 @@ class Target:
         return f"{self.kind}:{','.join(self.generations)}" if self.generations else self.kind
 
 
-def is_target(device: str) -> bool:
-    """Whether `device` is one of this folder's: trt-rtx:… or tensorrt."""
-    return device.split(":")[0] in MODULES
-
-
-def parse_target(device: str) -> Target:
+def parse_target(device: str) -> TensorRtDevice:
     """trt-rtx:sm86, trt-rtx:sm86,sm120, trt-rtx:sm86,trt-rtx:sm120, or tensorrt. Raises OptionError for anything else."""
     kind, _, rest = device.partition(":")
     generations = tuple(sorted({part.removeprefix(f"{RTX}:") for part in rest.split(",")} - {""}, key=_number))
@@ -60,7 +55,7 @@ def parse_target(device: str) -> Target:
     wrong = [name for name in generations if not _number(name)]
     if wrong:
         raise OptionError(f"device {device!r}: {wrong[0]!r} is no GPU generation; they are written sm89.")
-    return Target(kind, generations)
+    return TensorRtDevice(kind, generations)
 
 
 def _number(generation: str) -> int:
@@ -72,7 +67,7 @@ def _number(generation: str) -> int:
 class Library:
     """An imported library. `module` is typed Any: neither ships type hints."""
 
-    target: Target
+    target: TensorRtDevice
     module: Any
 
     @property
@@ -109,12 +104,12 @@ class Library:
             config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
 
     def keep_timings(self, config: Any, timing_cache: Path | None) -> None:
-        """Write the timings a classic build took; TensorRT for RTX takes none."""
+        """Write the timings of a classic build; TensorRT for RTX measures none."""
         if self.target.kind == CLASSIC and timing_cache is not None:
             timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
-def open_library(target: Target) -> Library:
+def open_library(target: TensorRtDevice) -> Library:
     """Import what builds for `target`.
 
     Raises MissingExtraError or EngineError when it is not installed, OptionError for a generation it cannot build for.

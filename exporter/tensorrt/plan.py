@@ -1,8 +1,8 @@
-"""What a plan says of itself: its tensors, its kernels, and the types its weights are stored in.
+"""What a plan's own text states: its tensors, its kernels, and the types its weights are stored in.
 
-A plan built ahead of time cannot be loaded without a GPU, and so its inspector cannot be asked. But the compiled graph lies in
-it as text, one line a tensor or a step, as TensorRT-RTX 1.7.1 writes it. Nothing documents that text: where no line of it is
-found, everything here is empty, and a GPU has to tell (tests/gpu).
+A plan built ahead of time cannot be loaded without a GPU, so its inspector cannot be used. But the plan contains the compiled
+graph as text, one line per tensor or step, as TensorRT-RTX 1.7.1 writes it. That text is undocumented: where no line of it
+matches, everything here is empty, and the check is left to a GPU (tests/gpu).
 """
 
 import re

@@ -1,6 +1,6 @@
-"""Optimization profiles made for speculation: one for reading prompts, and small ones for verifying.
+"""Optimization profiles for speculation: one for reading prompts, and small ones for verifying.
 
-An engine's kernels are chosen per profile. One profile made for the largest tree decodes single rows with the kernels of
+An engine's kernels are chosen per profile. A single profile for the largest tree would decode one row with the kernels for
 sixty; so there is one for each power of two, and the runtime pads a pass to the next. Weights are shared by all profiles.
 """
 

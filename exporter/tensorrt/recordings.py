@@ -1,6 +1,6 @@
-"""How long the recordings are that an engine takes, in the units of its front-end and its encoder.
+"""How long an engine's recordings may be, in the units of its front-end and its encoder.
 
-Whisper hears windows of one length. Moonshine and Speech2Text hear any length, and an engine wants to know the longest.
+Whisper reads windows of one length. Moonshine and Speech2Text read any length, and an engine needs to know the longest.
 """
 
 from headstart.runtime.bundle import Bundle
@@ -10,10 +10,10 @@ from headstart.runtime.errors import OptionError
 
 from .profiles import FIXED
 
-SECONDS = 30.0  # unless the user says how many
+SECONDS = 30.0  # by default
 LEAST_S = 0.1
 USUAL = 0.5  # of the longest: what kernels are chosen for
-# Of every model that hears any length; asked where the bundle has no front-end that would say so.
+# Of every model that reads any length; used where the bundle has no front-end to state them.
 RATE, HOP = 16_000, 160
 INSIDE = 2  # frames that a recording of so many hops has fewer, for they lie inside it
 

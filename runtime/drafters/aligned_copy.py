@@ -2,44 +2,42 @@
 
 Two such texts are known: the source, where input and output share a language (input-guided "aggressive decoding",
 arXiv 2205.10350: correction, simplification, normal forms), and the previous hypothesis, where a growing input is decoded
-again and again (live captions). After a disagreement the copy is re-synchronised: behind the longest match of the output's
-end, or as if tokens had been replaced or inserted; these are branches of one tree.
+again and again (live captions). After a disagreement the copy is re-synchronised: after the longest match of the output's
+end, or as if tokens had been replaced or inserted; each is a branch of one tree.
 """
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from headstart.runtime.tree import DraftTree, tree_from_branches
 
-from .base import DraftRequest, step
+from .base import DraftRequest, DraftSequence, step
+from .text_index import TextIndexDrafter
 
 LONGEST_MATCH = 8  # tokens a match is followed back: of two as long, the nearer is the likelier
-SURE = 3  # tokens in a row that agree, the last as foretold, before an older alignment is given up
+SURE = 3  # consecutive tokens that agree, the last as predicted, before an older alignment is given up
 OTHERS = 2  # further matches that are tried while none is sure
-FORGOTTEN = 8  # tokens astray after which the older alignment says nothing any more
+FORGOTTEN = 8  # tokens astray after which the older alignment is no longer used
 # A node's class: how its branch is aligned, over how many tokens, and the node's depth. Lists hold each step's lowest.
 FOLLOWED, REPLACED, INSERTED, ELSEWHERE = KINDS = (0, 1, 2, 3)
 RUNS = (0, 1, 2, 4, 8, 16)
 DEPTHS = (1, 2, 3, 5, 9, 17)
-# Chance that a copied token is right: by the run of a followed branch, and at the first token of the others and behind it.
+# Probability that a copied token is right: by the run of a followed branch; at the first token of the others, and after it.
 # Priors, which tuning replaces.
 FOLLOWED_PRIOR = (0.6, 0.5, 0.7, 0.85, 0.92, 0.95)
 FIRST_PRIOR, DEEPER_PRIOR = {REPLACED: 0.4, INSERTED: 0.25, ELSEWHERE: 0.2}, 0.8
 
 
 class Alignment:
-    """Where a growing output stands in the text it follows.
+    """The place of a growing output in the text it follows.
 
-    The output agrees with the text over its last `run` tokens, and would go on at `position`. While that is but few
-    tokens, there is an older place too, `anchor`, left `astray` tokens ago: those tokens may have replaced as many of the
+    The output agrees with the text over its last `run` tokens, and would continue at `position`. While `run` is short,
+    an older place, `anchor`, is kept, which was left `astray` tokens ago: those tokens may have replaced as many of the
     text's, or have been inserted.
     """
 
     def __init__(self, text: Sequence[int]) -> None:
         self._text = list(text)
-        self._ends: dict[int, list[int]] = {}  # token -> positions behind its occurrences
+        self._ends: dict[int, list[int]] = {}  # token -> positions after its occurrences
         for position, token in enumerate(self._text):
             self._ends.setdefault(token, []).append(position + 1)
         self._output: list[int] = []
@@ -60,11 +58,11 @@ class Alignment:
                 self.astray += 1
 
     def _resynchronise(self, token: int) -> tuple[int, int]:
-        """Behind the longest match of the output's end, the one nearest to where it was expected; and its length."""
+        """(position after the longest match of the output's end, of equals the one nearest to the expected; its length)."""
         return next(iter(self._matches(token, self.anchor + self.astray + 1)), (len(self._text), 0))
 
     def _matches(self, token: int, expected: int) -> list[tuple[int, int]]:
-        """(position behind it, its length) of every match of the output's end: the longest, then the nearest, first."""
+        """(position after it, its length) of every match of the output's end: the longest, then the nearest, first."""
         found = [(end, self._length(end)) for end in self._ends.get(token, ())]
         return sorted(found, key=lambda match: (-match[1], abs(match[0] - expected)))
 
@@ -75,11 +73,11 @@ class Alignment:
         return length
 
     def branches(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """(up to `count` token ids, their classes) of every way in which the output may go on in the text."""
+        """(up to `count` token ids, their classes) of every way the output may continue in the text."""
         places = {self.position: (FOLLOWED, self.run)}
         if 0 < self.astray <= FORGOTTEN:
             places.setdefault(self.anchor + self.astray, (REPLACED, self.astray))
-            places[self.anchor] = (INSERTED, self.astray)  # even where the output's end was found again: it went astray there
+            places[self.anchor] = (INSERTED, self.astray)  # even if the output's end matches elsewhere: it went astray here
         if self.astray and 0 < self.run < SURE:
             for end, length in self._matches(self._output[-1], self.anchor + self.astray)[: 1 + OTHERS]:
                 places.setdefault(end, (ELSEWHERE, length))
@@ -90,48 +88,37 @@ class Alignment:
         return branches
 
 
-class AlignedCopyDrafter:
-    """Family F: no graph. Copies from the text that `text_of` finds in the request; proposes nothing where that is empty."""
+class AlignedCopyDrafter(TextIndexDrafter[Alignment]):
+    """Copies from the text that `text_of` takes from the sequence; proposes nothing where that is empty."""
 
     default_nodes = 16
-    reads_hidden = False
     class_count = len(KINDS) * len(RUNS) * len(DEPTHS)
 
-    def __init__(self, name: str, text_of: Callable[[DraftRequest], Sequence[int]]) -> None:
+    def __init__(self, name: str, text_of: Callable[[DraftSequence], Sequence[int]]) -> None:
         self.name = name
         self._text_of = text_of
-        self._alignments: dict[int, Alignment] = {}
-        self.use_rates(self.prior_rates())
+        super().__init__()
 
     def prior_rates(self) -> list[float]:
         return [_prior(kind, run, depth) for kind in KINDS for run in range(len(RUNS)) for depth in range(len(DEPTHS))]
 
-    def use_rates(self, rates: Sequence[float]) -> None:
-        self._log_rates: NDArray[np.float64] = np.log(np.clip(np.array(rates), 1e-4, 1.0))
+    def new_index(self, sequence: DraftSequence) -> Alignment:
+        return Alignment(self._text_of(sequence))
 
-    def open(self, batch: int) -> None:
-        self._alignments = {}
-
-    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
-        return [self._tree(request) for request in requests]
-
-    def _tree(self, request: DraftRequest) -> DraftTree:
-        if request.row not in self._alignments:
-            self._alignments[request.row] = Alignment(self._text_of(request))
-        alignment = self._alignments[request.row]
-        alignment.update(request.token_ids[request.prompt_tokens :])
-        branches = alignment.branches(min(request.max_nodes, request.max_depth))
+    def draft(self, index: Alignment, request: DraftRequest) -> DraftTree:
+        index.update(request.sequence.token_ids[request.sequence.prompt_tokens :])
+        branches = index.branches(min(request.max_nodes, request.max_depth))
         return tree_from_branches(branches, self._log_rates).best(request.max_nodes, request.max_depth)
 
 
 def source_copy() -> AlignedCopyDrafter:
     """Copies the encoder's input."""
-    return AlignedCopyDrafter("source_copy", lambda request: request.source_ids)
+    return AlignedCopyDrafter("source_copy", lambda sequence: sequence.source_ids)
 
 
 def previous_hypothesis() -> AlignedCopyDrafter:
-    """Copies what was decoded for the earlier, shorter input."""
-    return AlignedCopyDrafter("previous_hypothesis", lambda request: request.hypothesis_ids)
+    """Copies the output for the earlier, shorter input."""
+    return AlignedCopyDrafter("previous_hypothesis", lambda sequence: sequence.hypothesis_ids)
 
 
 def node_class(kind: int, run: int, depth: int) -> int:

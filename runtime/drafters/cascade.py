@@ -1,38 +1,36 @@
-"""Two drafters, the cheaper first: where its draft promises enough, the other is not asked.
+"""Two drafters, the cheaper first: the second is asked where the first promises too little.
 
-A copy out of the text costs next to nothing, and is right either often or hardly ever; a head costs a graph and is right
+A copy out of the text costs next to nothing and is right either often or hardly ever; a head costs a graph and is right
 about as often everywhere. So the head is asked only where the copy is unsure of itself.
-
-Which tree is used must not depend on tokens that were drawn: an acceptance rule corrects for the distribution a token was
-drawn from, not for a draft kept because of what it happened to be. So a drawn tree, once there is one, is the draft.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from headstart.runtime.cache import CrossState
 from headstart.runtime.tree import DraftTree
 
-from .base import DraftRequest, SourceReader, TunedDrafter
+from .base import Drafter, DraftRequest, DraftSequence, Features, Target
 
 
 class Cascade:
-    """Family F followed by A (or any other).
+    """Two drafters used as one.
 
-    `enough` is the number of tokens the first drafter's tree must promise, 1 + Σ path probability over its best nodes, for
-    the second not to be asked. Tuning sets it to what the second brings on average.
+    `enough` is the number of tokens the first drafter's tree must promise, 1 + Σ path probability of its nodes, for the
+    second not to be asked. Tuning sets it to what the second brings on average.
+
+    Which tree is used must not depend on tokens that were drawn: an acceptance rule corrects for the distribution that a
+    token was drawn from, not for a draft kept because of what it happened to be. So a drawn tree, once there is one, is the
+    draft.
     """
 
     default_nodes = 12
 
-    def __init__(self, first: TunedDrafter, second: TunedDrafter, enough: float) -> None:
+    def __init__(self, first: Drafter, second: Drafter, enough: float) -> None:
         self.name = f"{first.name}+{second.name}"
         self._first, self._second = first, second
         self._enough = enough
-        self.reads_hidden = first.reads_hidden or second.reads_hidden
+        self.reads = first.reads | second.reads
         self.class_count = first.class_count + second.class_count
 
     def prior_rates(self) -> list[float]:
@@ -42,14 +40,16 @@ class Cascade:
         self._first.use_rates(rates[: self._first.class_count])
         self._second.use_rates(rates[self._first.class_count :])
 
-    def open(self, batch: int) -> None:
-        self._first.open(batch)
-        self._second.open(batch)
+    def open(self, sequence: DraftSequence, target: Target) -> None:
+        self._first.open(sequence, target)
+        self._second.open(sequence, target)
 
-    def read(self, sources: Sequence[NDArray[Any]], cross: CrossState | None) -> None:
-        for drafter in (self._first, self._second):
-            if isinstance(drafter, SourceReader):
-                drafter.read(sources, cross)
+    def observe(self, sequence: DraftSequence, rows: Features, path: Sequence[int]) -> None:
+        self._first.observe(sequence, rows, path)
+        self._second.observe(sequence, rows, path)
+
+    def price(self, nodes: int, depth: int) -> float:
+        return self._first.price(nodes, depth) + self._second.price(nodes, depth)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         trees = self._first.propose(requests)
@@ -59,6 +59,10 @@ class Cascade:
                 if _drawn(tree) or promised(tree) > promised(trees[i]):
                     trees[i] = tree
         return trees
+
+    def close(self, sequence: DraftSequence) -> None:
+        self._first.close(sequence)
+        self._second.close(sequence)
 
 
 def _drawn(tree: DraftTree) -> bool:

@@ -1,7 +1,7 @@
 """Medusa heads: independent heads read the target's hidden state, one future token each (arXiv 2401.10774).
 
-The graph returns each head's best candidates; the tree takes the most probable combinations of them. What a head calls
-probable is corrected by what tuning measured: how often candidates of that depth and confidence were accepted.
+The graph returns each head's best candidates; the tree takes the most probable combinations of them. A head's own
+probability is corrected by the measured acceptance of candidates of that depth and confidence.
 """
 
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.runtime.engine import Head
+from headstart.runtime import contract
+from headstart.runtime.graph import Graph
 from headstart.runtime.tree import DraftTree, tree_from_independent_levels
 
-from .base import DraftRequest
+from .base import DraftRequest, DraftSequence, Features, PriceMeter, Target
 
 # A node's class is its depth and the band of its head's log-probability: bands of BAND nats, the last open.
 BAND = 0.35
@@ -23,11 +24,14 @@ class MedusaDrafter:
     """Family A: parallel, stateless."""
 
     default_nodes = 12
-    reads_hidden = True
+    reads = frozenset({contract.HIDDEN})
 
-    def __init__(self, name: str, head: Head, heads: int) -> None:
+    def __init__(self, name: str, graph: Graph, heads: int) -> None:
+        """`graph`: hidden [B, 1, H] to topk_ids, topk_log_probs [B, heads, k]."""
         self.name = name
-        self._head = head
+        self._graph = graph
+        self._hidden: dict[int, NDArray[np.float32]] = {}  # of the row that decided each sequence's root, [1, H]
+        self._meter = PriceMeter()
         self.class_count = heads * BANDS
         self._log_rates: NDArray[np.float32] | None = None
 
@@ -41,13 +45,24 @@ class MedusaDrafter:
         """What the heads themselves claim: the middle of each band."""
         return [float(np.exp(-BAND * (band + 0.5))) for _ in range(self.class_count // BANDS) for band in range(BANDS)]
 
-    def open(self, batch: int) -> None:
-        """Stateless: nothing to forget."""
+    def open(self, sequence: DraftSequence, target: Target) -> None:
+        """No-op: the first rows observed are the prompt's."""
+
+    def observe(self, sequence: DraftSequence, rows: Features, path: Sequence[int]) -> None:
+        self._hidden[sequence.id] = rows[contract.HIDDEN][-1:]
+
+    def price(self, nodes: int, depth: int) -> float:
+        return self._meter.milliseconds
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
-        hidden = np.stack([request.hidden for request in requests])[:, None]
-        ids, log_probs = self._head.propose(hidden)
-        return [self._tree(ids[i, : r.max_depth], log_probs[i, : r.max_depth], r) for i, r in enumerate(requests)]
+        with self._meter.measure(len(requests)):
+            hidden = np.stack([self._hidden[request.sequence.id] for request in requests])
+            outputs = self._graph.run({contract.HIDDEN: hidden})
+            ids, log_probs = outputs[contract.TOPK_IDS], outputs[contract.TOPK_LOG_PROBS]
+            return [self._tree(ids[i, : r.max_depth], log_probs[i, : r.max_depth], r) for i, r in enumerate(requests)]
+
+    def close(self, sequence: DraftSequence) -> None:
+        self._hidden.pop(sequence.id, None)
 
     def _tree(self, ids: NDArray[np.int64], log_probs: NDArray[np.float32], request: DraftRequest) -> DraftTree:
         bands = np.minimum((-log_probs / BAND).astype(np.int64), BANDS - 1)

@@ -1,30 +1,28 @@
-"""Prompt lookup: what followed the last few tokens the last time they stood in the text, or in its source.
+"""Prompt lookup: the continuation of the last few tokens at their previous occurrence in the text, or in its source.
 
 No training, no graph: an index from n-grams to where they ended, kept up to date as the text grows (PLD, and CopySpec,
-arXiv 2502.08923). The source, an encoder's input, stands in the index ahead of the text. Several earlier occurrences
-become branches of one tree. The longer the match, the longer the copy: tuning measures how often copies of each origin,
-length of match and depth are right.
+arXiv 2502.08923). The source, an encoder's input, precedes the text in the index. Several earlier occurrences become
+branches of one tree. The longer the match, the longer the copy: tuning measures how often copies of each origin, length of
+match and depth are right.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from headstart.runtime.tree import DraftTree, tree_from_branches
 
-from .base import DraftRequest, step
+from .base import DraftRequest, DraftSequence, step
+from .text_index import TextIndexDrafter
 
 KEPT_ENDS = 8  # most recent occurrences remembered per n-gram
 LONGEST_MATCH = 32  # tokens a match is followed back
-BOUNDARY = -1  # stands between source and text; no token, so that no match crosses it
+BOUNDARY = -1  # separates source and text; no token, so that no match crosses it
 # A node's class: text or source, length of the match, depth of the node, rank of the branch. Each list holds the lowest
 # of each step.
 ORIGINS = (0, 1)
 MATCHES = (1, 2, 3, 4, 6, 10, 16, 32)
 DEPTHS = (1, 2, 3, 5, 9, 17)
 RANKS = (0, 1, 2)
-# Chance that a copied token is right, by length of the match: priors for ordering, which tuning replaces.
+# Probability that a copied token is right, by length of the match: priors for ordering, which tuning replaces.
 PRIOR = (0.3, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9, 0.95)
 RANK_DISCOUNT = 0.6
 
@@ -84,18 +82,16 @@ class NGramIndex:
         return [tokens[start + i % period] for i in range(count)]
 
 
-class NGramDrafter:
-    """Family F: no graph. Copies from the prompt and the output so far, and from the source."""
+class NGramDrafter(TextIndexDrafter[NGramIndex]):
+    """Copies from the prompt and the output so far, and from the source."""
 
     name = "ngram"
     default_nodes = 8
-    reads_hidden = False
     class_count = len(ORIGINS) * len(MATCHES) * len(DEPTHS) * len(RANKS)
 
     def __init__(self, max_n: int = 4, min_n: int = 1, branches: int = 4) -> None:
         self._max_n, self._min_n, self._branches = max_n, min_n, branches
-        self._indexes: dict[int, NGramIndex] = {}
-        self.use_rates(self.prior_rates())
+        super().__init__()
 
     def prior_rates(self) -> list[float]:
         return [
@@ -106,21 +102,12 @@ class NGramDrafter:
             for rank in range(len(RANKS))
         ]
 
-    def use_rates(self, rates: Sequence[float]) -> None:
-        self._log_rates: NDArray[np.float64] = np.log(np.clip(np.array(rates), 1e-4, 1.0))
+    def new_index(self, sequence: DraftSequence) -> NGramIndex:
+        return NGramIndex(self._max_n, self._min_n, sequence.source_ids)
 
-    def open(self, batch: int) -> None:
-        self._indexes = {}
-
-    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
-        trees = []
-        for request in requests:
-            if request.row not in self._indexes:
-                self._indexes[request.row] = NGramIndex(self._max_n, self._min_n, request.source_ids)
-            index = self._indexes[request.row]
-            index.update(request.token_ids)
-            trees.append(self._tree(index, request.max_nodes, request.max_depth))
-        return trees
+    def draft(self, index: NGramIndex, request: DraftRequest) -> DraftTree:
+        index.update(request.sequence.token_ids)
+        return self._tree(index, request.max_nodes, request.max_depth)
 
     def _tree(self, index: NGramIndex, nodes: int, max_depth: int) -> DraftTree:
         """Continuations of the matches, each a branch."""
@@ -133,6 +120,6 @@ class NGramDrafter:
 
 
 def node_class(origin: int, match: int, depth: int, rank: int) -> int:
-    """The class of a node that copies behind a match of that length; origin 1 is the source."""
+    """The class of a node that copies what followed a match of that length; origin 1 is the source."""
     place = (origin * len(MATCHES) + step(MATCHES, match)) * len(DEPTHS) + step(DEPTHS, depth)
     return place * len(RANKS) + step(RANKS, rank)

@@ -1,377 +1,543 @@
-"""Tensors on a GPU, through ONNX Runtime alone: no CUDA package of Python's is needed.
+"""Graphs on a device, for every library that runs them: tensors at addresses, passes of padded sizes, states, lazy outputs.
 
-A forward goes up in one copy; caches stay where they are, and are written in place. A commit moves slots with a small graph
-of its own (`exporter.lowering.cache_moves`). Rows are padded to a few sizes, so that CUDA graphs can be replayed; what was
-captured belongs to a cache's buffers, which therefore go to the next cache of their size.
+A pass goes up in one copy (`step`), runs at addresses that stay where they are, so that CUDA graphs can be replayed, and its
+outputs are copied to the host when they are read. A commit moves slots on the device. ONNX Runtime and TensorRT differ in
+their implementations of two protocols: `DeviceMemory` (`ort_device`, `trt_memory`) and `Executor` (`ort_device`,
+`trt_plans`).
 
-Every line is run in tests on the CPU provider, with `location` "cpu". HAS NOT BEEN RUN ON A GPU YET.
+HAS NOT BEEN RUN ON A GPU YET: tests run it on the CPU provider, and over stand-ins for TensorRT's device and plans.
 """
 
-import ctypes
-import itertools
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime import contract
-from headstart.runtime.bundle import Bundle, CacheInfo
-from headstart.runtime.cache import CrossState, KVCache
-from headstart.runtime.engine import MAX_ROWS
-from headstart.runtime.engines.buckets import moves
-from headstart.runtime.engines.half import STORED, narrowed, widened
-from headstart.runtime.engines.provider import CaptureError
-from headstart.runtime.engines.step import StepInputs
+from headstart.runtime.bundle import GraphInfo, KeyValueInfo, TensorInfo
 from headstart.runtime.errors import EngineError
+from headstart.runtime.graph import HostOutputs, Outputs, as_float32
+from headstart.runtime.states import CrossState, GraphState, State, moves
 
-ROWS = (2, 4, 8, 16, 32, MAX_ROWS)  # of a pass that verifies; prompts are not padded
-SLOT_STEP = 256  # caches of a few sizes, so that buffers and what was captured on them serve again
-# ONNX's numbers for element types.
-ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
-
-
-def padded(rows: int) -> int:
-    """Rows of the pass that holds `rows`."""
-    return next((size for size in ROWS if size >= rows), rows)
+from .buckets import Pass
+from .sources import axis_size, filled
+from .step import StepInputs, measured_sizes, plain_outputs, source_names, state_names, step_inputs, trimmed
 
 
+@dataclass(frozen=True)
 class Tensor:
-    """An array on the device, zeros at first.
+    """An array on the device.
 
     Attributes:
-        value: ONNX Runtime's; bfloat16 is kept as uint16, which numpy knows.
-        kind: of the elements, as ONNX has it.
+        address: of its first byte.
+        dtype: numpy's name, or bfloat16.
+        block: what its memory keeps of it: the allocation that it lies in.
     """
 
-    def __init__(self, shape: Sequence[int], kind: str, location: str) -> None:
-        import onnxruntime as ort
-
-        self.shape, self.kind = tuple(shape), kind
-        self._host: NDArray[Any] = np.zeros(shape, STORED.get(kind, kind))  # kept: on the CPU it is the tensor itself
-        self._row_bytes = self._host.nbytes // max(self.shape[0], 1)
-        self._location = location
-        self.value = ort.OrtValue.ortvalue_from_numpy(self._host, location, 0)
-        if location != "cpu":
-            self._host = np.zeros(0, self._host.dtype)
-
-    def write(self, array: NDArray[Any]) -> None:
-        self.value.update_inplace(np.ascontiguousarray(array))
-
-    def read(self) -> NDArray[Any]:
-        """As stored, copied."""
-        found: NDArray[Any] = self.value.numpy()
-        return found.copy() if self._location == "cpu" else found
-
-    def place(
-        self, row: int | None = None, offset: int = 0, part: "tuple[Sequence[int], str] | None" = None
-    ) -> tuple[Any, ...]:
-        """What a binding wants to know: of the whole, of one row of the outermost axis, or of a `part` (shape, kind)."""
-        shape, kind = part or (self.shape if row is None else (1, *self.shape[1:]), self.kind)
-        address = self.value.data_ptr() + offset + (row or 0) * self._row_bytes
-        return self._location, 0, ELEMENTS[kind], list(shape), address
-
-
-class Storage:
-    """One cache's tensors, and what was bound to them. Outlives the cache, for the next of its size.
-
-    Attributes:
-        tensors: key and value of each layer in turn.
-        sources: cross-attention states by shape, and whose they are at present.
-        bound: bindings by session and shape.
-    """
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-        self.sources: dict[Any, tuple[dict[str, Tensor], CrossState]] = {}
-        self.bound: dict[Any, Any] = {}
-
-
-class DeviceCache(KVCache):
-    """The caches of B sequences on the device."""
-
-    def __init__(
-        self, memory: "DeviceMemory", names: list[str], storage: Storage, batch: int, cross: CrossState | None
-    ) -> None:
-        self.names, self.storage, self.cross = names, storage, cross
-        self.lengths = np.zeros(batch, np.int64)
-        self.buffers, self.engine_state = [], {}
-        self.row_index: int | None = None
-        self._memory = memory
-        self._whole: DeviceCache | None = None  # of a row: keeps the buffers from being given to another cache
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+    block: Any = None
 
     @property
-    def slots(self) -> int:
-        return int(self.storage.tensors[0].shape[2])
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
-    def row(self, index: int) -> "DeviceCache":
-        if self.batch == 1:
-            return self
-        cross = None if self.cross is None else self.cross.row(index)
-        view = DeviceCache(self._memory, self.names, self.storage, 1, cross)
-        view.lengths, view.row_index, view._whole = self.lengths[index : index + 1], index, self
-        return view
+    def rows(self, begin: int, count: int) -> "Tensor":
+        """A part of the outermost axis."""
+        step = self.nbytes // self.shape[0]
+        return dataclasses.replace(self, address=self.address + begin * step, shape=(count, *self.shape[1:]))
 
-    def commit(self, row: int, kept: Sequence[int]) -> None:
-        pairs = moves(int(self.lengths[row]), kept)
-        if pairs:
-            index = row if self.batch > 1 else self.row_index
-            self._memory.move(self, index, [source for source, _ in pairs], pairs[0][1])
-        self.lengths[row] += len(kept)
-
-    def gather(self, rows: Sequence[int]) -> None:
-        if list(rows) != list(range(self.batch)):
-            self._memory.gather(self, rows)
-            self.lengths[:] = self.lengths[list(rows)]
+    def flat(self) -> "Tensor":
+        """[rows, width]: all axes but the last are one."""
+        return dataclasses.replace(self, shape=(int(np.prod(self.shape[:-1])), self.shape[-1]))
 
 
-class DeviceMemory:
-    """Where a provider's tensors lie, when that is not the host's memory."""
+class DeviceMemory(Protocol):
+    """Allocations and copies. Everything happens in the order in which it was asked for; only `read` waits.
 
-    def __init__(self, bundle: Bundle, precision: str, location: str, open_graph: Callable[[str], Any]) -> None:
-        """`open_graph`: name of a graph of the engine -> its session; asked for "commit" and "gather" when those are needed."""
-        self._manifest, self.precision, self.location, self._open = bundle.manifest, precision, location, open_graph
-        self.capturing = False
-        self._free: dict[tuple[int, int], list[Storage]] = {}
-        self._graph_ids = itertools.count(1)
+    Attributes:
+        partial: part of an allocation can be read at that part's cost; else the whole of it is copied each time.
+    """
 
-    def new_cache(self, batch: int, slots: int, cross: CrossState | None) -> KVCache:
-        slots = -(-(slots + MAX_ROWS) // SLOT_STEP) * SLOT_STEP
-        free = self._free.setdefault((batch, slots), [])
-        storage = free.pop() if free else self._new_storage(batch, slots)
-        names = [name for info in self._manifest.caches for name in (info.key_name, info.value_name)]
-        cache = DeviceCache(self, names, storage, batch, cross)
-        weakref.finalize(cache, free.append, storage)
-        return cache
+    partial: bool
+
+    def tensors(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Tensor]:
+        """Name -> a tensor of that shape and type, all zeros: what is masked must still be finite.
+
+        Raises EngineError where there is no room.
+        """
+        ...
+
+    def free(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give back what one call of `tensors` returned."""
+        ...
+
+    def write(self, tensor: Tensor, array: NDArray[Any]) -> None: ...
+
+    def read(self, tensor: Tensor) -> NDArray[Any]: ...
+
+
+class SlotMoves(Protocol):
+    """Moves of key/value slots, on the device; tensors are [B, G, S, D] by name."""
+
+    def move(self, tensors: Mapping[str, Tensor], moved: Sequence[tuple[int, int]]) -> None:
+        """(from, to) slots of one sequence, as `states.moves` orders them."""
+        ...
+
+    def gather(self, tensors: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+        """Sequence i becomes what sequence `rows[i]` was."""
+        ...
+
+
+class Executor(Protocol):
+    """A compiled graph.
+
+    Attributes:
+        info: the manifest's description with the types and tensors that the compiled graph has.
+    """
+
+    info: GraphInfo
+
+    def passes(self, rows: int, chosen: int, batch: int) -> list[Pass]:
+        """The passes that so many rows take."""
+        ...
+
+    def run(self, profile: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], replay: bool) -> None:
+        """Start one pass. `replay`: it will come again with these addresses, and may be recorded as a CUDA graph."""
+        ...
+
+
+class DeviceSlots:
+    """Key/value slots on the device; see `states.StateMemory`."""
+
+    def __init__(self, memory: DeviceMemory, mover: SlotMoves, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+        self._memory, self._mover = memory, mover
+
+    def view(self, begin: int, count: int) -> "DeviceSlots":
+        return DeviceSlots(self._memory, self._mover, self._rows(begin, count))
+
+    def _rows(self, begin: int, count: int) -> dict[str, Tensor]:
+        return {name: tensor.rows(begin, count) for name, tensor in self.tensors.items()}
+
+    def commit(self, row: int, start: int, kept: Sequence[int]) -> None:
+        moved = moves(start, kept)
+        if moved:
+            self._mover.move(self._rows(row, 1), moved)
+
+    def gather(self, rows: Sequence[int], used: int) -> None:
+        self._mover.gather(self.tensors, rows)
+
+    def rewind(self, row: int, length: int) -> None:
+        """No-op: slots after the length are free, whatever they hold."""
+
+    def save(self, row: int, length: int) -> list[NDArray[Any]]:
+        """On the host."""
+        return [self._memory.read(tensor)[0, :, :length].copy() for tensor in self._rows(row, 1).values()]
+
+    def load(self, row: int, saved: Sequence[NDArray[Any]]) -> None:
+        for tensor, copy in zip(self._rows(row, 1).values(), saved, strict=True):
+            whole = self._memory.read(tensor)
+            whole[0, :, : copy.shape[1]] = copy
+            self._memory.write(tensor, whole)
+
+
+class DeviceSources:
+    """The sources of B sequences on the device, padded to the longest.
+
+    Attributes:
+        tensors: input -> [B, …]; empty until the first source is put.
+    """
+
+    def __init__(self, memory: DeviceMemory, kinds: Mapping[str, str], batch: int, kept: dict[int, dict[str, Tensor]]) -> None:
+        """`kinds`: input -> type. `kept`: tensors by source length, which outlive the state for the next of its size."""
+        self.batch = batch
+        self.tensors: dict[str, Tensor] = {}
+        self._memory, self._kinds, self._kept = memory, kinds, kept
+        self._put: set[int] = set()
+
+    def view(self, begin: int, count: int) -> "DeviceSourceView":
+        return DeviceSourceView(self, begin, count)
+
+    def rows(self, begin: int, count: int) -> dict[str, Tensor]:
+        return {name: tensor.rows(begin, count) for name, tensor in self.tensors.items()}
+
+    def put(self, row: int, sources: CrossState) -> None:
+        given = dict(zip(sources.names, sources.buffers, strict=True)) | {contract.ENCODER_MASK: sources.mask}
+        length, present = sources.mask.shape[1], self._length()
+        if length > present or (self.batch == 1 and length != present):
+            self._lengthen(given, length)
+        length = self._length()
+        for name, tensor in self.tensors.items():
+            axis = 1 if name == contract.ENCODER_MASK else 2
+            self._memory.write(tensor.rows(row, 1), filled(given[name], axis, length))
+        self._put.add(row)
+
+    def _length(self) -> int:
+        return self.tensors[contract.ENCODER_MASK].shape[1] if self.tensors else 0
+
+    def _lengthen(self, given: Mapping[str, NDArray[Any]], length: int) -> None:
+        """Tensors for sources of that length, with the contents of the shorter ones."""
+        others = {} if self.batch == 1 else {row: self.row(row) for row in self._put}
+        if length not in self._kept:
+            self._kept[length] = self._memory.tensors(
+                {name: ((self.batch, *array.shape[1:]), self._kinds[name]) for name, array in given.items()}
+            )
+            mask = np.zeros((self.batch, length), np.bool_)
+            mask[:, 0] = True  # a sequence that sees nothing would be 0/0, and its slots would hold that for long
+            self._memory.write(self._kept[length][contract.ENCODER_MASK], mask)
+        self.tensors = self._kept[length]
+        for row, source in others.items():
+            assert source is not None
+            self.put(row, source)
+
+    def row(self, row: int) -> CrossState | None:
+        if row not in self._put:
+            return None
+        arrays = {name: self._memory.read(tensor.rows(row, 1)) for name, tensor in self.tensors.items()}
+        mask = arrays.pop(contract.ENCODER_MASK)
+        return CrossState(tuple(arrays), tuple(arrays.values()), mask, np.zeros((1, mask.shape[1], 0)))
+
+
+@dataclass(frozen=True)
+class DeviceSourceView:
+    """The sources of some sequences; see DeviceSources."""
+
+    whole: DeviceSources
+    begin: int
+    count: int
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.whole.rows(self.begin, self.count)
+
+    def view(self, begin: int, count: int) -> "DeviceSourceView":
+        return DeviceSourceView(self.whole, self.begin + begin, count)
+
+    def put(self, row: int, sources: CrossState) -> None:
+        self.whole.put(self.begin + row, sources)
+
+    def row(self, row: int) -> CrossState | None:
+        return self.whole.row(self.begin + row)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One state's memory. Outlives the state, for the next of its size: what was captured stays good."""
+
+    slots: dict[str, Tensor]
+    sources: dict[int, dict[str, Tensor]]  # by length of the sources
+
+
+class StatePool:
+    """The states of one graph: memory that is taken back when a state is gone, and given out again before any is allocated."""
+
+    def __init__(self, info: GraphInfo, memory: DeviceMemory, mover: SlotMoves, room: Callable[[int, int], int]) -> None:
+        """`room`: (sequences, slots wanted) -> slots given; raises EngineError for more than there is."""
+        self._info, self._memory, self._mover, self._room = info, memory, mover, room
+        self._idle: dict[tuple[int, int], list[Storage]] = {}
+        self._kinds = {name: pair.dtype for pair in info.reads for name in pair.sizes()} | {contract.ENCODER_MASK: "bool"}
+
+    def open(self, batch: int, slots: int) -> GraphState:
+        slots = self._room(batch, slots)
+        idle = self._idle.setdefault((batch, slots), [])
+        storage = idle.pop() if idle else self._new_storage(batch, slots)
+        sources = DeviceSources(self._memory, self._kinds, batch, storage.sources) if self._info.reads else None
+        parts = [DeviceSlots(self._memory, self._mover, storage.slots)]
+        state = GraphState(parts, np.zeros(batch, np.int64), slots, self.open, sources)
+        weakref.finalize(state, idle.append, storage)
+        return state
 
     def _new_storage(self, batch: int, slots: int) -> Storage:
-        """Idle buffers of other sizes are given up where there is no room. Raises EngineError when that is not enough."""
+        """Idle memory of other sizes is given up where there is no room. Raises EngineError when that is not enough."""
+        shapes = slot_shapes(self._info.slots, batch, slots)
         try:
-            return Storage(self._tensors(batch, slots))
-        except RuntimeError:
-            for idle in self._free.values():
-                idle.clear()
+            return Storage(self._memory.tensors(shapes), {})
+        except EngineError:
+            for storages in self._idle.values():
+                for storage in storages:
+                    for tensors in (storage.slots, *storage.sources.values()):
+                        self._memory.free(tensors)
+                storages.clear()
         try:
-            return Storage(self._tensors(batch, slots))
-        except RuntimeError as error:
+            return Storage(self._memory.tensors(shapes), {})
+        except EngineError as error:
             raise EngineError(
-                f"The device has no room for caches of {batch} x {slots} tokens: {error}. "
-                "Fix: a shorter text, or fewer at once."
+                f"The device has no room for states of {batch} x {slots} tokens: {error} Fix: a shorter text, or fewer at once."
             ) from error
 
-    def _tensors(self, batch: int, slots: int) -> list[Tensor]:
-        def pair(info: CacheInfo) -> list[Tensor]:
-            kind = info.dtype or self.precision
-            shapes = [(batch, info.kv_heads, slots, size) for size in (info.key_size, info.value_size)]
-            return [Tensor(shape, kind, self.location) for shape in shapes]
 
-        return [tensor for info in self._manifest.caches for tensor in pair(info)]
-
-    def binding(self, session: Any, cache: KVCache, rows: int, chosen: int) -> "DeviceBinding":
-        """Made once for each session, shape and source's shape."""
-        assert isinstance(cache, DeviceCache)
-        rows, chosen = padded(rows), chosen if chosen == 1 else padded(chosen)
-        sources = self._sources(cache)
-        shapes = tuple(tensor.shape for tensor in sources.values())
-        key = session, rows, chosen, cache.row_index, shapes
-        if key not in cache.storage.bound:
-            captured = self.capturing and rows <= MAX_ROWS and cache.row_index is None
-            graph_id = next(self._graph_ids) if captured else None
-            cache.storage.bound[key] = DeviceBinding(
-                self, session, self._manifest.model, cache, (rows, chosen), sources, graph_id
-            )
-        kept: DeviceBinding = cache.storage.bound[key]
-        return kept
-
-    def _sources(self, cache: DeviceCache) -> dict[str, Tensor]:
-        """The cross-attention's inputs, sent up when they are another source's than last time."""
-        cross = cache.cross
-        if cross is None:
-            return {}
-        arrays = dict(zip(cross.names, cross.buffers, strict=True)) | {contract.ENCODER_MASK: cross.mask}
-        key = cache.row_index, tuple(array.shape for array in arrays.values())
-        tensors, present = cache.storage.sources.get(key, ({}, None))
-        if present is not cross:
-            for name, array in arrays.items():
-                kind = "bool" if name == contract.ENCODER_MASK else self.precision
-                tensors.setdefault(name, Tensor(array.shape, kind, self.location)).write(array)
-            cache.storage.sources[key] = tensors, cross
-        return tensors
-
-    def move(self, cache: DeviceCache, row: int | None, sources: Sequence[int], target: int) -> None:
-        """Copy slots `sources` of a sequence to `target` and the slots behind it. What is padded falls on free slots."""
-        sources = [*sources, *[sources[-1]] * (padded(len(sources)) - len(sources))]
-        inputs = {"slots": np.array(sources, np.int64), contract.WRITE_INDEX: np.array([target], np.int64)}
-        self._rearrange("commit", cache, row, inputs)
-
-    def gather(self, cache: DeviceCache, rows: Sequence[int]) -> None:
-        """Sequence i becomes what sequence `rows[i]` was."""
-        inputs = {"rows": np.array(rows, np.int64), contract.WRITE_INDEX: np.zeros(cache.batch, np.int64)}
-        self._rearrange("gather", cache, None, inputs)
-
-    def _rearrange(self, graph: str, cache: DeviceCache, row: int | None, inputs: Mapping[str, NDArray[np.int64]]) -> None:
-        session = self._open(graph)
-        key = session, row, tuple(array.shape for array in inputs.values())
-        if key not in cache.storage.bound:
-            tensors = {name: Tensor(array.shape, "int64", self.location) for name, array in inputs.items()}
-            binding = session.io_binding()
-            for name, tensor in tensors.items():
-                binding.bind_input(name, *tensor.place())
-            bind_caches(binding, cache, row)
-            cache.storage.bound[key] = binding, tensors
-        binding, tensors = cache.storage.bound[key]
-        for name, array in inputs.items():
-            tensors[name].write(array)
-        session.run_with_iobinding(binding)
-
-    def run(self, session: Any, wanted: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """One pass of a graph that keeps no cache: arrays in, arrays out as stored; floats go in as the graph takes them."""
-        import onnxruntime as ort
-
-        binding, kinds = session.io_binding(), {node.name: node.type for node in session.get_inputs()}
-        for name, array in inputs.items():
-            half = kinds[name].removeprefix("tensor(").removesuffix(")")
-            stored = np.ascontiguousarray(narrowed(array, half) if half in STORED else array)
-            kind = ELEMENTS[half if half in STORED else str(array.dtype)]
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy_with_onnx_type(stored, kind))
-        for name in wanted:
-            binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
-        return [_stored(value) for value in binding.get_outputs()]
-
-    def widened(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        return stored if stored.dtype == np.float32 else widened(stored, self.precision)
+def slot_shapes(infos: Sequence[KeyValueInfo], batch: int, slots: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Tensor -> its shape and type."""
+    return {name: ((batch, info.kv_heads, slots, size), info.dtype) for info in infos for name, size in info.sizes().items()}
 
 
-class DeviceBinding:
-    """The tensors of one shape (B, T, R), bound once to a session and a cache."""
+class OutputMemory:
+    """Where a graph's passes leave their outputs: one buffer each for all shapes where parts can be read, else one a shape."""
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self._memory = memory
+        self._kept: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+
+    def tensors(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Tensor]:
+        if not self._memory.partial:
+            return self._of(tuple(shapes.items()), shapes)
+        return {name: self._part(name, *shape) for name, shape in shapes.items()}
+
+    def _of(self, key: tuple[Any, ...], shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Tensor]:
+        if key not in self._kept:
+            self._kept[key] = self._memory.tensors(shapes)
+        return self._kept[key]
+
+    def _part(self, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+        wanted = Tensor(0, shape, dtype)
+        if (name,) in self._kept and self._kept[(name,)][name].nbytes < wanted.nbytes:
+            self._memory.free(self._kept.pop((name,)))
+        whole = self._of((name,), {name: (shape, dtype)})[name]
+        return dataclasses.replace(wanted, address=whole.address, block=whole.block)
+
+
+class DeviceOutputs:
+    """`Outputs` on the device: each is copied to the host when it is read."""
 
     def __init__(
         self,
         memory: DeviceMemory,
-        session: Any,
-        model: Any,
-        cache: DeviceCache,
-        shape: tuple[int, int],
-        sources: Mapping[str, Tensor],
-        graph_id: int | None,
+        tensors: Mapping[str, Tensor],
+        axes: Mapping[str, Sequence[int | str]],
+        sizes: Mapping[str, int],
     ) -> None:
-        """`shape`: (T, R). `graph_id`: under which the pass is captured and replayed; None for neither."""
-        (rows, chosen), batch, location = shape, cache.batch, memory.location
-        self.inputs = StepInputs(batch, rows, chosen, cache.slots)
-        self._sent = Tensor((self.inputs.data.nbytes,), "uint8", location)
-        sizes = {contract.LOGITS: (chosen, model.vocab_size), contract.HIDDEN: (rows, model.hidden_size)}
-        if model.aux_layers:
-            sizes[contract.AUX_HIDDEN] = (rows, model.hidden_size * len(model.aux_layers))
-        self._outputs = {name: Tensor((batch, *size), memory.precision, location) for name, size in sizes.items()}
-        self._outputs[contract.BEST_IDS] = Tensor((batch, chosen), "int32", location)
-        self._memory, self._session, self._sources, self._captured = memory, session, sources, graph_id is not None
-        self._binding = self._bound(session, cache)
-        self._options = _run_options(graph_id)
+        """`sizes`: axis -> what was asked for, of the padded sizes that were computed."""
+        self._memory, self._tensors, self._axes, self._sizes = memory, tensors, axes, sizes
+        self._read: dict[str, NDArray[Any]] = {}
 
-    def _bound(self, session: Any, cache: DeviceCache) -> Any:
-        binding, wanted = session.io_binding(), {node.name for node in session.get_inputs()}
-        for name, array in self.inputs.arrays.items():
-            if name in wanted:
-                part = array.shape, str(array.dtype)
-                binding.bind_input(name, *self._sent.place(offset=self.inputs.offsets[name], part=part))
-        for name, tensor in self._sources.items():
-            binding.bind_input(name, *tensor.place())
-        for name, tensor in self._outputs.items():
-            binding.bind_output(name, *tensor.place())
-        bind_caches(binding, cache, cache.row_index)
-        return binding
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
-    def run(self) -> None:
-        """Raises CaptureError when a pass fails that was to be captured."""
-        self._sent.write(self.inputs.data)
-        try:
-            self._session.run_with_iobinding(self._binding, self._options)
-        except Exception as error:  # ONNX Runtime's errors have no common class below it
-            if not self._captured:
-                raise
-            raise CaptureError(str(error)) from error
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return as_float32(self.stored(name))
 
-    def output(self, rows: int, chosen: int) -> "DeviceOutput":
-        return DeviceOutput(self._memory, self._outputs, rows, chosen)
-
-
-class DeviceOutput:
-    """A `StepOutput` on the device: each of its tensors comes down when something of it is asked for."""
-
-    def __init__(self, memory: DeviceMemory, tensors: Mapping[str, Tensor], rows: int, chosen: int) -> None:
-        """`rows`, `chosen`: those that were asked for, of the padded ones that were computed."""
-        self._memory, self._tensors, self._rows, self._chosen = memory, tensors, rows, chosen
-
-    @cached_property
-    def logits(self) -> NDArray[np.float32]:
-        return self._memory.widened(self._tensors[contract.LOGITS].read())[:, : self._chosen]
-
-    @cached_property
-    def hidden(self) -> NDArray[np.float32]:
-        return self._memory.widened(self._tensors[contract.HIDDEN].read())[:, : self._rows]
-
-    @cached_property
-    def aux_hidden(self) -> NDArray[np.float32] | None:
-        tensor = self._tensors.get(contract.AUX_HIDDEN)
-        return None if tensor is None else self._memory.widened(tensor.read())[:, : self._rows]
-
-    @cached_property
-    def best_ids(self) -> NDArray[np.int32]:
-        """[B, R]: the lowest token of each row's highest logit."""
-        found: NDArray[np.int32] = self._tensors[contract.BEST_IDS].read()
-        return found
+    def stored(self, name: str) -> NDArray[Any]:
+        """As the device has it: floats in its precision."""
+        if name not in self._read:
+            self._read[name] = self._memory.read(self._tensors[name])
+        return trimmed(self._read[name], self._axes[name], self._sizes)
 
     def scores(self, sequence: int) -> "DeviceScores":
         return DeviceScores(self, sequence)
 
-    def hidden_row(self, sequence: int, row: int) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self.hidden[sequence, row].copy()
+    def rows(self, name: str, sequence: int, rows: Sequence[int]) -> NDArray[np.float32]:
+        count = self._sizes[contract.CHOSEN if contract.CHOSEN in self._axes[name] else contract.ROWS]
+        places = [row % count for row in rows]
+        if not self._memory.partial or name in self._read:
+            copy: NDArray[np.float32] = self[name][sequence][places]
+            return copy
+        tensor, first = self._tensors[name], min(places)
+        span = tensor.flat().rows(sequence * tensor.shape[1] + first, max(places) - first + 1)
+        found: NDArray[np.float32] = as_float32(self._memory.read(span))[[place - first for place in places]]
         return found
 
     def wait(self) -> None:
-        """A run returns when the device is done."""
+        """Fetches the best tokens, which greedy decoding reads next anyway; or the first output."""
+        self.stored(contract.BEST_IDS if contract.BEST_IDS in self._tensors else next(iter(self._tensors)))
+
+    def fetched(self) -> HostOutputs:
+        """All of it, before another pass overwrites it."""
+        return HostOutputs({name: self.stored(name) for name in self._tensors})
 
 
 @dataclass(frozen=True)
 class DeviceScores:
-    """Scores of one sequence, see `engine.Scores`."""
+    """Scores of one sequence, see `graph.Scores`."""
 
-    output: DeviceOutput
+    outputs: DeviceOutputs
     sequence: int
 
     def best(self, row: int) -> int:
-        return int(self.output.best_ids[self.sequence, row])
+        if contract.BEST_IDS not in self.outputs:
+            return int(self[row].argmax())
+        return int(self.outputs.stored(contract.BEST_IDS)[self.sequence, row])
 
     def __getitem__(self, row: int) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self.output.logits[self.sequence, row]
+        found: NDArray[np.float32] = self.outputs.rows(contract.LOGITS, self.sequence, [row])[0]
         return found
 
 
-def bind_caches(binding: Any, cache: DeviceCache, row: int | None) -> None:
-    """A cache comes in and goes out at one place; of one sequence where `row` says which."""
-    for name, tensor in zip(cache.names, cache.storage.tensors, strict=True):
-        binding.bind_input(name, *tensor.place(row))
-        binding.bind_output(contract.updated(name), *tensor.place(row))
+class DeviceGraph:
+    """A `Graph` on a device."""
 
+    def __init__(
+        self,
+        name: str,
+        info: GraphInfo,
+        executor: Executor,
+        memory: DeviceMemory,
+        mover: SlotMoves,
+        room: Callable[[int, int], int],
+        once: bool = False,
+    ) -> None:
+        """`once`: it runs once a source, in sizes that seldom come again: its tensors live for one pass.
 
-def _run_options(graph_id: int | None) -> Any:
-    import onnxruntime as ort
+        Raises EngineError for a graph with a recurrent state.
+        """
+        if info.recurrent:
+            raise EngineError(f"The graph {name} keeps a recurrent state, which only the cpu engine keeps. Fix: --device cpu.")
+        self.name, self.info, self.executor = name, info, executor
+        self._memory, self._once = memory, once
+        self._inputs = step_inputs(executor.info)
+        self._slots = state_names(executor.info)
+        self._kept = self._slots | source_names(executor.info)
+        self._states = StatePool(executor.info, memory, mover, room)
+        self._outputs = OutputMemory(memory)
+        self._steps: dict[tuple[Any, ...], tuple[StepInputs, dict[str, Tensor]]] = {}
+        self._prompts = OutputMemory(memory)  # the inputs of prompts, of any length
+        self._axes = {tensor.name: tensor.shape for tensor in plain_outputs(executor.info)}
 
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", "-1" if graph_id is None else str(graph_id))
-    return options
+    def reserve(self, sizes: Mapping[str, int]) -> None:
+        """Allocate outputs for the largest pass, so that no address changes later."""
+        self._outputs.tensors(self._output_shapes(sizes))
 
+    def reserve_prompts(self, sizes: Mapping[str, int]) -> None:
+        """Allocate inputs for the longest prompt."""
+        nbytes = StepInputs(self._inputs, sizes).data.nbytes
+        self._prompts.tensors({"inputs": ((nbytes,), "uint8")})
 
-def _stored(value: Any) -> NDArray[Any]:
-    """A tensor in the host's memory as an array; bfloat16 as uint16, which ONNX Runtime does not do itself."""
-    if value.element_type() != ELEMENTS["bfloat16"]:
-        found: NDArray[Any] = value.numpy()
+    def new_state(self, batch: int, slots: int, sources: CrossState | None = None) -> GraphState:
+        state = self._states.open(batch, slots)
+        for row in range(0 if sources is None else batch):
+            state.put_sources(row, sources.row(row))  # type: ignore[union-attr]
+        return state
+
+    def run(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        state: State | None = None,
+        row_mask: NDArray[np.bool_] | None = None,
+    ) -> Outputs:
+        assert state is None or isinstance(state, GraphState)
+        sizes = measured_sizes(self._inputs, inputs)
+        if contract.ROWS not in sizes:
+            whole = Pass(0, 0, 0, 0)
+            return self._run(whole, inputs, sizes, state, None)
+        rows, chosen = sizes[contract.ROWS], sizes.get(contract.CHOSEN, sizes[contract.ROWS])
+        parts = self.executor.passes(rows, chosen, sizes[contract.BATCH])
+        if len(parts) == 1:
+            return self._run(parts[0], inputs, sizes, state, row_mask)
+        found = []
+        for part in parts:
+            given = dict(inputs) | _chosen_of(part, inputs, sizes)
+            count = part.end - part.begin
+            asked = sizes | {contract.ROWS: count, contract.CHOSEN: 1 if part.prompt else count}
+            outputs = self._run(part, given, asked, state, row_mask)
+            assert isinstance(outputs, DeviceOutputs)
+            found.append(outputs.fetched())
+        return HostOutputs({name: _joined(name, axes, parts, found, inputs) for name, axes in self._axes.items()})
+
+    def _run(
+        self,
+        part: Pass,
+        inputs: Mapping[str, NDArray[Any]],
+        sizes: Mapping[str, int],
+        state: GraphState | None,
+        row_mask: NDArray[np.bool_] | None,
+    ) -> "DeviceOutputs | HostOutputs":
+        """One pass. `sizes`: as asked for, before padding."""
+        padded = dict(sizes)
+        if part.padded:
+            padded |= {contract.ROWS: part.padded, contract.CHOSEN: part.chosen}
+        if state is not None:
+            padded[contract.SLOTS] = state.slots
+        step, sent = self._step(padded, part.prompt)
+        step.fill(inputs, np.zeros(0, np.int64) if state is None else state.lengths, row_mask, part.begin, part.end or None)
+        self._memory.write(sent["inputs"], step.data)
+        given = step_tensors(step, sent["inputs"]) | self._state_tensors(state)
+        returned = self._new_outputs(padded)
+        updated = {contract.updated(name): tensor for name, tensor in given.items() if name in self._slots}
+        replay = part.replayed and (state is None or state.begin == 0)
+        self.executor.run(part.profile, given, returned | updated, replay)
+        outputs = DeviceOutputs(self._memory, returned, self._axes, sizes)
+        if not self._once:
+            return outputs
+        fetched = outputs.fetched()
+        for tensors in (sent, returned):
+            self._memory.free(tensors)
+        return fetched
+
+    def _step(self, sizes: Mapping[str, int], prompt: bool) -> tuple[StepInputs, dict[str, Tensor]]:
+        """The inputs' buffer on the host and on the device: one of each shape that comes again, one for all prompts."""
+        key = tuple(sorted(sizes.items()))
+        if key in self._steps:
+            return self._steps[key]
+        step = StepInputs(self._inputs, sizes)
+        shapes = {"inputs": ((step.data.nbytes,), "uint8")}
+        if self._once:
+            return step, self._memory.tensors(shapes)
+        if prompt and self._memory.partial:
+            return step, self._prompts.tensors(shapes)
+        self._steps[key] = step, self._memory.tensors(shapes)
+        return self._steps[key]
+
+    def _state_tensors(self, state: GraphState | None) -> dict[str, Tensor]:
+        """What the graph reads of a state and of its sources."""
+        if state is None:
+            return {}
+        holders = [*state.parts, *([] if state.sources is None else [state.sources])]
+        found: dict[str, Tensor] = {}
+        for holder in holders:
+            assert isinstance(holder, (DeviceSlots, DeviceSources, DeviceSourceView))
+            found |= {name: tensor for name, tensor in holder.tensors.items() if name in self._kept}
         return found
-    shape = tuple(value.shape())
-    flat = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
-    copied: NDArray[Any] = np.ctypeslib.as_array(flat).reshape(shape).copy()
-    return copied
+
+    def _new_outputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        shapes = self._output_shapes(sizes)
+        return self._memory.tensors(shapes) if self._once else self._outputs.tensors(shapes)
+
+    def _output_shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {t.name: (_shape(t, sizes), t.dtype) for t in plain_outputs(self.executor.info)}
+
+
+def _shape(tensor: TensorInfo, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(axis_size(axis, sizes) for axis in tensor.shape)
+
+
+def step_tensors(step: StepInputs, sent: Tensor) -> dict[str, Tensor]:
+    """Input -> where it lies in the buffer that was sent."""
+    return {
+        name: dataclasses.replace(
+            sent, address=sent.address + offset, shape=step.arrays[name].shape, dtype=step.tensors[name].dtype
+        )
+        for name, offset in step.offsets.items()
+    }
+
+
+def _chosen_of(part: Pass, inputs: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """The chosen rows of one pass of several: all of them, or in a prompt the nearest to the one that was asked for."""
+    if contract.OUTPUT_ROWS not in inputs:
+        return {}
+    count = part.end - part.begin
+    nearest = np.clip(inputs[contract.OUTPUT_ROWS] - part.begin, 0, count - 1)
+    return {contract.OUTPUT_ROWS: nearest if part.prompt else np.arange(count)[None].repeat(sizes[contract.BATCH], 0)}
+
+
+def _joined(
+    name: str,
+    axes: Sequence[int | str],
+    parts: Sequence[Pass],
+    found: Sequence[HostOutputs],
+    inputs: Mapping[str, NDArray[Any]],
+) -> NDArray[Any]:
+    """One output of several passes: long texts whose every row is wanted, or prompts longer than a pass."""
+    arrays = [outputs.arrays[name] for outputs in found]
+    if contract.CHOSEN not in axes:
+        return np.concatenate(arrays, axis=axes.index(contract.ROWS))
+    axis, chosen = axes.index(contract.CHOSEN), inputs[contract.OUTPUT_ROWS]
+    if parts[0].prompt:
+        row = int(chosen[0, 0])
+        return next(array for part, array in zip(parts, arrays, strict=True) if part.begin <= row < part.end)
+    whole = np.concatenate(arrays, axis=axis)
+    return np.stack([whole[sequence][rows] for sequence, rows in enumerate(chosen)])

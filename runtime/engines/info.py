@@ -11,6 +11,7 @@ from headstart.runtime.bundle import Bundle
 from headstart.runtime.documents import from_json
 from headstart.runtime.errors import BundleError, EngineError
 from headstart.runtime.output import check_files
+from headstart.runtime.precision import Difference, FloatAgreement
 
 ENGINE_FILE = "engine.json"
 ENGINE_SCHEMA = 4
@@ -64,18 +65,20 @@ class EngineInfo:
         created: ISO 8601, UTC.
         builder: package versions that built it.
         source: sha256 of each of the bundle's files it was built from.
-        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "encoder", "heads/<name>", "probe" -> file beside
-            this one.
+        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "encoder", "frontend", "heads/<name>", "probe" -> file in
+            this one's folder.
         settings: what was chosen for this device, e.g. the type of integer activations.
         passes: what each lowering pass did, in order.
         relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range;
-            -1 where the engine was not run, because it was built for another machine.
+            None where the engine was not run, because the building machine cannot.
+        differences: of every graph that was run, its outputs' difference from the canonical graph's.
+        float_agreement: of a quantized bundle's engine with the float model; None for others, and where it was not run.
         plans: name of a graph -> what was built of it, for TensorRT.
-        cache_slots: of the caches, where that is fixed at build: the longest text and a verify pass behind it; else 0.
+        cache_slots: of the caches, where that is fixed at build: the longest text and a verify pass after it; else 0.
         batch: sequences decoded together, where that is fixed at build; else 0.
         source_rows: of the encoder's states, where there is an encoder and that is fixed at build; else 0.
         peak_memory_mb: of the building process, where it was measured; else 0.
-        files: sha256 of each file beside this one.
+        files: sha256 of each file in this folder.
     """
 
     schema_version: int
@@ -86,7 +89,9 @@ class EngineInfo:
     graphs: dict[str, str]
     settings: dict[str, str]
     passes: dict[str, int] = field(default_factory=dict)
-    relative_difference: float = 0.0
+    relative_difference: float | None = None
+    differences: dict[str, Difference] = field(default_factory=dict)
+    float_agreement: FloatAgreement | None = None
     plans: dict[str, PlanInfo] = field(default_factory=dict)
     cache_slots: int = 0
     batch: int = 0

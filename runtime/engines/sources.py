@@ -1,7 +1,7 @@
 """Sources as an engine with fixed sizes takes them: text padded and masked, recordings as long as they are.
 
 Padding a recording is not exact: Moonshine normalises over all of its time, convolutions look across the end, and neither
-asks a mask. So an encoder of recordings of any length keeps that axis open; only its states are padded, behind which the
+asks a mask. So an encoder of recordings of any length keeps that axis open; only its states are padded, and the
 decoder's mask hides the rest.
 """
 
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from headstart.runtime.bundle import GraphInfo
 from headstart.runtime.errors import BundleError, PromptError
 
-from .half import narrowed
 from .info import PlanInfo
 
 OPERATORS: dict[type, Callable[[int, int], int]] = {
@@ -50,7 +49,7 @@ def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
 
 
 def open_axis(shape: tuple[int | str, ...]) -> str | None:
-    """The one, besides the batch, whose size is not known before a recording is; None where all are."""
+    """The axis, other than the batch, whose size depends on the recording; None if every size is fixed."""
     names = [axis for axis in shape[1:] if isinstance(axis, str) and axis != "source"]
     return names[0] if names else None
 
@@ -62,7 +61,7 @@ class Source:
     Attributes:
         inputs: the encoder's, but for a mask that it may take.
         rows: of the states it makes.
-        mask: [1, E] bool, those of them that stand for something.
+        mask: [1, E] bool, which of those rows exist.
     """
 
     inputs: dict[str, NDArray[Any]]
@@ -70,7 +69,7 @@ class Source:
     mask: NDArray[np.bool_]
 
 
-def read_source(graph: GraphInfo, plan: PlanInfo | None, source: NDArray[Any], most: int, precision: str) -> Source:
+def read_source(graph: GraphInfo, plan: PlanInfo | None, source: NDArray[Any], most: int) -> Source:
     """Text is padded to `most` rows; features and samples are taken as they are.
 
     Raises PromptError for a source that the encoder was not built for.
@@ -91,7 +90,7 @@ def read_source(graph: GraphInfo, plan: PlanInfo | None, source: NDArray[Any], m
         length = source.shape[shape.index(axis)]
         check_length(plan, axis, length, "frames" if len(shape) > 1 else "samples")
         rows = axis_size(graph.outputs[0].shape[1], {axis: length})
-    return Source({info.name: narrowed(source[None], precision)}, rows, np.arange(most)[None] < rows)
+    return Source({info.name: source[None]}, rows, np.arange(most)[None] < rows)
 
 
 def check_length(plan: PlanInfo, axis: str, length: int, unit: str) -> None:
@@ -105,7 +104,7 @@ def check_length(plan: PlanInfo, axis: str, length: int, unit: str) -> None:
 
 
 def filled(array: NDArray[Any], axis: int, size: int) -> NDArray[Any]:
-    """Zeros behind `array` along one axis, up to `size`: rows that a mask hides."""
+    """`array` padded with zeros along one axis, up to `size`: rows that a mask hides."""
     ends = [(0, 0)] * array.ndim
     ends[axis] = (0, size - array.shape[axis])
     return np.pad(array, ends)

@@ -11,8 +11,8 @@ from pathlib import Path
 import messy_text
 
 import headstart
-from headstart.runtime.generation import Result
 from headstart.runtime.model import Model
+from headstart.runtime.results import Result
 
 HERE = Path(__file__).parent / "normalise"
 SHOWN = 10

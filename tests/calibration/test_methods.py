@@ -30,7 +30,7 @@ from headstart.exporter.graph import save_graph
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, is_lm_head, linears
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import OptionError
 
 BundleOf = Callable[[str], Bundle]

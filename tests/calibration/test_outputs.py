@@ -13,11 +13,11 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 from headstart.calibration.distill import IGNORED, DistillOptions, HiddenData
 from headstart.calibration.outputs import distill_outputs, ended, text_inputs, write
 from headstart.calibration.train import TrainOptions, train_medusa, train_on
+from headstart.exporter.heads.families import recognise
 from headstart.exporter.heads.install import import_head
-from headstart.exporter.heads.recognise import recognise
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from tests.architectures import byte_tokenizer
 
 SMALL = DistillOptions(new_tokens=12, sequences=10, batch=4)

@@ -12,7 +12,7 @@ from speech import RATE, recording
 from headstart.calibration.passages import LEAST, read_answered
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError, PromptError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
 
@@ -55,10 +55,11 @@ def test_recordings_are_heard_and_long_ones_left_out(speech_bundle: Bundle, tmp_
     read = read_answered(model, lines(tmp_path / "data.jsonl", *records), 1000)
     heard, _ = read.passages
     assert read.left_out == 1 and heard.target == "what is said " * 9
-    source, start = model.inputs(tmp_path / "short.wav")
-    assert heard.source is not None and source is not None
-    np.testing.assert_array_equal(heard.source, source)
-    assert heard.start == start and len(start) > 1, "language, task and no timestamps stand behind the start token"
+    given = model.input(tmp_path / "short.wav")
+    assert heard.source is not None and given.source is not None
+    np.testing.assert_array_equal(heard.source, given.source)
+    start = list(given.prompt_ids)
+    assert heard.start == start and len(start) > 1, "language, task and no timestamps follow the start token"
 
 
 def test_data_that_gives_too_little(bundle_of: BundleOf, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.report import QuantizationReport, compare, draw
 from headstart.exporter.comparison import all_logits
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import MissingExtraError, OptionError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.tokenizer import Tokenizer
 from headstart.screen import show_quantization, write_json
 

@@ -15,7 +15,7 @@ from headstart.calibration.train import Head, TrainOptions, accuracy, loss_of, t
 from headstart.exporter.heads.install import import_head
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 
 SMALL = DistillOptions(prompt_tokens=8, new_tokens=24, sequences=24, batch=12)
 

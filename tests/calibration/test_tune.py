@@ -4,22 +4,25 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from drafting import draft_request
 
 from headstart.calibration.bench import bench, draw
 from headstart.calibration.tune import PRIOR_WEIGHT, Recorder, TuneOptions, drafter_pairs, tune
 from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.drafters.base import DraftRequest
+from headstart.runtime.drafters.base import DraftRequest, DraftSequence
 from headstart.runtime.errors import EngineError, OptionError, OutputError
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
 from headstart.runtime.prompts import read_prompt_classes
-from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import ROOT, DraftTree
 from headstart.runtime.tuning import DrafterTuning, tuning_file
+from headstart.runtime.verify_cost import VerifyCost
 
 BundleOf = Callable[[str], Bundle]
 SAMPLE = Path(__file__).parent.parent.parent / "samples" / "checkpoints" / "pycode"
@@ -32,10 +35,17 @@ class Scripted:
 
     name = "scripted"
     default_nodes = 4
-    reads_hidden = False
+    reads: frozenset[str] = frozenset()
     class_count = 3
 
-    def open(self, batch: int) -> None: ...
+    def open(self, sequence: DraftSequence, target: Any) -> None: ...
+
+    def observe(self, sequence: DraftSequence, rows: Any, path: Sequence[int]) -> None: ...
+
+    def price(self, nodes: int, depth: int) -> float:
+        return 0.0
+
+    def close(self, sequence: DraftSequence) -> None: ...
 
     def prior_rates(self) -> list[float]:
         return [0.5] * 3
@@ -47,16 +57,12 @@ class Scripted:
         return [DraftTree(ids, parents, np.zeros(4, np.float32), classes=classes) for _ in requests]
 
 
-def request(tokens: list[int]) -> DraftRequest:
-    return DraftRequest(0, tokens, np.zeros(1, np.float32), 8, 8, SamplingOptions())
-
-
 def test_recorder_counts_nodes_whose_parent_was_accepted() -> None:
     recorder = Recorder(Scripted())
-    recorder.propose([request([1])])
-    recorder.propose([request([1, 10, 99])])  # 10 of class 0 accepted, 11 of it not; 12 of class 1 not; 13 never reached
+    recorder.propose([draft_request([1])])
+    recorder.propose([draft_request([1, 10, 99])])  # 10 of class 0 accepted, 11 of it not; 12 of class 1 not; 13 never reached
     assert recorder.seen.tolist() == [2, 1, 0] and recorder.accepted.tolist() == [1, 0, 0]
-    recorder.settle(0, [1, 10, 99, 10, 12, 13, 5])
+    recorder.close(draft_request([1, 10, 99, 10, 12, 13, 5]).sequence)
     assert recorder.seen.tolist() == [4, 2, 1] and recorder.accepted.tolist() == [2, 1, 1]
     assert recorder.rates()[2] == pytest.approx((1 + PRIOR_WEIGHT * 0.5) / (1 + PRIOR_WEIGHT))
 
@@ -89,9 +95,9 @@ def test_tuning_is_read_back_and_decides_auto(tuned: Path) -> None:
     assert model.tuning is not None and model.tuning.chosen in ("none", "medusa", "ngram", "ngram+medusa")
     assert set(model.tuning.drafters) == {"medusa", "ngram", "ngram+medusa"}
     assert all(0 < rate < 1 for one in model.tuning.drafters.values() for rate in one.rates)
-    drafter = model.drafter("auto")
+    drafter = model.generator.drafter("auto")
     assert (drafter.name if drafter else "none") == model.tuning.chosen
-    curve = model.tuning.verify.curve(100)
+    curve = model.tuning.verify.curve(1, 100)
     assert (np.diff(curve[1:]) >= 0).all() and curve[1] > 0
 
 
@@ -104,13 +110,15 @@ def test_budgets_change_no_token(tuned: Path, drafter: str) -> None:
 
 
 def test_resting_is_seen_in_the_stats(tuned: Path) -> None:
-    """A drafter whose rows are dear beyond measure proposes nothing at all."""
+    """A drafter whose rows cost far too much proposes nothing at all."""
     import dataclasses
 
     model = load(tuned, threads=2)
     assert model.tuning is not None
-    cost = dataclasses.replace(model.tuning.verify, milliseconds=((*range(1, 1000, 90),), (*range(1, 1000, 90),)))
-    dear = Model(model.bundle, model.engine, model.tokenizer, model._drafters, dataclasses.replace(model.tuning, verify=cost))
+    line = tuple(float(ms) for ms in range(1, 1000, 90))
+    cost = VerifyCost((dataclasses.replace(model.tuning.verify.single, milliseconds=(line, line)),))
+    tuning = dataclasses.replace(model.tuning, verify=cost)
+    dear = Model(model.bundle, model.engine, model.tokenizer, model.generator.drafters, tuning)
     result = dear.generate(PROMPTS[0], max_new_tokens=40, drafter="medusa", ignore_end=True)
     assert result.stats.drafted_tokens == 0 and result.stats.acceptance_length == 1.0
 

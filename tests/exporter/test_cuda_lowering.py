@@ -15,10 +15,10 @@ from headstart.exporter.graph import save_graph
 from headstart.exporter.lowering.cuda import lower
 from headstart.exporter.lowering.placement import left_on_cpu
 from headstart.exporter.passes.matmul_nbits import pack_weights
-from headstart.exporter.tensorrt.build import TensorRtOptions
+from headstart.exporter.targets.cuda import CudaOptions
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import engine_folder
-from headstart.runtime.engines.provider import open_session
+from headstart.runtime.engines.ort_session import open_session
 from headstart.runtime.errors import EngineError
 
 BundleOf = Callable[[str], Bundle]
@@ -132,6 +132,6 @@ def test_bfloat16_is_built_and_not_compared(bundle_of: BundleOf, tmp_path: Path)
     import shutil
 
     shutil.copytree(bundle_of("llama").path, tmp_path / "bundle")
-    info = build(tmp_path / "bundle", "cuda", options=TensorRtOptions(precision="bfloat16"))
-    assert info.settings["precision"] == "bfloat16" and info.relative_difference == -1
+    info = build(tmp_path / "bundle", "cuda", options=CudaOptions(precision="bfloat16"))
+    assert info.settings["precision"] == "bfloat16" and info.relative_difference is None and not info.differences
     assert set(info.graphs) == {"decoder", "commit", "gather"}

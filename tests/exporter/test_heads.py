@@ -12,13 +12,17 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from headstart.exporter.heads import install
+from headstart.exporter.export import export
+from headstart.exporter.heads import families, install, medusa
+from headstart.exporter.heads.families import recognise
+from headstart.exporter.heads.family import Family, Format, Installation, Reads
+from headstart.exporter.heads.folder import HeadFolder
 from headstart.exporter.heads.install import import_head
-from headstart.exporter.heads.recognise import recognise
-from headstart.runtime.bundle import Bundle, Manifest, write_manifest
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.errors import HeadError, OptionError, OutputError
-from headstart.runtime.model import load
+from headstart.runtime import contract
+from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, write_manifest
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.errors import HeadError, OutputError
+from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
 HEADS, LAYERS, HIDDEN, VOCAB = 3, 2, 64, 300
@@ -94,13 +98,17 @@ def bundle(bundle_of: BundleOf, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle_of("llama_tied").path, tmp_path / "bundle"))
 
 
+def proposals(bundle: Bundle, name: str, hidden: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+    outputs = OnnxRuntimeEngine(bundle).graph(f"heads/{name}").run({"hidden": hidden})
+    return outputs["topk_ids"], outputs["topk_log_probs"]
+
+
 def assert_equals_reference(
     bundle: Path, name: str, blocks: Blocks, projections: list[NDArray[np.float32]], heads: int = HEADS
 ) -> None:
     loaded = Bundle.load(bundle)
-    head = OnnxRuntimeEngine(loaded).head(loaded.head(name))
     hidden = np.random.default_rng(0).standard_normal((2, 1, HIDDEN)).astype(np.float32)
-    ids, log_probs = head.propose(hidden)
+    ids, log_probs = proposals(loaded, name, hidden)
     wanted = reference(hidden[:, 0], blocks, projections)
     assert ids.shape == log_probs.shape == (2, heads, 10)
     assert (ids == np.argsort(-wanted, axis=-1)[..., :10]).all()
@@ -136,7 +144,7 @@ def test_blockwise_heads_are_those_that_were_trained(bundle: Path, tmp_path: Pat
     logits = [state @ projection.T for state, projection in zip(states, projections, strict=True)]
     wanted = torch.stack(logits, 1).log_softmax(-1).topk(10)
     loaded = Bundle.load(bundle)
-    ids, log_probs = OnnxRuntimeEngine(loaded).head(loaded.head("medusa")).propose(hidden.numpy())
+    ids, log_probs = proposals(loaded, "medusa", hidden.numpy())
     assert (ids == wanted.indices.numpy()).all()
     np.testing.assert_allclose(log_probs, wanted.values, rtol=1e-5, atol=1e-4)
 
@@ -189,7 +197,7 @@ def test_truncated_vocabulary_proposes_the_target_s_ids(already_cut: bool, bundl
     import_head(bundle, write_head(tmp_path / "head", tensors, {"truncated_vocab_size": 40, "vocab_size": VOCAB}))
     loaded = Bundle.load(bundle)
     hidden = np.random.default_rng(0).standard_normal((1, 1, HIDDEN)).astype(np.float32)
-    ids, log_probs = OnnxRuntimeEngine(loaded).head(loaded.head("medusa")).propose(hidden)
+    ids, log_probs = proposals(loaded, "medusa", hidden)
     wanted = reference(hidden[:, 0], blocks, [p.numpy()[token_map] for p in projections])
     assert (ids == token_map.numpy()[np.argsort(-wanted, axis=-1)[..., :10]]).all()
     np.testing.assert_allclose(log_probs, -np.sort(-wanted, axis=-1)[..., :10], rtol=1e-5, atol=1e-4)
@@ -333,8 +341,6 @@ def test_names_and_force(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="--force"):
         import_head(bundle, folder, name="medusa")
     import_head(bundle, folder, name="medusa", force=True)
-    with pytest.raises(OptionError, match="cannot name a head"):
-        import_head(bundle, folder, name="../x")
     assert sorted(Bundle.load(bundle).manifest.heads) == ["medusa", "medusa2"]
 
 
@@ -384,3 +390,92 @@ def test_a_bundle_named_by_a_dot(bundle: Path, tmp_path: Path, monkeypatch: pyte
     import_head(".", folder)
     import_head(".", folder, name="medusa", force=True)
     assert Bundle.load(".").manifest.heads == ("medusa",)
+
+
+@pytest.mark.parametrize("name", ["auto", "none", "ngram", "source_copy", "previous_hypothesis", "draft_model"])
+def test_names_of_other_drafters_are_refused(name: str, bundle: Path, tmp_path: Path) -> None:
+    folder = write_head(tmp_path / "head", tensors_of("medusa-1", random_blocks(), []))
+    with pytest.raises(HeadError, match="names another drafter"):
+        import_head(bundle, folder, name=name)
+    assert not (bundle / "heads").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../x", "a/b", "a\\b", "a+b", "ngram+medusa", "a b", "1a", "für", ".", "x" * 65, "x" * 300]
+)
+def test_names_that_no_head_can_have(name: str, bundle: Path, tmp_path: Path) -> None:
+    folder = write_head(tmp_path / "head", tensors_of("medusa-1", random_blocks(), []))
+    with pytest.raises(HeadError, match="1 to 64 letters"):
+        import_head(bundle, folder, name=name)
+    assert not (bundle / "heads").exists() and not list(bundle.parent.glob(".bundle*"))
+
+
+def test_the_longest_name(bundle: Path, tmp_path: Path) -> None:
+    folder = write_head(tmp_path / "head", tensors_of("medusa-1", random_blocks(), []))
+    assert import_head(bundle, folder, name="x" * 64).name == "x" * 64
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("pickled", [True, False])
+def test_weights_that_are_not_finite(value: float, pickled: bool, bundle: Path, tmp_path: Path) -> None:
+    """One weight is enough, in a block or in a projection; importing and exporting refuse it alike."""
+    for name in ("1.0.linear.weight", f"2.{LAYERS}.weight"):
+        tensors = tensors_of("medusa-1", random_blocks(), random_projections())
+        tensors[name][5, 7] = value
+        folder = write_head(tmp_path / name, tensors, pickled=pickled)
+        with pytest.raises(HeadError, match=rf"{name} holds NaN or infinite weights \(1 of "):
+            import_head(bundle, folder)
+    assert not (bundle / "heads").exists()
+
+
+def toy_family(layers_read: tuple[int, ...], embeddings: bool = False) -> Family:
+    """A family in one module: a folder with the tensor `toy` holds it; it proposes with Medusa's graph."""
+
+    def to_graphs(folder: HeadFolder, dialect: str, target: Installation) -> HeadInfo:
+        tensors = tensors_of("medusa-1", random_blocks(), [])
+        return medusa.to_graphs(HeadFolder.open(write_head(target.folder / "medusa", tensors)), "medusa-1", target)
+
+    return Family(
+        lambda folder: Format("toy-1") if "toy" in folder.files else None,
+        lambda folder, layers: Reads(aux_layers=tuple(i for i in layers_read if i <= layers), embeddings=embeddings),
+        to_graphs,
+    )
+
+
+def test_what_a_head_reads_is_asked_before_tracing(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family is one line of the table: export returns the layers it reads, and the bundle names the family."""
+    monkeypatch.setitem(families.FAMILIES, "toy", toy_family((0, 2, 9)))
+    folder = write_head(tmp_path / "head", {"toy": torch.zeros(2)})
+    bundle = export(checkpoint_of("llama_tied"), tmp_path / "bundle", [folder], aux_layers=[1])
+    assert bundle.manifest.model.aux_layers == (1, 0, 2)
+    outputs = {tensor.name: tensor.shape for tensor in bundle.manifest.graphs["decoder"].outputs}
+    assert outputs[contract.AUX_HIDDEN][-1] == 3 * HIDDEN
+    assert bundle.manifest.heads == ("toy",) and bundle.head("toy").family == "toy"
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [(toy_family((0, 2)), "--aux-layers 0,2"), (toy_family((), True), "embeddings")]
+)
+def test_heads_that_read_more_than_the_bundle_returns(
+    family: Family, message: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(families.FAMILIES, "toy", family)
+    with pytest.raises(HeadError, match=message):
+        import_head(bundle, write_head(tmp_path / "head", {"toy": torch.zeros(2)}))
+    assert not (bundle / "heads").exists()
+
+
+@pytest.mark.parametrize("damage", ["nan", "family"])
+def test_exporting_with_a_head_that_cannot_be_taken(
+    damage: str, checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left at the output; another family is refused before the checkpoint is even read."""
+    tensors = tensors_of("medusa-1", random_blocks(), [])
+    tensors["0.0.linear.bias"][3] = float("nan")
+    folder = write_head(tmp_path / "head", tensors if damage == "nan" else {"midlayer.mlp.up_proj.weight": torch.zeros(2, 2)})
+    checkpoint = checkpoint_of("llama_tied") if damage == "nan" else tmp_path / "no-such-checkpoint"
+    with pytest.raises(HeadError, match="NaN" if damage == "nan" else "EAGLE-3"):
+        export(checkpoint, tmp_path / "bundle", [folder])
+    assert not list(tmp_path.glob("*bundle*"))

@@ -16,9 +16,9 @@ from headstart.exporter.integer_probe import INPUT, SIZE, Probed, fastest_exact,
 from headstart.exporter.passes.per_row_int8 import PRODUCTS, Product, lower_linears, shifted
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import ENGINE_FILE, engine_folder
-from headstart.runtime.engines.provider import open_session
+from headstart.runtime.engines.ort_session import open_session
 from headstart.runtime.errors import EngineError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.output import hash_files
 
 EXACT = Product("uint8", "uint8")  # sums of pairs in 32 bits on every CPU

@@ -13,16 +13,17 @@ from architectures import ARCHITECTURES, save_checkpoint, tiny_model
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.build import build
 from headstart.exporter.export import export
-from headstart.exporter.passes.grouped_query_attention import fuse_attention, portable_layers
+from headstart.exporter.passes.grouped_query_attention import fuse_attention
 from headstart.exporter.passes.linear import linears
 from headstart.exporter.passes.normalization import fuse_normalization
 from headstart.exporter.passes.packed_linears import pack_linears
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.contract import LOGITS
 from headstart.runtime.engines.info import ENGINE_FILE, engine_folder
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import BundleError, EngineError, OptionError, OutputError
-from headstart.runtime.model import load
-from headstart.runtime.prefill import prefill
+from headstart.runtime.loading import load
+from headstart.runtime.prefill import last_logits, prefill, run_decoder
 
 BundleOf = Callable[[str], Bundle]
 # Soft caps are spelled out in the canonical graph: those layers keep the portable form.
@@ -37,6 +38,12 @@ def canonical(bundle: Bundle) -> ir.Model:
 
 def kinds(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
+
+
+def portable_layers(model: ir.Model) -> int:
+    """How many cached attention layers are left in the portable form."""
+    scatters = [node for node in model.graph if node.op_type == "TensorScatter" and node.inputs[0].is_graph_input()]
+    return len(scatters) // 2
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +94,14 @@ def test_int4_is_widened(built: Callable[[str, str], Bundle]) -> None:
 def test_chain_rows_are_bit_equal_to_single_steps(built: Callable[[str, str], Bundle], weights: str) -> None:
     engine = OnnxRuntimeEngine.open(built("llama", weights))
     prompt, chain = list(range(5, 25)), list(range(30, 61))
-    stepwise = engine.new_cache(1, 128)
+    stepwise = engine.graph("decoder").new_state(1, 128)
     prefill(engine, stepwise, prompt)
-    singles = [prefill(engine, stepwise, [token]).logits[0, 0].copy() for token in chain]
-    at_once = engine.new_cache(1, 128)
+    singles = [last_logits(prefill(engine, stepwise, [token])) for token in chain]
+    at_once = engine.graph("decoder").new_state(1, 128)
     prefill(engine, at_once, prompt)
     rows = np.arange(len(chain))[None]
-    output = engine.forward(at_once, np.array([chain]), len(prompt) + rows, np.tri(len(chain), dtype=np.bool_)[None], rows)
-    assert (output.logits[0] == np.stack(singles)).all()
+    output = run_decoder(engine, at_once, np.array([chain]), len(prompt) + rows, np.tri(len(chain), dtype=np.bool_)[None], rows)
+    assert (output[LOGITS][0] == np.stack(singles)).all()
 
 
 def test_rows_beside_a_row_do_not_change_it(built: Callable[[str, str], Bundle]) -> None:
@@ -102,10 +109,10 @@ def test_rows_beside_a_row_do_not_change_it(built: Callable[[str, str], Bundle])
     engine = OnnxRuntimeEngine.open(built("llama", "int8"))
     results = []
     for other in (7, 250):
-        cache = engine.new_cache(1, 32)
+        cache = engine.graph("decoder").new_state(1, 32)
         positions, mask = np.array([[0, 0]]), np.eye(2, dtype=np.bool_)[None]  # two roots that do not see each other
         ids = np.array([[5, other]])
-        results.append(engine.forward(cache, ids, positions, mask, np.array([[0, 1]])).logits[0].copy())
+        results.append(run_decoder(engine, cache, ids, positions, mask, np.array([[0, 1]]))[LOGITS][0].copy())
     assert (results[0][0] == results[1][0]).all()
     assert (results[0][1] != results[1][1]).any()
 

@@ -15,7 +15,7 @@ from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.exporter.lowering.tensorrt import lower
 from headstart.exporter.overflow import LARGEST, overflowing, watch
-from headstart.exporter.tensorrt.build import TensorRtOptions
+from headstart.exporter.tensorrt.options import TensorRtOptions
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import EngineError
 

@@ -15,17 +15,18 @@ from headstart.exporter.build import build
 from headstart.exporter.graph import save_graph
 from headstart.exporter.lowering.tensorrt import lower
 from headstart.exporter.memory_plan import memory_plan
-from headstart.exporter.tensorrt.build import TensorRtOptions, source_module
-from headstart.exporter.tensorrt.builder import BuilderOptions, build_plan, network_ends
-from headstart.exporter.tensorrt.library import open_library, parse_target
+from headstart.exporter.tensorrt.builder import build_plan, error_log, parse, type_name
+from headstart.exporter.tensorrt.library import Library, open_library, parse_target
+from headstart.exporter.tensorrt.options import BuilderOptions, TensorRtOptions
+from headstart.exporter.tensorrt.origin import source_module
 from headstart.exporter.tensorrt.plan import read_plan
 from headstart.exporter.tensorrt.profiles import VERIFY_ROWS, decoder_profiles
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.documents import from_json
-from headstart.runtime.engine import MAX_ROWS
 from headstart.runtime.engines.info import ENGINE_FILE, EngineInfo, Profile, built_engine, engine_folder
 from headstart.runtime.errors import EngineError, HeadstartError, MissingExtraError, OptionError, OutputError
+from headstart.runtime.graph import MAX_ROWS
 from headstart.screen import describe_plan
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
@@ -73,7 +74,7 @@ def test_caches_are_updated_in_place_and_attention_is_fused(built: Built, weight
     assert plan.layers["attention_output float16"] == layers
     assert plan.kernels["fused_attention"] == layers * len(plan.profiles)
     assert set(plan.in_place) == {
-        contract.updated(name) for cache in bundle.manifest.caches for name in (cache.key_name, cache.value_name)
+        contract.updated(name) for slots in bundle.manifest.graphs["decoder"].slots for name in slots.sizes()
     }
 
 
@@ -88,10 +89,21 @@ def test_the_plan_s_tensors_are_the_manifest_s(built: Built, weights: str, devic
     for name in inputs | outputs:
         assert text.tensors[f"{name}.1"][0] == kinds.get(name, "int64"), name
     assert text.tensors["logits.1"][1][-1] == str(model.vocab_size)
-    for cache in bundle.manifest.caches:
+    for cache in bundle.manifest.graphs["decoder"].slots:
         found = text.tensors[f"{contract.updated(cache.key_name)}.1"]
         assert found == ("half", ("1", str(cache.kv_heads), str(SLOTS), str(cache.key_size)))
     assert inputs <= text.inputs and outputs <= text.outputs
+
+
+def network_ends(library: Library, file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(type, shape) of each input and output as the library's parser sees them; -1 is an open axis."""
+    trt = library.module
+    log = error_log(trt)
+    network = trt.Builder(log).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parse(trt, network, file, log, lambda node: node)
+    ends = [network.get_input(i) for i in range(network.num_inputs)]
+    ends += [network.get_output(i) for i in range(network.num_outputs)]
+    return {tensor.name: (type_name(tensor.dtype), tuple(tensor.shape)) for tensor in ends}
 
 
 def test_the_network_has_the_manifest_s_ends(bundle_of: BundleOf, tmp_path: Path) -> None:
@@ -207,7 +219,7 @@ def test_the_engine_describes_itself(built: Built) -> None:
     file = engine_folder(bundle, info.device) / ENGINE_FILE
     assert from_json(EngineInfo, file.read_text()) == info
     assert info.device == "trt-rtx:sm86" and info.builder["tensorrt_rtx"] and info.settings["precision"] == "float16"
-    assert (info.cache_slots, info.batch, info.relative_difference) == (SLOTS, 1, -1.0)
+    assert (info.cache_slots, info.batch, info.relative_difference) == (SLOTS, 1, None)
     for name, plan in info.plans.items():
         assert (file.parent / info.graphs[name]).stat().st_size == plan.bytes
     assert {path.suffix for path in file.parent.rglob("*") if path.is_file()} == {".plan", ".json"}
@@ -287,7 +299,7 @@ def refused_graph(folder: Path, operator: str = "Det") -> Path:
 def test_an_operator_the_parser_refuses(tmp_path: Path) -> None:
     file = refused_graph(tmp_path)
     library = open_library(parse_target("trt-rtx:sm89"))
-    with pytest.raises(EngineError, match=r"the node strange \(Det\) .* layers.3.mlp.up_proj or just behind it \(layer 3\)"):
+    with pytest.raises(EngineError, match=r"the node strange \(Det\) .* layers.3.mlp.up_proj or just after it \(layer 3\)"):
         build_plan(file, {}, (), library, BuilderOptions(), lambda stage: None, lambda node: source_module(file, node))
 
 

@@ -17,7 +17,7 @@ from headstart.exporter.passes.half import in_range
 from headstart.exporter.passes.row_mask import mask_from_rows
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import open_session
+from headstart.runtime.engines.ort_session import open_session
 
 BundleOf = Callable[[str], Bundle]
 

@@ -10,10 +10,10 @@ import pytest
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.export import export
 from headstart.exporter.memory_plan import memory_plan
-from headstart.exporter.tensorrt.build import TensorRtOptions
+from headstart.exporter.tensorrt.options import TensorRtOptions
 from headstart.exporter.tensorrt.plan import read_plan
 from headstart.runtime import contract
-from headstart.runtime.bundle import Bundle, CacheInfo, TensorInfo
+from headstart.runtime.bundle import Bundle, KeyValueInfo, TensorInfo
 from headstart.runtime.engines.info import EngineInfo, built_engine, engine_folder
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra trt-rtx")
@@ -55,7 +55,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return make
 
 
-def names(caches: tuple[CacheInfo, ...]) -> set[str]:
+def names(caches: tuple[KeyValueInfo, ...]) -> set[str]:
     return {name for cache in caches for name in (cache.key_name, cache.value_name)}
 
 
@@ -73,10 +73,10 @@ def test_every_graph_has_a_plan(built: Built, name: str, weights: str) -> None:
 def test_caches_and_attention_are_native(built: Built, name: str, weights: str) -> None:
     """Of the decoder both its own attention and the source's; of every profile each layer."""
     bundle, info = built(name, weights)
-    decoder, own = info.plans["decoder"], bundle.manifest.caches
+    decoder, own = info.plans["decoder"], bundle.manifest.graphs["decoder"].slots
     assert decoder.layers["kv_cache_update float16"] == len(names(own)) == len(decoder.in_place)
     assert set(decoder.in_place) == {contract.updated(cache) for cache in names(own)}
-    assert decoder.layers["attention_output float16"] == len(own) + len(bundle.manifest.cross_caches)
+    assert decoder.layers["attention_output float16"] == len(own) + len(bundle.manifest.graphs["decoder"].reads)
     for graph, plan in info.plans.items():
         layers = plan.layers.get("attention_output float16", 0)
         assert plan.kernels.get("fused_attention", 0) == layers * max(len(plan.profiles), 1)
@@ -98,7 +98,7 @@ def test_the_ends_are_the_manifest_s(built: Built, name: str, weights: str) -> N
     for graph in bundle.manifest.graphs:
         text = read_plan((engine_folder(bundle, DEVICE) / info.graphs[graph]).read_bytes())
         described = bundle.manifest.graphs[graph]
-        caches = names(bundle.manifest.caches)
+        caches = names(bundle.manifest.graphs["decoder"].slots)
         inputs = [one for one in described.inputs if one.name != contract.ATTENTION_MASK]  # it is computed from row_mask
         assert {contract.updated(one.name) if one.name in caches else one.name for one in inputs} <= text.inputs
         assert (graph == "decoder") == (contract.ROW_MASK in text.inputs) == (contract.BEST_IDS in text.outputs)

@@ -15,11 +15,12 @@ from headstart.exporter.passes.query_rows import pad_query_rows
 from headstart.exporter.passes.used_slots import read_used_slots
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.cache import KVCache
-from headstart.runtime.engine import SLOT_STEP
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.provider import open_session
-from headstart.runtime.prefill import prefill
+from headstart.runtime.contract import LOGITS
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_session import open_session
+from headstart.runtime.graph import SLOT_STEP
+from headstart.runtime.prefill import prefill, run_decoder
+from headstart.runtime.states import GraphState
 
 BundleOf = Callable[[str], Bundle]
 LENGTHS = (20, 33, SLOT_STEP - 4)  # the longest gets past the first SLOT_STEP slots while the chain is decoded
@@ -27,19 +28,19 @@ ROWS = 6
 FLOATS = ir.TensorType(ir.DataType.FLOAT)
 
 
-def prefilled(engine: OnnxRuntimeEngine, slots: int = 3 * SLOT_STEP) -> KVCache:
-    cache = engine.new_cache(len(LENGTHS), slots)
+def prefilled(engine: OnnxRuntimeEngine, slots: int = 3 * SLOT_STEP) -> GraphState:
+    state = engine.graph("decoder").new_state(len(LENGTHS), slots)
     for index, length in enumerate(LENGTHS):
-        prefill(engine, cache.row(index), [(7 * token + index) % 250 + 3 for token in range(length)])
-    return cache
+        prefill(engine, state.row(index), [(7 * token + index) % 250 + 3 for token in range(length)])
+    return state
 
 
-def forward(engine: OnnxRuntimeEngine, cache: KVCache, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+def forward(engine: OnnxRuntimeEngine, state: GraphState, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """[B, T, V] logits of a chain."""
     batch, count = ids.shape
     rows = np.broadcast_to(np.arange(count), (batch, count))
     mask = np.broadcast_to(np.tri(count, dtype=np.bool_), (batch, count, count))
-    return engine.forward(cache, ids, cache.lengths[:, None] + rows, mask, rows).logits.copy()
+    return run_decoder(engine, state, ids, state.lengths[:, None] + rows, mask, rows)[LOGITS].copy()
 
 
 @pytest.mark.parametrize(("name", "weights"), [("llama", "int8"), ("gpt2", "float32"), ("gemma2", "float32")])
@@ -53,10 +54,10 @@ def test_a_batch_steps_as_it_verifies(bundle_of: BundleOf, tmp_path: Path, name:
     engine = OnnxRuntimeEngine.open(Bundle.load(tmp_path / "bundle"), 1)
     chain = np.arange(30, 30 + ROWS * len(LENGTHS)).reshape(len(LENGTHS), ROWS)
     at_once = forward(engine, prefilled(engine), chain)
-    cache, steps = prefilled(engine), []
+    state, steps = prefilled(engine), []
     for row in range(ROWS):
-        steps.append(forward(engine, cache, chain[:, row : row + 1])[:, 0])
-        cache.lengths += 1
+        steps.append(forward(engine, state, chain[:, row : row + 1])[:, 0])
+        state.lengths += 1
     assert (np.stack(steps, 1) == at_once).all()
     assert (forward(engine, prefilled(engine, 8 * SLOT_STEP), chain) == at_once).all()  # capacity is not read
     for index in range(len(LENGTHS)):
@@ -71,11 +72,11 @@ def test_the_mask_is_as_wide_as_the_used_slots(bundle_of: BundleOf, tmp_path: Pa
     build(tmp_path / "bundle")
     engine = OnnxRuntimeEngine.open(Bundle.load(tmp_path / "bundle"), 1)
     for batch in (1, 3):
-        cache, widths = engine.new_cache(batch, 4 * SLOT_STEP), []
+        state, widths = engine.graph("decoder").new_state(batch, 4 * SLOT_STEP), []
         for length in (0, SLOT_STEP - 2, SLOT_STEP - 1, 3 * SLOT_STEP, 5):
-            cache.lengths[:] = length
-            forward(engine, cache, np.full((batch, 2), 7))
-            (binding,) = cache.engine_state.values()
+            state.lengths[:] = length
+            forward(engine, state, np.full((batch, 2), 7))
+            (binding,) = state.bound.values()
             widths.append(binding.inputs.arrays[contract.ATTENTION_MASK].shape[3])
         assert widths == [SLOT_STEP, SLOT_STEP, 2 * SLOT_STEP, 4 * SLOT_STEP, SLOT_STEP]
 

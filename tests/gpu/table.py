@@ -14,15 +14,16 @@ from pathlib import Path
 from headstart.calibration.bench import bench
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.tune import tune
-from headstart.calibration.verify import check_golden
+from headstart.calibration.verification.logits import check_golden
+from headstart.calibration.verification.reference import engine_precision
 from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.exporter.golden import read_golden
 from headstart.exporter.tensorrt.library import ELSEWHERE
-from headstart.runtime.engines.cuda import Cuda
+from headstart.runtime.engines.trt_cuda import Cuda
 from headstart.runtime.errors import HeadstartError
-from headstart.runtime.generation import Prompt
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model, Prompt
 from headstart.runtime.prompts import read_prompts
 
 CHECKPOINTS = Path(__file__).parent.parent.parent / "samples" / "checkpoints"
@@ -79,12 +80,12 @@ def inputs_of(sample: str) -> list[Prompt]:
 
 def figures(model: Model, cpu: Model, inputs: Sequence[Prompt], memory_used: Callable[[], int], before: int) -> Figures:
     """Parity and speed of one model. `memory_used` is asked when everything is open; `before`: what it said at first."""
-    check = check_golden(model.engine, read_golden(model.bundle))
+    check = check_golden(model.engine, read_golden(model.bundle), engine_precision(model.engine))
     equal = sum(_tokens(model, given) == _tokens(cpu, given) for given in inputs)
     measured = bench(model, {"all": inputs}, NEW_TOKENS, ROUNDS, drafters=["auto"])
     plain, drafted = (next(row for row in measured.rows if row.drafter == name) for name in ("none", "auto"))
     return Figures(
-        difference=check.median_relative_difference,
+        difference=check.median,
         equal=equal,
         of=len(inputs),
         plain=plain.decode_tokens_per_s,

@@ -12,12 +12,13 @@ import pytest
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.build import build
-from headstart.exporter.tensorrt.build import TensorRtOptions
+from headstart.exporter.targets.cuda import CudaOptions
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.provider import left_on_cpu
+from headstart.runtime.contract import LOGITS
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_session import left_on_cpu
 from headstart.runtime.errors import EngineError, MissingExtraError
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
 from headstart.runtime.prefill import prefill
 
 pytestmark = pytest.mark.gpu
@@ -33,7 +34,7 @@ def engine(request: pytest.FixtureRequest, bundle_of: BundleOf, tmp_path_factory
         shutil.copytree(bundle_of("llama").path, folder)
     else:
         quantize(bundle_of("llama").path, folder, QuantizeOptions(weights=weights))
-    build(folder, "cuda", options=TensorRtOptions(precision=precision))
+    build(folder, "cuda", options=CudaOptions(precision=precision))
     try:
         return OnnxRuntimeEngine.open(Bundle.load(folder), device="cuda")
     except (EngineError, MissingExtraError) as error:
@@ -50,9 +51,9 @@ def test_logits_are_the_cpu_engine_s_with_cuda_graphs(engine: OnnxRuntimeEngine)
     cpu = OnnxRuntimeEngine(engine.bundle)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        caches = [one.new_cache(1, 128) for one in (engine, cpu)]
+        caches = [one.graph("decoder").new_state(1, 128) for one in (engine, cpu)]
         for part in (prompt, [5], [6], [7]):
-            found = [prefill(one, cache, part).logits.copy() for one, cache in zip((engine, cpu), caches, strict=True)]
+            found = [prefill(one, cache, part)[LOGITS].copy() for one, cache in zip((engine, cpu), caches, strict=True)]
             assert np.abs(found[0] - found[1]).max() < 0.05 * np.ptp(found[1])
     assert engine._provider.captures
 

@@ -13,18 +13,18 @@ import pytest
 from gpu.table import device_here
 
 from headstart.exporter.build import build
-from headstart.exporter.tensorrt.build import TensorRtOptions
-from headstart.exporter.tensorrt.builder import BuilderOptions
+from headstart.exporter.tensorrt.options import BuilderOptions, TensorRtOptions
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.cuda import Cuda
+from headstart.runtime.contract import LOGITS
 from headstart.runtime.engines.info import engine_folder
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.plans import RUNTIME_CACHE, LoadedPlan
-from headstart.runtime.engines.tensorrt import TensorRtEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.trt_cuda import Cuda
+from headstart.runtime.engines.trt_engine import TensorRtEngine
+from headstart.runtime.engines.trt_plans import RUNTIME_CACHE, LoadedPlan
 from headstart.runtime.errors import HeadstartError
-from headstart.runtime.model import load
-from headstart.runtime.prefill import prefill
+from headstart.runtime.loading import load
+from headstart.runtime.prefill import prefill, run_decoder
 
 pytestmark = pytest.mark.gpu
 BundleOf = Callable[[str], Bundle]
@@ -63,7 +63,7 @@ def test_the_library_says_what_the_manifest_does(built: Bundle, engine: TensorRt
     for index, profile in enumerate(engine.info.plans["decoder"].profiles):
         shapes = loaded.get_tensor_profile_shape(contract.INPUT_IDS, index)
         assert tuple(tuple(shape)[1] for shape in shapes) == profile.sizes["rows"]
-    for cache in built.manifest.caches:
+    for cache in built.manifest.graphs["decoder"].slots:
         for name in (cache.key_name, cache.value_name):
             assert loaded.get_aliased_input_tensor(contract.updated(name)) == name
             assert tuple(loaded.get_tensor_shape(name))[2] == engine.info.cache_slots
@@ -73,8 +73,8 @@ def test_logits_are_the_cpu_engine_s(built: Bundle, engine: TensorRtEngine) -> N
     prompt = np.random.default_rng(0).integers(3, 300, 75).tolist()
     found = []
     for one in (engine, OnnxRuntimeEngine(built)):
-        cache = one.new_cache(1, 128)
-        found.append(prefill(one, cache, prompt).logits.copy())
+        cache = one.graph("decoder").new_state(1, 128)
+        found.append(prefill(one, cache, prompt)[LOGITS].copy())
     assert np.abs(found[0] - found[1]).max() < 0.02 * np.ptp(found[1])
 
 
@@ -83,20 +83,22 @@ def test_the_device_s_best_tokens_are_its_logits_best(engine: TensorRtEngine) ->
     for rows in (1, 2, 4, 8, 16, 32, 64):
         ids = np.random.default_rng(rows).integers(3, 300, (1, rows))
         places = np.arange(rows)[None]
-        output = engine.forward(engine.new_cache(1, 128), ids, places, np.tri(rows, dtype=np.bool_)[None], places)
+        output = run_decoder(
+            engine, engine.graph("decoder").new_state(1, 128), ids, places, np.tri(rows, dtype=np.bool_)[None], places
+        )
         best = [output.scores(0).best(row) for row in range(rows)]
-        assert best == output.logits[0].argmax(-1).tolist()
+        assert best == output[LOGITS][0].argmax(-1).tolist()
 
 
 def test_replayed_passes_compute_what_the_first_did(engine: TensorRtEngine) -> None:
     """The same pass again and again, in the same memory: from the third time on classic TensorRT starts a CUDA graph."""
     found = []
     for _ in range(4):
-        cache = engine.new_cache(1, 128)
+        cache = engine.graph("decoder").new_state(1, 128)
         prefill(engine, cache, [5, 9, 17])
         rows = np.arange(4)[None]
-        output = engine.forward(cache, rows + 7, rows + 3, np.tri(4, dtype=np.bool_)[None], rows)
-        found.append(output.logits.copy())
+        output = run_decoder(engine, cache, rows + 7, rows + 3, np.tri(4, dtype=np.bool_)[None], rows)
+        found.append(output[LOGITS].copy())
         del cache
     assert all((logits == found[0]).all() for logits in found)
 
@@ -123,7 +125,9 @@ def test_weights_are_put_into_a_stripped_plan(bundle_of: BundleOf, engine: Tenso
     options = TensorRtOptions(cache=192, prefill_rows=64, batch=2, builder=BuilderOptions(strip_weights=True))
     build(tmp_path / "bundle", device, options=options)
     stripped = TensorRtEngine.open(Bundle.load(tmp_path / "bundle"), device)
-    ours, theirs = (prefill(one, one.new_cache(1, 128), [5, 9, 17]).logits.copy() for one in (stripped, engine))
+    ours, theirs = (
+        prefill(one, one.graph("decoder").new_state(1, 128), [5, 9, 17])[LOGITS].copy() for one in (stripped, engine)
+    )
     assert np.abs(ours - theirs).max() < 0.01 * np.ptp(theirs)
 
 

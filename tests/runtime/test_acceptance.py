@@ -26,10 +26,10 @@ from enumeration import (
 from numpy.typing import NDArray
 
 from headstart.runtime.acceptance import RULES, Accepted, NumpyRng, Rule, accept, check_rule, prune, rule_for
-from headstart.runtime.drafters.base import DraftRequest
+from headstart.runtime.drafters.base import DraftRequest, DraftSequence
 from headstart.runtime.drafters.cascade import Cascade, promised
-from headstart.runtime.engine import ArrayScores
 from headstart.runtime.errors import OptionError
+from headstart.runtime.graph import HostScores
 from headstart.runtime.rules import (
     ForcedTokens,
     LogitRule,
@@ -50,12 +50,20 @@ EXACT = 1e-9  # total variation: rounding
 class ToyDrafter:
     """One of a pair. Its drafts come from a function, and do not look at the request."""
 
-    name, default_nodes, reads_hidden, class_count = "toy", 4, False, 0
+    name, default_nodes, class_count = "toy", 4, 0
+    reads: frozenset[str] = frozenset()
 
     def __init__(self, draw: Callable[[], DraftTree]) -> None:
         self._draw = draw
 
-    def open(self, batch: int) -> None: ...
+    def open(self, sequence: DraftSequence, target: Any) -> None: ...
+
+    def observe(self, sequence: DraftSequence, rows: Any, path: Sequence[int]) -> None: ...
+
+    def price(self, nodes: int, depth: int) -> float:
+        return 0.0
+
+    def close(self, sequence: DraftSequence) -> None: ...
 
     def prior_rates(self) -> list[float]:
         return []
@@ -461,13 +469,13 @@ def test_typical_acceptance_is_medusa_s() -> None:
     tree = DraftTree(np.array([3, 1, 5, 0, 7]), np.array([ROOT, 0, ROOT, 2, 2]), np.zeros(5, np.float32))
     logits = np.log(np.stack([flat, peaked, peaked, peaked, flat, flat])).astype(np.float32)
     state = SAMPLED.start(CONTEXT)
-    accepted = [accept(tree, ArrayScores(logits), state, NumpyRng(i), wanted="typical") for i in range(50)]
+    accepted = [accept(tree, HostScores(logits), state, NumpyRng(i), wanted="typical") for i in range(50)]
     assert {tuple(one.nodes) for one in accepted} == {(2, 3)}
     assert {tuple(one.token_ids[:2]) for one in accepted} == {(5, 0)} and len({one.token_ids[2] for one in accepted}) > 20
     siblings = DraftTree(np.array([3, 5, 7]), np.full(3, ROOT), np.zeros(3, np.float32))
     better = np.where(np.arange(50) == 5, 0.03, 0.97 / 49)
     rows = np.log(np.stack([better, flat, flat, flat])).astype(np.float32)
-    assert accept(siblings, ArrayScores(rows), state, NumpyRng(0), wanted="typical").nodes == [1]
+    assert accept(siblings, HostScores(rows), state, NumpyRng(0), wanted="typical").nodes == [1]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -519,7 +527,7 @@ def test_a_tree_with_nothing_forbidden_is_left_as_it_is() -> None:
 class BestOnly:
     """Scores on a device: the best token of each row, and logits only of the rows that are asked for."""
 
-    def __init__(self, scores: ArrayScores) -> None:
+    def __init__(self, scores: HostScores) -> None:
         self._scores, self.fetched = scores, list[int]()
 
     def best(self, row: int) -> int:
@@ -537,7 +545,7 @@ def test_logits_are_fetched_for_rules_and_sampling_alone(options: dict[str, Any]
     """And of the rows along the path alone: the chain is rejected at its third node."""
     logits = np.full((5, 4), -40.0, np.float32)
     logits[[0, 1, 2, 3, 4], [1, 2, 3, 1, 1]] = 40.0
-    scores, tree = BestOnly(ArrayScores(logits)), chain([1, 2, 0, 1], [0.0] * 4)
+    scores, tree = BestOnly(HostScores(logits)), chain([1, 2, 0, 1], [0.0] * 4)
     accepted = accept(tree, scores, LogitRules(SamplingOptions(**options)).start([0]), NumpyRng(0))
     assert accepted == Accepted([0, 1], [1, 2, 3]) and scores.fetched == fetched
 
@@ -552,9 +560,9 @@ def test_nothing_follows_an_end_token(name: str) -> None:
     for probs in (None, np.eye(3)[tokens]):
         tree = DraftTree(tokens, np.arange(3) - 1, np.zeros(3, np.float32), probs)
         if rule.fits(tree, state):
-            accepted = accept(tree, ArrayScores(logits), state, NumpyRng(0), frozenset({2}), name)
+            accepted = accept(tree, HostScores(logits), state, NumpyRng(0), frozenset({2}), name)
             assert accepted == Accepted([0, 1], [1, 2])
-            assert accept(tree, ArrayScores(logits), state, NumpyRng(0), wanted=name) == Accepted([0, 1, 2], [1, 2, 1, 1])
+            assert accept(tree, HostScores(logits), state, NumpyRng(0), wanted=name) == Accepted([0, 1, 2], [1, 2, 1, 1])
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -577,13 +585,13 @@ def test_rows_after_an_impossible_token_are_not_looked_at() -> None:
     rules = LogitRules(SamplingOptions(temperature=1.0), [SuppressedTokens((1,), 2), SuppressedTokens((0, 1, 2), 3)])
     tree = replace(chain([1, 1], [0.0, 0.0]), draft_probs=np.full((2, 3), 1 / 3))
     for wanted in (None, "without_replacement", "deterministic", "typical"):
-        accepted = accept(tree, ArrayScores(np.zeros((3, 3), np.float32)), rules.start(CONTEXT), NumpyRng(0), wanted=wanted)
+        accepted = accept(tree, HostScores(np.zeros((3, 3), np.float32)), rules.start(CONTEXT), NumpyRng(0), wanted=wanted)
         assert accepted.nodes == [] and accepted.token_ids[0] != 1
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_an_empty_tree_is_plain_decoding(name: str) -> None:
-    scores = ArrayScores(np.array([[0.0, 60.0, 1.0]], np.float32))
+    scores = HostScores(np.array([[0.0, 60.0, 1.0]], np.float32))
     state = LogitRules(options_of(RULES[name])).start(CONTEXT)
     assert accept(empty_tree(), scores, state, NumpyRng(), wanted=name) == Accepted([], [1])
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from drafting import draft_request, opened
 
 from headstart.runtime.drafters.aligned_copy import (
     INSERTED,
@@ -15,7 +16,6 @@ from headstart.runtime.drafters.aligned_copy import (
     source_copy,
 )
 from headstart.runtime.drafters.base import DraftRequest
-from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import ROOT, DraftTree
 
 SOURCE = list(range(10, 30))
@@ -23,14 +23,16 @@ PROMPT = [2, 0]
 
 
 def request(output: Sequence[int], nodes: int = 8, source: Sequence[int] = SOURCE, row: int = 0) -> DraftRequest:
-    options = SamplingOptions()
-    return DraftRequest(row, [*PROMPT, *output], np.zeros(1, np.float32), nodes, 8, options, len(PROMPT), source_ids=source)
+    return draft_request([*PROMPT, *output], nodes, row=row, prompt_tokens=len(PROMPT), source=source)
+
+
+def proposals(drafter: AlignedCopyDrafter, *requests: DraftRequest) -> list[DraftTree]:
+    trees: list[DraftTree] = opened(drafter, *requests).propose(requests)
+    return trees
 
 
 def propose(output: Sequence[int], nodes: int = 8, source: Sequence[int] = SOURCE) -> DraftTree:
-    drafter = source_copy()
-    drafter.open(1)
-    return drafter.propose([request(output, nodes, source)])[0]
+    return proposals(source_copy(), request(output, nodes, source))[0]
 
 
 def first_tokens(tree: DraftTree) -> set[int]:
@@ -96,7 +98,7 @@ def edited(generator: np.random.Generator, edits: int) -> tuple[list[int], list[
 
 def rounds_needed(drafter: AlignedCopyDrafter, source: list[int], output: list[int]) -> int:
     """Verify passes until the output stands, when the target's own tokens are the output's."""
-    drafter.open(1)
+    opened(drafter, request([], source=source))
     done, rounds = 1, 0
     while done < len(output):
         tree = drafter.propose([request(output[:done], 12, source)])[0]
@@ -138,18 +140,13 @@ def test_measured_rates_order_the_branches() -> None:
     rates = np.array(drafter.prior_rates()).reshape(len(KINDS), -1)
     rates[REPLACED], rates[INSERTED] = 0.1, 0.9
     drafter.use_rates(rates.reshape(-1).tolist())
-    drafter.open(1)
-    assert drafter.propose([request([10, 11, 12, 99], nodes=2)])[0].token_ids.tolist() == [13, 14]
+    assert proposals(drafter, request([10, 11, 12, 99], nodes=2))[0].token_ids.tolist() == [13, 14]
 
 
-def test_rows_and_texts_are_separate() -> None:
-    drafter = source_copy()
-    drafter.open(2)
-    first, second = drafter.propose([request([10], row=0), request([20], row=1, source=[20, 30])])
+def test_sequences_and_texts_are_separate() -> None:
+    first, second = proposals(source_copy(), request([10], row=0), request([20], row=1, source=[20, 30]))
     assert first.token_ids[0] == 11 and second.token_ids.tolist() == [30]
-    captions = previous_hypothesis()
-    captions.open(1)
-    assert len(captions.propose([request([10])])[0]) == 0, "no hypothesis yet"
+    assert len(proposals(previous_hypothesis(), request([10]))[0]) == 0, "no hypothesis yet"
 
 
 def test_an_unsure_match_is_not_the_only_one_tried() -> None:

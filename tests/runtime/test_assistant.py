@@ -17,7 +17,8 @@ from headstart.exporter.build import build
 from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import CheckpointError, OptionError, PromptError
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
 
 
 def smaller(model: Any) -> Any:
@@ -78,7 +79,7 @@ def test_an_assistant_has_no_encoder(folder: Path) -> None:
 
 
 def test_an_assistant_is_verified_and_built_like_any_bundle(folder: Path, tmp_path: Path) -> None:
-    assert verify(folder / "assistant").ok
+    assert verify(folder / "assistant", samples=100).ok
     with pytest.raises(OptionError, match="is an assistant"):
         verify(folder / "assistant", checkpoint=folder / "smaller")
     plain = [result.token_ids for result in decode(folder, None)]

@@ -11,7 +11,7 @@ from architectures import tiny_model
 
 from headstart.runtime.beam import BeamOptions, Beams, beam_search
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import OptionError
 from headstart.runtime.rules import TokenRules
 from headstart.runtime.sampling import SamplingOptions

@@ -1,12 +1,11 @@
-"""Which profile a pass takes, how its inputs lie in one buffer, and what a commit moves."""
+"""Which profile a pass takes, and which slots move together."""
 
-import numpy as np
 import pytest
 
-from headstart.runtime import contract
-from headstart.runtime.engines.buckets import ALIGNMENT, Packed, Pass, moves, passes, runs
+from headstart.runtime.engines.buckets import Pass, passes, runs
 from headstart.runtime.engines.info import Profile
 from headstart.runtime.errors import EngineError
+from headstart.runtime.states import moves
 
 PROFILES = (
     Profile("prefill", {"rows": (1, 16, 32), "chosen": (1, 1, 1)}),
@@ -16,57 +15,33 @@ PROFILES = (
 )
 
 
+def prompt(begin: int, end: int) -> Pass:
+    return Pass(0, begin, end, end - begin, prompt=True, chosen=1, replayed=False)
+
+
 @pytest.mark.parametrize(
     ("rows", "chosen", "expected"),
     [
-        (1, 1, [Pass(1, 0, 1, 1)]),
-        (2, 2, [Pass(1, 0, 2, 2)]),
-        (3, 3, [Pass(2, 0, 3, 4)]),
-        (5, 5, [Pass(3, 0, 5, 8)]),
-        (12, 12, [Pass(3, 0, 8, 8), Pass(2, 8, 12, 4)]),
-        (3, 1, [Pass(0, 0, 3, 3, True)]),
-        (70, 1, [Pass(0, 0, 32, 32, True), Pass(0, 32, 64, 32, True), Pass(0, 64, 70, 6, True)]),
+        (1, 1, [Pass(1, 0, 1, 1, chosen=1)]),
+        (2, 2, [Pass(1, 0, 2, 2, chosen=2)]),
+        (3, 3, [Pass(2, 0, 3, 4, chosen=4)]),
+        (5, 5, [Pass(3, 0, 5, 8, chosen=8)]),
+        (12, 12, [Pass(3, 0, 8, 8, chosen=8), Pass(2, 8, 12, 4, chosen=4)]),
+        (3, 1, [prompt(0, 3)]),
+        (70, 1, [prompt(0, 32), prompt(32, 64), prompt(64, 70)]),
     ],
 )
 def test_passes(rows: int, chosen: int, expected: list[Pass]) -> None:
-    assert list(passes(PROFILES, rows, chosen)) == expected
+    assert passes(PROFILES, rows, chosen) == expected
 
 
 def test_no_profile() -> None:
     with pytest.raises(EngineError, match="no profile for prompts"):
-        list(passes(PROFILES[1:], 1, 1))
+        passes(PROFILES[1:], 1, 1)
 
 
 def test_several_sequences_are_never_a_prompt() -> None:
-    assert list(passes(PROFILES, 3, 1, batch=2)) == [Pass(2, 0, 3, 4)]
-
-
-def test_one_buffer_holds_all_inputs_aligned_and_apart() -> None:
-    packed = Packed(2, 3, 3)
-    assert all(offset % ALIGNMENT == 0 for offset in packed.offsets.values())
-    assert len(set(packed.offsets.values())) == len(packed.shapes) == 5
-    assert packed.shapes[contract.ROW_MASK] == (2, 3, 3) and packed.shapes[contract.WRITE_INDEX] == (2,)
-
-
-def test_padding_sees_itself_and_is_seen_by_nobody() -> None:
-    packed = Packed(2, 4, 4)
-    ids, mask = np.array([[7, 8, 9], [1, 2, 3]]), np.tri(3, dtype=np.bool_)[None].repeat(2, 0)
-    packed.fill(np.array([5, 9]), Pass(2, 0, 3, 4), ids, 5 + np.arange(3)[None].repeat(2, 0), mask, np.arange(3)[None])
-    views = packed.views
-    assert views[contract.INPUT_IDS].tolist() == [[7, 8, 9, 9], [1, 2, 3, 3]] and views[contract.WRITE_INDEX].tolist() == [5, 9]
-    assert views[contract.ROW_MASK].astype(int).tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]] * 2
-
-
-def test_later_passes_write_behind_earlier_ones() -> None:
-    packed = Packed(1, 2, 1)
-    ids, mask = np.arange(4)[None], np.tri(4, dtype=np.bool_)[None]
-    packed.fill(np.array([1]), Pass(0, 2, 4, 2, True), ids, ids, mask, np.array([[3]]))
-    views = packed.views
-    assert views[contract.WRITE_INDEX].tolist() == [3] and views[contract.OUTPUT_ROWS].tolist() == [[1]]
-    assert views[contract.ROW_MASK].astype(int).tolist() == [[[1, 0], [1, 1]]]
-    mask[0, 3, 0] = False
-    with pytest.raises(AssertionError, match="has to fit one pass"):
-        packed.fill(np.array([1]), Pass(0, 2, 4, 2, True), ids, ids, mask, np.array([[3]]))
+    assert passes(PROFILES, 3, 1, batch=2) == [Pass(2, 0, 3, 4, chosen=4)]
 
 
 @pytest.mark.parametrize(

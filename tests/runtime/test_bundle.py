@@ -10,7 +10,6 @@ import pytest
 
 from headstart.runtime.bundle import (
     Bundle,
-    CacheInfo,
     GenerationRules,
     GraphInfo,
     HeadInfo,
@@ -26,10 +25,9 @@ from headstart.runtime.errors import BundleError
 
 GRAPH = GraphInfo("graphs/decoder.onnx", (TensorInfo("input_ids", "int64", ("batch", "rows")),), ())
 MANIFEST = Manifest(
-    schema_version=1,
+    schema_version=2,
     model=ModelInfo("LlamaForCausalLM", "decoder", "float32", 300, 64, 2, 256, 1234, (1, 2)),
     graphs={"decoder": GRAPH},
-    caches=(CacheInfo("key_cache.0", "value_cache.0", 2, 16, 16),),
     generation=GenerationRules((2,), None, ()),
     provenance=Provenance("headstart export", "tiny", "2026-01-01T00:00:00+00:00", {"torch": "2"}, {}),
     weights={"lm_head": WeightInfo("graphs/decoder.onnx.data", 64, "float32", (300, 64))},
@@ -74,7 +72,8 @@ def test_load_and_hashes(tmp_path: Path) -> None:
         (lambda f: (f / "manifest.json").unlink(), "is not a bundle"),
         (lambda f: (f / "manifest.json").write_text("{"), "no valid manifest"),
         (lambda f: (f / "manifest.json").write_text('{"schema_version": 99}'), "schema version 99"),
-        (lambda f: (f / "manifest.json").write_text('{"schema_version": 1}'), "missing keys"),
+        (lambda f: (f / "manifest.json").write_text('{"schema_version": 2}'), "missing keys"),
+        (lambda f: (f / "manifest.json").write_text('{"schema_version": 1}'), "Fix: headstart upgrade"),
     ],
 )
 def test_damaged_bundles_are_named(tmp_path: Path, edit: Callable[[Path], None], message: str) -> None:

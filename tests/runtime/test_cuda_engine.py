@@ -15,15 +15,19 @@ from random_head import add_random_head
 from headstart.exporter.build import build
 from headstart.runtime.beam import BeamOptions, beam_search
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.contract import HIDDEN, LOGITS
 from headstart.runtime.drafters.medusa import MedusaDrafter
 from headstart.runtime.drafters.ngram import NGramDrafter
-from headstart.runtime.engines.device import DeviceCache, DeviceMemory, Tensor, _stored
+from headstart.runtime.engines.device import DeviceGraph, DeviceSlots, Tensor
 from headstart.runtime.engines.info import ENGINE_FILE, built_engine, engine_folder
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.provider import CUDA, CaptureError, Provider, cuda_provider, open_session
+from headstart.runtime.engines.ort_device import OrtMemory, SessionExecutor
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_session import CUDA, Provider, cuda_provider, open_session
 from headstart.runtime.errors import EngineError, MissingExtraError
-from headstart.runtime.model import Model, load
-from headstart.runtime.prefill import prefill
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
+from headstart.runtime.prefill import last_logits, prefill, run_decoder
+from headstart.runtime.states import SlotMemory
 from headstart.runtime.tokenizer import Tokenizer
 from headstart.runtime.tree import ROOT, DraftTree
 
@@ -44,6 +48,18 @@ def opened(bundle: Bundle, provider: Provider = ON_CPU) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(bundle, built=(info, engine_folder(bundle, "cuda")), provider=provider)
 
 
+def slots_of(state: Any) -> dict[str, Tensor]:
+    (part,) = state.parts
+    assert isinstance(part, DeviceSlots)
+    return part.tensors
+
+
+def executor_of(engine: OnnxRuntimeEngine) -> SessionExecutor:
+    graph = engine.graph("decoder")
+    assert isinstance(graph, DeviceGraph) and isinstance(graph.executor, SessionExecutor)
+    return graph.executor
+
+
 @pytest.fixture(scope="module")
 def bundle(bundle_of: BundleOf, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A llama with a random Medusa head."""
@@ -62,11 +78,11 @@ def engine(bundle: Bundle) -> OnnxRuntimeEngine:
 def test_logits_and_states_are_the_canonical_graph_s(bundle: Bundle, engine: OnnxRuntimeEngine, rows: int) -> None:
     found = []
     for one in (engine, OnnxRuntimeEngine(bundle)):
-        cache = one.new_cache(1, 128)
+        cache = one.graph("decoder").new_state(1, 128)
         prefill(one, cache, list(range(5, 45)))
         ids = np.arange(rows)[None] + 50
-        output = one.forward(cache, ids, ids - 10, np.tri(rows, dtype=np.bool_)[None], np.arange(rows)[None])
-        found.append((output.logits.copy(), output.hidden.copy()))
+        output = run_decoder(one, cache, ids, ids - 10, np.tri(rows, dtype=np.bool_)[None], np.arange(rows)[None])
+        found.append((output[LOGITS].copy(), output[HIDDEN].copy()))
     for ours, theirs in zip(*found, strict=True):
         assert ours.shape == theirs.shape and ours.dtype == np.float32
         assert np.abs(ours - theirs).max() < NOISE * np.ptp(theirs)
@@ -77,46 +93,44 @@ def test_decoding_goes_on_after_a_commit_on_the_device(engine: OnnxRuntimeEngine
     generator = np.random.default_rng(0)
     prompt = generator.integers(3, 300, 15).tolist()
     tree = DraftTree(generator.integers(3, 300, 7), np.array([ROOT, ROOT, 0, 0, 1, 3, 5]), np.zeros(7, np.float32))
-    cache = engine.new_cache(1, 64)
+    cache = engine.graph("decoder").new_state(1, 64)
     prefill(engine, cache, prompt[:-1])
     ids = np.array([[prompt[-1], *tree.token_ids]])
     positions = len(prompt) - 1 + tree.depths()[None]
-    engine.forward(cache, ids, positions, tree.ancestor_mask()[None], np.arange(8)[None])
+    run_decoder(engine, cache, ids, positions, tree.ancestor_mask()[None], np.arange(8)[None])
     cache.commit(0, [0, *(node + 1 for node in path)])
-    after = prefill(engine, cache, [42]).logits[0, 0].copy()
+    after = last_logits(prefill(engine, cache, [42]))
     text = [*prompt, *(int(tree.token_ids[node]) for node in path), 42]
-    plain = prefill(engine, engine.new_cache(1, 64), text).logits[0, 0]
+    plain = last_logits(prefill(engine, engine.graph("decoder").new_state(1, 64), text))
     assert np.abs(after - plain).max() < 2e-3 * np.ptp(plain)
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_commits_and_gathers_move_what_numpy_would(engine: OnnxRuntimeEngine, row: int) -> None:
     """Bit by bit, in a batch; other sequences are left alone."""
-    memory = engine._memory
-    assert isinstance(memory, DeviceMemory)
-    ours, theirs = engine.new_cache(3, 20), OnnxRuntimeEngine(engine.bundle).new_cache(3, 20)
-    assert isinstance(ours, DeviceCache)
+    ours, theirs = engine.graph("decoder").new_state(3, 20), OnnxRuntimeEngine(engine.bundle).graph("decoder").new_state(3, 20)
     generator = np.random.default_rng(row)
-    contents = [generator.standard_normal(tensor.shape).astype(np.float16) for tensor in ours.storage.tensors]
-    for tensor, array in zip(ours.storage.tensors, contents, strict=True):
-        tensor.write(array)
-    theirs.buffers = [array.copy() for array in contents]
+    contents = [generator.standard_normal(tensor.shape).astype(np.float16) for tensor in slots_of(ours).values()]
+    for tensor, array in zip(slots_of(ours).values(), contents, strict=True):
+        engine._memory.write(tensor, array)
+    theirs.parts = (SlotMemory({name: array.copy() for name, array in zip(slots_of(ours), contents, strict=True)}),)
     for cache in (ours, theirs):
         cache.lengths[:] = [3, 7, 5]
         cache.commit(row, [0, 2, 3, 6])
         cache.row(row).commit(0, [1, 4])
         cache.gather([2, row, 0])
     assert ours.lengths.tolist() == theirs.lengths.tolist()
-    for tensor, buffer in zip(ours.storage.tensors, theirs.buffers, strict=True):
+    for name, tensor in slots_of(ours).items():
         for index, length in enumerate(ours.lengths):
-            assert (tensor.read()[index, :, :length] == buffer[index, :, :length]).all()
+            found, wanted = engine._memory.read(tensor)[index], theirs.parts[0].arrays[name][index]
+            assert (found[:, :length] == wanted[:, :length]).all()
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "medusa"])
 def test_drafts_change_no_token(bundle: Bundle, engine: OnnxRuntimeEngine, drafter: str) -> None:
     """Speculative against plain decoding on this engine, one by one and as a batch, and both against the CPU engine."""
     info = bundle.head("medusa")
-    drafters = {"ngram": NGramDrafter(), "medusa": MedusaDrafter("medusa", engine.head(info), info.heads)}
+    drafters = {"ngram": NGramDrafter(), "medusa": MedusaDrafter("medusa", engine.graph("heads/medusa"), info.heads)}
     model = Model(bundle, engine, Tokenizer.load(bundle.path / "tokenizer"), drafters)  # type: ignore[arg-type]
     prompts, options = ["abc abc abc abc ", "hello"], {"max_new_tokens": 48, "ignore_end": True}
     cpu = load(bundle.path).generate(prompts, drafter="none", **options)
@@ -151,24 +165,24 @@ def test_encoder_decoders(name: str, bundle_of: BundleOf, speech_bundle: Bundle,
 
 
 def test_buffers_and_bindings_serve_the_next_cache(engine: OnnxRuntimeEngine) -> None:
-    first = engine.new_cache(1, 64)
+    first = engine.graph("decoder").new_state(1, 64)
     prefill(engine, first, [5, 6, 7])
-    storage, bound = first.storage, len(first.storage.bound)  # type: ignore[attr-defined]
-    held = engine.new_cache(1, 64)
-    assert held.storage is not storage, "a cache that is in use is nobody else's"  # type: ignore[attr-defined]
+    memory, bound = slots_of(first), len(executor_of(engine)._bound)
+    held = engine.graph("decoder").new_state(1, 64)
+    assert slots_of(held) != memory, "memory that is in use is no other state's"
     del first
-    second = engine.new_cache(1, 64)
-    assert second.storage is storage and second.lengths.tolist() == [0]  # type: ignore[attr-defined]
+    second = engine.graph("decoder").new_state(1, 64)
+    assert slots_of(second) == memory and second.lengths.tolist() == [0]
     prefill(engine, second, [8, 9, 10])
-    assert len(storage.bound) == bound
+    assert len(executor_of(engine)._bound) == bound
 
 
 def test_a_row_keeps_its_batch_s_buffers(engine: OnnxRuntimeEngine) -> None:
-    whole = engine.new_cache(2, 64)
-    row, storage = whole.row(1), whole.storage  # type: ignore[attr-defined]
+    whole = engine.graph("decoder").new_state(2, 64)
+    row, memory = whole.row(1), slots_of(whole)
     del whole
-    other = engine.new_cache(2, 64)
-    assert row.batch == 1 and other.storage is not storage  # type: ignore[attr-defined]
+    other = engine.graph("decoder").new_state(2, 64)
+    assert row.batch == 1 and slots_of(other) != memory
 
 
 class Uncapturable:
@@ -187,21 +201,21 @@ class Uncapturable:
 
 
 def test_a_failed_capture_warns_and_goes_on(bundle: Bundle, engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = prefill(engine, engine.new_cache(1, 64), [5, 6, 7]).logits.copy()
+    wanted = prefill(engine, engine.graph("decoder").new_state(1, 64), [5, 6, 7])[LOGITS].copy()
     capturing = Provider(device="cuda", options={"CPUExecutionProvider": {}, CUDA: {"enable_cuda_graph": "1"}}, location="cpu")
     monkeypatch.setattr(
-        "headstart.runtime.engines.onnxruntime.open_session",
+        "headstart.runtime.engines.ort_engine.open_session",
         lambda file, threads, shared=None, provider=ON_CPU, as_written=False: (
             Uncapturable(open_session(file, threads)) if provider.captures else open_session(file, threads)
         ),
     )
     other = opened(bundle, capturing)
-    cache = other.new_cache(1, 64)
+    cache = other.graph("decoder").new_state(1, 64)
     with pytest.warns(
         RuntimeWarning, match="CUDA graphs cannot be used with .*, decoding goes on without: operation not permitted"
     ):
-        found = prefill(other, cache, [5, 6, 7]).logits
-    assert (found == wanted).all() and not other._provider.captures
+        found = prefill(other, cache, [5, 6, 7])[LOGITS]
+    assert (found == wanted).all() and not executor_of(other).captures
     prefill(other, cache, [8])
 
 
@@ -222,26 +236,35 @@ def test_a_graph_that_cannot_be_captured_warns_and_goes_on(bundle: Bundle, monke
     )
     with pytest.warns(RuntimeWarning, match="decoding goes on without: This session cannot use the graph capture feature"):
         engine = opened(bundle, capturing)
-    assert not engine._provider.captures
-    prefill(engine, engine.new_cache(1, 64), [5, 6, 7])
+    assert not executor_of(engine).captures
+    prefill(engine, engine.graph("decoder").new_state(1, 64), [5, 6, 7])
 
 
 def test_only_captured_passes_are_forgiven(engine: OnnxRuntimeEngine) -> None:
-    binding = engine._memory.binding(Uncapturable(engine._session(1)), engine.new_cache(1, 64), 4, 4)
-    binding.run()  # an id of -1: neither captured nor replayed
-    binding._captured, binding._options = True, onnxruntime.RunOptions()  # type: ignore[union-attr]
-    binding._options.add_run_config_entry("gpu_graph_id", "7")  # type: ignore[union-attr]
-    with pytest.raises(CaptureError):
-        binding.run()
+    """A pass that fails without having been captured is an error like any other."""
+
+    class Broken(Uncapturable):
+        def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
+            raise RuntimeError("out of memory")
+
+    info = engine.bundle.graphs["decoder"]
+    session = executor_of(engine).session
+    executor = SessionExecutor("decoder", info, lambda captured: Broken(session), "cpu", captures=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        executor.run(0, {}, {}, replay=False)
+    assert executor.captures
 
 
-def test_bfloat16_crosses_as_whole_numbers() -> None:
-    bits = np.array([[0x3F80, 0x4049], [0xC000, 0]], np.uint16)
-    value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, 16)
-    assert _stored(value).tolist() == bits.tolist()
-    tensor = Tensor((2, 2), "bfloat16", "cpu")
-    tensor.write(bits)
-    assert tensor.read().tolist() == bits.tolist() and tensor.place(1)[2:4] == (16, [1, 2])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_crosses_whole_and_in_parts(dtype: str) -> None:
+    """Rounded to nearest, ties to even; a part of a tensor is written without touching the rest."""
+    memory, values = OrtMemory("cpu"), np.array([[1.0, 1.00390625], [1.01171875, -3.14159]], np.float32)
+    tensor = memory.tensors({"x": ((2, 2), dtype)})["x"]
+    memory.write(tensor, values)
+    wanted = {"float16": [[1.0, 1.00390625], [1.01171875, -3.140625]], "bfloat16": [[1.0, 1.0], [1.015625, -3.140625]]}
+    assert memory.read(tensor).astype(np.float32).tolist() == wanted[dtype]
+    memory.write(tensor.rows(1, 1), np.array([[8.0, 9.0]]))
+    assert memory.read(tensor).astype(np.float32).tolist() == [wanted[dtype][0], [8.0, 9.0]]
 
 
 def test_what_cannot_run_says_why(bundle_of: BundleOf, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,33 +309,33 @@ def test_the_tensorrt_provider_is_asked_first_and_keeps_its_engines(tmp_path: Pa
 
 
 def test_nothing_comes_down_unless_it_is_asked_for(engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, ids = engine.new_cache(1, 64), np.array([[5, 6, 7]])
-    output = engine.forward(cache, ids, ids - 5, np.tri(3, dtype=np.bool_)[None], np.arange(3)[None])
+    cache, ids = engine.graph("decoder").new_state(1, 64), np.array([[5, 6, 7]])
+    output = run_decoder(engine, cache, ids, ids - 5, np.tri(3, dtype=np.bool_)[None], np.arange(3)[None])
     read: list[tuple[int, ...]] = []
-    fetch = Tensor.read
-    monkeypatch.setattr(Tensor, "read", lambda tensor: read.append(tensor.shape) or fetch(tensor))
+    fetch = OrtMemory.read
+    monkeypatch.setattr(OrtMemory, "read", lambda memory, tensor: read.append(tensor.shape) or fetch(memory, tensor))
     scores = output.scores(0)
     best = [scores.best(row) for row in range(3)]
     assert read == [(1, 4)], "one small copy for all rows, the padded one among them"
     assert best == [int(scores[row].argmax()) for row in range(3)] and len(read) == 2
-    assert (output.hidden_row(0, -1) == output.hidden[0, 2]).all() and len(read) == 3
+    assert (output.rows(HIDDEN, 0, [-1])[0] == output[HIDDEN][0, 2]).all() and len(read) == 3
 
 
 def test_no_room_on_the_device(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Idle buffers go first; then it is said."""
+    """Idle memory is given up first; then there is an error."""
     engine = opened(bundle)
-    memory = engine._memory
-    assert isinstance(memory, DeviceMemory)
-    engine.new_cache(1, 64)  # idle at once: nobody keeps it
-    tensors, tried = memory._tensors, []
+    graph = engine.graph("decoder")
+    assert isinstance(graph, DeviceGraph)
+    graph.new_state(1, 64)  # idle at once: nothing refers to it
+    tensor, tried = OrtMemory._tensor, []
 
-    def full(batch: int, slots: int) -> list[Tensor]:
-        tried.append(sum(map(len, memory._free.values())))
+    def full(memory: OrtMemory, shape: tuple[int, ...], dtype: str) -> Tensor:
+        tried.append(sum(map(len, graph._states._idle.values())))
         raise RuntimeError("Failed to allocate memory")
 
-    monkeypatch.setattr(memory, "_tensors", full)
-    with pytest.raises(EngineError, match=r"no room for caches of 2 x 256 tokens: Failed to allocate.* a shorter text"):
-        engine.new_cache(2, 64)
+    monkeypatch.setattr(OrtMemory, "_tensor", full)
+    with pytest.raises(EngineError, match=r"no room for states of 2 x 256 tokens: Failed to allocate.* a shorter text"):
+        graph.new_state(2, 64)
     assert tried == [1, 0]
-    monkeypatch.setattr(memory, "_tensors", tensors)
-    assert engine.new_cache(2, 64).slots == 256
+    monkeypatch.setattr(OrtMemory, "_tensor", tensor)
+    assert graph.new_state(2, 64).slots == 256

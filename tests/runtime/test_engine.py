@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.contract import AUX_HIDDEN, LOGITS
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_host import HostGraph
 from headstart.runtime.errors import EngineError, OptionError
-from headstart.runtime.model import load
-from headstart.runtime.prefill import prefill
+from headstart.runtime.loading import load
+from headstart.runtime.prefill import last_logits, prefill, run_decoder
 
 BundleOf = Callable[[str], Bundle]
 
@@ -17,14 +19,14 @@ BundleOf = Callable[[str], Bundle]
 def test_chain_rows_are_bit_equal_to_single_steps(bundle_of: BundleOf) -> None:
     engine = OnnxRuntimeEngine(bundle_of("llama"))
     prompt, chain = [5, 6, 7, 8], [9, 10, 11, 12, 13]
-    stepwise = engine.new_cache(1, 64)
+    stepwise = engine.graph("decoder").new_state(1, 64)
     prefill(engine, stepwise, prompt)
-    singles = [prefill(engine, stepwise, [token]).logits[0, 0].copy() for token in chain]
-    at_once = engine.new_cache(1, 64)
+    singles = [last_logits(prefill(engine, stepwise, [token])) for token in chain]
+    at_once = engine.graph("decoder").new_state(1, 64)
     prefill(engine, at_once, prompt)
     rows = np.arange(len(chain))[None]
-    output = engine.forward(at_once, np.array([chain]), len(prompt) + rows, np.tri(len(chain), dtype=np.bool_)[None], rows)
-    assert (output.logits[0] == np.stack(singles)).all()
+    output = run_decoder(engine, at_once, np.array([chain]), len(prompt) + rows, np.tri(len(chain), dtype=np.bool_)[None], rows)
+    assert (output[LOGITS][0] == np.stack(singles)).all()
 
 
 def test_aux_hidden_are_the_layers_asked_for(bundle_of: BundleOf, tmp_path: object) -> None:
@@ -39,12 +41,12 @@ def test_aux_hidden_are_the_layers_asked_for(bundle_of: BundleOf, tmp_path: obje
     engine = OnnxRuntimeEngine(export(f"{folder}/checkpoint", f"{folder}/bundle", aux_layers=(0, 1)))
     ids = np.array([[7, 8, 9]])
     rows = np.arange(3)[None]
-    output = engine.forward(engine.new_cache(1, 8), ids, rows, np.tri(3, dtype=np.bool_)[None], rows)
+    output = run_decoder(engine, engine.graph("decoder").new_state(1, 8), ids, rows, np.tri(3, dtype=np.bool_)[None], rows)
     with torch.no_grad():
         states = model(torch.from_numpy(ids), output_hidden_states=True).hidden_states
     wanted = torch.cat(states[:2], -1).numpy()
-    assert output.aux_hidden is not None
-    np.testing.assert_allclose(output.aux_hidden, wanted, rtol=1e-4, atol=1e-4)
+    assert output[AUX_HIDDEN] is not None
+    np.testing.assert_allclose(output[AUX_HIDDEN], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_too_old_onnxruntime_is_refused(bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +58,40 @@ def test_too_old_onnxruntime_is_refused(bundle_of: BundleOf, monkeypatch: pytest
 def test_unknown_device(bundle_of: BundleOf) -> None:
     with pytest.raises(OptionError, match="device 'tpu' is unknown"):
         load(bundle_of("llama").path, device="tpu")
+
+
+def test_unknown_graphs_and_inputs_are_refused_by_name(bundle_of: BundleOf) -> None:
+    engine = OnnxRuntimeEngine(bundle_of("llama"))
+    with pytest.raises(EngineError, match=r"has no graph 'heads/eagle'\. It has: decoder\."):
+        engine.graph("heads/eagle")
+    decoder = engine.graph("decoder")
+    with pytest.raises(EngineError, match="'output_rows' is missing or unknown: the graph takes input_ids, output_rows"):
+        decoder.run(
+            {"input_ids": np.zeros((1, 2), np.int64), "position_ids": np.zeros((1, 2), np.int64)}, decoder.new_state(1, 8)
+        )
+
+
+def test_every_shape_of_outputs_is_a_view_of_one_buffer(bundle_of: BundleOf) -> None:
+    """Logits of 64 rows and a vocabulary of 128,000 are 33 MB: not once more for each number of rows and each state."""
+    engine = OnnxRuntimeEngine(bundle_of("llama"))
+    graph = engine.graph("decoder")
+    assert isinstance(graph, HostGraph)
+    model = engine.model
+    for _ in range(2):
+        state = graph.new_state(1, 128)
+        for rows in (64, 2, 7, 33, 64, 1):
+            places = np.arange(rows)[None]
+            run_decoder(engine, state, places + 5, places, np.tri(rows, dtype=np.bool_)[None], places)
+    assert graph._arena.nbytes == 4 * 64 * (model.vocab_size + model.hidden_size)
+
+
+def test_outputs_of_one_shape_survive_a_growing_arena(bundle_of: BundleOf) -> None:
+    """A pass of few rows, then of many, which takes a new buffer, then of few again: each returns its own numbers."""
+    engine = OnnxRuntimeEngine(bundle_of("llama"))
+    state, found = engine.graph("decoder").new_state(1, 128), []
+    for rows in (3, 40, 3):
+        places = np.arange(rows)[None]
+        output = run_decoder(engine, state, places + 5, places, np.tri(rows, dtype=np.bool_)[None], places)
+        found.append(output.rows(LOGITS, 0, [2, -1]))
+        assert (found[-1][0] == output[LOGITS][0, 2]).all() and (found[-1][1] == output[LOGITS][0, rows - 1]).all()
+    np.testing.assert_array_equal(found[0], found[2])

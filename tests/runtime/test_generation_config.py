@@ -10,7 +10,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from headstart.exporter.export import export
 from headstart.runtime.errors import OptionError, PromptError
-from headstart.runtime.model import Model, load
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
 
 TEXTS = ["abcab cab", "What is said twice is said twice.", "7 of 9"]
 

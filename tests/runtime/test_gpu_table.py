@@ -12,7 +12,7 @@ from tensorrt_stand_in import stand_in
 
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.ngram import NGramDrafter
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.model import Model
 from headstart.runtime.tokenizer import Tokenizer
 

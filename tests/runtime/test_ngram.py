@@ -1,14 +1,13 @@
 """Prompt lookup: what is copied, in which order, and that an index kept up to date equals one built anew."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from drafting import draft_request, opened
 
 from headstart.runtime.drafters.base import DraftRequest
 from headstart.runtime.drafters.ngram import BOUNDARY, NGramDrafter, NGramIndex
-from headstart.runtime.sampling import SamplingOptions
 from headstart.runtime.tree import ROOT, DraftTree
 
 
@@ -20,14 +19,13 @@ def paths(tree: DraftTree) -> set[tuple[int, ...]]:
     return set(found)
 
 
-def request(tokens: list[int], nodes: int = 8, depth: int = 8, row: int = 0, source: Sequence[int] = ()) -> DraftRequest:
-    return DraftRequest(row, tokens, np.zeros(4, np.float32), nodes, depth, SamplingOptions(), source_ids=source)
+def proposals(drafter: NGramDrafter, *requests: DraftRequest) -> list[DraftTree]:
+    trees: list[DraftTree] = opened(drafter, *requests).propose(requests)
+    return trees
 
 
 def propose(tokens: list[int], **limits: Any) -> DraftTree:
-    drafter = NGramDrafter(max_n=3)
-    drafter.open(1)
-    return drafter.propose([request(tokens, **limits)])[0]
+    return proposals(NGramDrafter(max_n=3), draft_request(tokens, **limits))[0]
 
 
 def test_copies_what_followed_the_last_occurrence() -> None:
@@ -104,13 +102,10 @@ def test_source_and_text_are_branches_of_one_tree_and_classes_of_their_own() -> 
 def test_measured_rates_replace_the_priors() -> None:
     drafter = NGramDrafter()
     drafter.use_rates([0.125] * drafter.class_count)
-    drafter.open(1)
-    tree = drafter.propose([request([5, 6, 7, 5, 6], nodes=2)])[0]
+    tree = proposals(drafter, draft_request([5, 6, 7, 5, 6], nodes=2))[0]
     np.testing.assert_allclose(np.exp(tree.log_probs), [0.125, 0.125**2], rtol=1e-5)
 
 
-def test_rows_are_separate() -> None:
-    drafter = NGramDrafter()
-    drafter.open(2)
-    first, second = drafter.propose([request([1, 2, 1], row=0), request([1, 3, 1], row=1)])
+def test_sequences_are_separate() -> None:
+    first, second = proposals(NGramDrafter(), draft_request([1, 2, 1], row=0), draft_request([1, 3, 1], row=1))
     assert first.token_ids[0] == 2 and second.token_ids[0] == 3

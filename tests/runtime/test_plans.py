@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from headstart.runtime.engines.cuda import Cuda
 from headstart.runtime.engines.info import EngineInfo, PlanInfo, Profile
-from headstart.runtime.engines.plans import LoadedPlan, PlanLoader, RuntimeCache, open_library
+from headstart.runtime.engines.trt_cuda import Cuda
+from headstart.runtime.engines.trt_plans import LoadedPlan, PlanLoader, RuntimeCache, open_library
 from headstart.runtime.errors import EngineError
 
 SHAPES, PLACES = {"hidden": (1, 1, 8)}, {"hidden": 256, "topk_ids": 512}
@@ -62,6 +62,9 @@ class FakeEngine:
 
     def get_tensor_name(self, index: int) -> str:
         return list(PLACES)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return types.SimpleNamespace(name="HALF" if name == "hidden" else "INT64")
 
     def create_runtime_config(self) -> Any:
         config = types.SimpleNamespace(
@@ -194,7 +197,7 @@ def test_a_plan_of_another_gpu(tmp_path: Path) -> None:
 
 def test_prompts_and_sources_are_not_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls()
-    monkeypatch.setattr("headstart.runtime.engines.plans.open_library", lambda info: library(calls, rtx=True))
+    monkeypatch.setattr("headstart.runtime.engines.trt_plans.open_library", lambda info: library(calls, rtx=True))
     prompt, verify = (Profile(name, {"chosen": (n, n, n)}) for name, n in (("prefill", 1), ("verify-4", 4)))
     plans = {"decoder": (prompt, verify), "encoder": (Profile("all", {}),), "heads/medusa": (Profile("all", {}),)}
     info = EngineInfo(
@@ -217,7 +220,7 @@ def test_the_real_library_has_what_is_called() -> None:
     used = {
         "Runtime": ("deserialize_cuda_engine",),
         "ICudaEngine": (
-            *("get_tensor_name", "num_io_tensors", "device_memory_size_v2", "create_runtime_config"),
+            *("get_tensor_name", "get_tensor_dtype", "num_io_tensors", "device_memory_size_v2", "create_runtime_config"),
             *("create_execution_context", "get_aliased_input_tensor", "get_tensor_profile_shape"),
         ),
         "IExecutionContext": (

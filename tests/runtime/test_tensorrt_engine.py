@@ -13,18 +13,19 @@ from tensorrt_stand_in import SLOTS, TOKENS, Memory, StandInPlan, stand_in
 from headstart.exporter.tensorrt.recordings import source_rows
 from headstart.runtime.beam import BeamOptions, beam_search
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.contract import HIDDEN, LOGITS
 from headstart.runtime.drafters.medusa import MedusaDrafter
 from headstart.runtime.drafters.ngram import NGramDrafter
-from headstart.runtime.engines.device_cache import DeviceCache
-from headstart.runtime.engines.half import narrowed, widened
+from headstart.runtime.engines.device import DeviceSlots, Tensor
 from headstart.runtime.engines.info import EngineInfo
-from headstart.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from headstart.runtime.engines.plans import open_library
-from headstart.runtime.engines.tensorrt import TensorRtEngine
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.trt_engine import TensorRtEngine
+from headstart.runtime.engines.trt_plans import open_library
 from headstart.runtime.errors import EngineError, PromptError
-from headstart.runtime.loop import DecodingLoop, LoopOptions
 from headstart.runtime.model import Model
-from headstart.runtime.prefill import prefill
+from headstart.runtime.prefill import prefill, run_decoder
+from headstart.runtime.scheduler import Scheduler
+from headstart.runtime.sequence import Request
 from headstart.runtime.tokenizer import Tokenizer
 
 BundleOf = Callable[[str], Bundle]
@@ -56,16 +57,18 @@ def test_prompts_and_trees_equal_the_cpu_engine(bundle: Bundle, engine: TensorRt
 
 
 def _outputs(engine: Any, prompt: list[int]) -> list[NDArray[np.float32]]:
-    cache = engine.new_cache(1, 128)
+    cache = engine.graph("decoder").new_state(1, 128)
     first = prefill(engine, cache, prompt)
-    found = [first.logits.copy(), first.hidden[:, -1].copy()]
+    found = [first[LOGITS].copy(), first[HIDDEN][:, -1].copy()]
     mask = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 0, 1]], np.bool_)[None]
     ids, positions = np.array([[9, 8, 7, 6, 5]]), 75 + np.array([[0, 1, 1, 2, 2]])
-    tree = engine.forward(cache, ids, positions, mask, np.arange(5)[None])
-    found += [tree.logits.copy(), tree.hidden.copy()]
+    tree = run_decoder(engine, cache, ids, positions, mask, np.arange(5)[None])
+    found += [tree[LOGITS].copy(), tree[HIDDEN].copy()]
     cache.commit(0, [0, 2, 4])  # the root, its second child, that one's second child
-    after = engine.forward(cache, np.array([[4]]), np.array([[78]]), np.ones((1, 1, 1), np.bool_), np.zeros((1, 1), np.int64))
-    return [*found, after.logits.copy()]
+    after = run_decoder(
+        engine, cache, np.array([[4]]), np.array([[78]]), np.ones((1, 1, 1), np.bool_), np.zeros((1, 1), np.int64)
+    )
+    return [*found, after[LOGITS].copy()]
 
 
 @pytest.mark.parametrize(("name", "rows"), [("t5", 48), ("bart", 40), ("whisper", 60)])
@@ -86,10 +89,10 @@ def _check_source(engine: TensorRtEngine, cpu: OnnxRuntimeEngine, source: NDArra
     for one in (engine, cpu):
         cross = one.encode([source])
         assert cross.mask.sum() == rows
-        cache = one.new_cache(1, 64, cross)
+        cache = one.graph("decoder").new_state(1, 64, cross)
         ids = np.array([[1, 7, 9]])
-        output = one.forward(cache, ids, np.arange(3)[None], np.tri(3, dtype=np.bool_)[None], np.arange(3)[None])
-        found.append((cross.hidden[:, :rows].astype(np.float32), output.logits.copy()))
+        output = run_decoder(one, cache, ids, np.arange(3)[None], np.tri(3, dtype=np.bool_)[None], np.arange(3)[None])
+        found.append((cross.hidden[:, :rows].astype(np.float32), output[LOGITS].copy()))
     for here, there in zip(*found, strict=True):
         assert here.shape == there.shape and np.abs(here - there).max() < 0.03 * np.ptp(there)
 
@@ -127,11 +130,11 @@ def test_sources_without_room(bundle_of: BundleOf, tmp_path: Path) -> None:
 def test_each_pass_takes_the_smallest_profile(engine: TensorRtEngine) -> None:
     plan = plan_of(engine)
     plan.profiles.clear()
-    cache = engine.new_cache(1, 128)
+    cache = engine.graph("decoder").new_state(1, 128)
     prefill(engine, cache, list(range(5, 45)))
     for rows in (1, 2, 3, 8, 9, 64):
         ids = np.arange(rows)[None] + 5
-        engine.forward(cache, ids, 40 + ids, np.tri(rows, dtype=np.bool_)[None], np.arange(rows)[None])
+        run_decoder(engine, cache, ids, 40 + ids, np.tri(rows, dtype=np.bool_)[None], np.arange(rows)[None])
     assert plan.profiles == [0, 0, 1, 1, 2, 3, 4, 6]
 
 
@@ -139,7 +142,7 @@ def test_each_pass_takes_the_smallest_profile(engine: TensorRtEngine) -> None:
 def test_drafts_change_no_token(bundle: Bundle, engine: TensorRtEngine, drafter: str) -> None:
     """Speculative against plain decoding on this engine: buckets, padding and commits, over whole texts."""
     info = bundle.head("medusa")
-    drafters = {"ngram": NGramDrafter(), "medusa": MedusaDrafter("medusa", engine.head(info), info.heads)}
+    drafters = {"ngram": NGramDrafter(), "medusa": MedusaDrafter("medusa", engine.graph("heads/medusa"), info.heads)}
     model = Model(bundle, engine, Tokenizer.load(bundle.path / "tokenizer"), drafters)  # type: ignore[arg-type]
     for prompt in ("abc abc abc abc ", "hello"):
         plain = model.generate(prompt, max_new_tokens=48, drafter="none", ignore_end=True)
@@ -148,66 +151,73 @@ def test_drafts_change_no_token(bundle: Bundle, engine: TensorRtEngine, drafter:
 
 
 def memory_of(engine: TensorRtEngine) -> Memory:
-    memory = engine._memory
+    memory = engine._memory.device
     assert isinstance(memory, Memory)
     return memory
 
 
+def slots_of(state: Any) -> dict[str, Tensor]:
+    (part,) = state.parts
+    assert isinstance(part, DeviceSlots)
+    return part.tensors
+
+
 def plan_of(engine: TensorRtEngine) -> StandInPlan:
-    plan = engine._plan
+    plan = engine.graph("decoder").executor.plan
     assert isinstance(plan, StandInPlan)
     return plan
 
 
 def test_the_next_text_gets_the_memory_of_the_last(engine: TensorRtEngine) -> None:
     """What was captured as a CUDA graph stays good: addresses do not change, and nothing is allocated or freed."""
-    prefill(engine, engine.new_cache(1, 64), [5, 6])
+    prefill(engine, engine.graph("decoder").new_state(1, 64), [5, 6])
     memory, plan = memory_of(engine), plan_of(engine)
     held = dict(memory.allocated)
     plan.places.clear()
     for _ in range(2):
-        cache = engine.new_cache(1, 64)
+        cache = engine.graph("decoder").new_state(1, 64)
         prefill(engine, cache.row(0), [5, 6])
         prefill(engine, cache.row(0), [7, 8, 9, 10])  # a prompt, of another length than any before
         del cache
     assert plan.places[:2] == plan.places[2:] and memory.allocated == held
-    first, second = engine.new_cache(1, 64), engine.new_cache(1, 64)
-    assert isinstance(first, DeviceCache) and isinstance(second, DeviceCache)
-    assert not set(first.addresses.values()) & set(second.addresses.values())
+    first, second = engine.graph("decoder").new_state(1, 64), engine.graph("decoder").new_state(1, 64)
+    assert not {tensor.address for tensor in slots_of(first).values()} & {
+        tensor.address for tensor in slots_of(second).values()
+    }
 
 
 def test_a_view_keeps_the_memory_of_its_cache(engine: TensorRtEngine) -> None:
-    view = engine.new_cache(1, 64).row(0)
-    other = engine.new_cache(1, 64)
-    assert isinstance(view, DeviceCache) and isinstance(other, DeviceCache) and view.addresses != other.addresses
+    view = engine.graph("decoder").new_state(1, 64).row(0)
+    other = engine.graph("decoder").new_state(1, 64)
+    assert slots_of(view) != slots_of(other)
 
 
 def test_greedy_decoding_fetches_best_tokens_alone(bundle: Bundle, engine: TensorRtEngine) -> None:
     """A round of a chain of three: one copy up, of tokens, positions and [T, T]; four numbers down, each int32; no moves."""
     memory, prompt = memory_of(engine), [5, 9, 17, 30]
-    cache = engine.new_cache(1, 64)
+    cache = engine.graph("decoder").new_state(1, 64)
     prefill(engine, cache, prompt)
     memory.traffic.clear()
     rows = np.arange(4)[None]
-    output = engine.forward(cache, rows + 5, rows + 4, np.tri(4, dtype=np.bool_)[None], rows)
+    output = run_decoder(engine, cache, rows + 5, rows + 4, np.tri(4, dtype=np.bool_)[None], rows)
     output.wait()
     best = [output.scores(0).best(row) for row in range(4)]
     cache.commit(0, [0, 1])
     assert memory.moved("down") == [4 * 4] and memory.moved("copy") == []
     (up,) = memory.moved("up")
     assert up == 5 * 256 < SLOTS * 4 * 2, "five small tensors, each aligned: less than a mask of every slot"
-    assert best == output.logits[0].argmax(-1).tolist()
     memory.traffic.clear()
-    assert (output.scores(0)[2] == output.logits[0, 2]).all() and (output.hidden_row(0, -1) == output.hidden[0, 3]).all()
-    assert memory.moved("down")[0] == 2 * bundle.manifest.model.vocab_size
-    assert memory.moved("down")[2] == 2 * bundle.manifest.model.hidden_size
+    logits, hidden = output.scores(0)[2], output.rows(HIDDEN, 0, [-1])[0]
+    model = bundle.manifest.model
+    assert memory.moved("down") == [2 * model.vocab_size, 2 * model.hidden_size], "one row of each"
+    assert (logits == output[LOGITS][0, 2]).all() and (hidden == output[HIDDEN][0, 3]).all()
+    assert best == output[LOGITS][0].argmax(-1).tolist()
 
 
 def test_commits_are_one_copy_where_caches_lie_in_one_piece(engine: TensorRtEngine) -> None:
     """Two layers' keys and values, two heads each: rows 4 and 5 go behind the root together, in all eight planes."""
-    memory, cache = memory_of(engine), engine.new_cache(1, 64)
-    assert isinstance(cache, DeviceCache)
-    planes = [memory.view(cache.addresses[p.name], (p.heads, SLOTS, p.width // 2), np.float16) for p in cache.layout.planes]
+    memory, cache = memory_of(engine), engine.graph("decoder").new_state(1, 64)
+    planes = [memory.view(tensor.address, tensor.shape[1:], np.float16) for tensor in slots_of(cache).values()]
     for number, plane in enumerate(planes):
         plane[...] = np.arange(SLOTS)[None, :, None] + 300 * number
     cache.lengths[:] = 10
@@ -227,7 +237,7 @@ def engine_of_three(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
 def test_sequences_together_are_what_they_are_alone(bundle: Bundle, engine_of_three: TensorRtEngine, drafter: str) -> None:
     """Prompts of unequal length, two and three of at most three: tokens do not depend on what stands beside."""
     info = bundle.head("medusa")
-    drafters = {"medusa": MedusaDrafter("medusa", engine_of_three.head(info), info.heads)}
+    drafters = {"medusa": MedusaDrafter("medusa", engine_of_three.graph("heads/medusa"), info.heads)}
     model = Model(bundle, engine_of_three, Tokenizer.load(bundle.path / "tokenizer"), drafters)  # type: ignore[arg-type]
     prompts = ["abc abc abc abc ", "hello", "one two "]
     alone = [model.generate(p, max_new_tokens=24, drafter=drafter, ignore_end=True).token_ids for p in prompts]
@@ -243,17 +253,18 @@ def test_beams_are_gathered_on_the_device(bundle: Bundle, engine_of_three: Tenso
 
 
 def test_sources_together_are_what_they_are_alone(bundle_of: BundleOf, tmp_path: Path) -> None:
-    """The loop makes the cache first and encodes then: the sources' states follow it to the device, each sequence's its own."""
+    """Sources join one after another: each one's states follow it to the device, to its own row."""
     bundle = bundle_of("t5")
     engine = stand_in(bundle, tmp_path, 48, batch=2)
     sources = [np.arange(3, 20), np.arange(40, 49)]
-    start = [[0], [0]]
 
     def decode(sources: list[NDArray[Any]]) -> list[list[int]]:
-        loop = DecodingLoop(engine, NGramDrafter(), start[: len(sources)], LoopOptions(max_new_tokens=16), sources)
-        for _ in loop.rounds():
-            pass
-        return [text.token_ids for text in loop.sequences]
+        scheduler, drafter = Scheduler(engine), NGramDrafter()
+        requests = [Request((0,), 16, drafter=drafter, source=source) for source in sources]
+        texts = [scheduler.sequence(scheduler.add(request)) for request in requests]
+        while not scheduler.idle:
+            scheduler.step()
+        return [text.token_ids for text in texts]
 
     assert decode(sources) == [decode([source])[0] for source in sources]
 
@@ -261,9 +272,9 @@ def test_sources_together_are_what_they_are_alone(bundle_of: BundleOf, tmp_path:
 def test_limits_are_said(engine: TensorRtEngine) -> None:
     assert engine.model.max_cache == TOKENS and not engine.exact
     with pytest.raises(EngineError, match=r"holds 192 tokens, and 4096 are wanted\. Fix: headstart build .* --cache 4096"):
-        engine.new_cache(1, 4096)
+        engine.graph("decoder").new_state(1, 4096)
     with pytest.raises(EngineError, match=r"1 sequences together, and 2 are wanted\. Fix: headstart build .* --batch 2"):
-        engine.new_cache(2, 64)
+        engine.graph("decoder").new_state(2, 64)
 
 
 def test_nothing_built_and_another_version(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,9 +287,3 @@ def test_nothing_built_and_another_version(bundle: Bundle, monkeypatch: pytest.M
     info = EngineInfo(1, "trt-rtx:sm89", "", {"tensorrt_rtx": "1.7.1.116"}, {}, {}, {})
     with pytest.raises(EngineError, match=r"built with tensorrt_rtx 1\.7\.1\.116, and here is 2\.0"):
         open_library(info)
-
-
-def test_bfloat16_is_rounded_to_nearest_even() -> None:
-    values = np.array([1.0, 1.00390625, 1.01171875, -3.14159, 65536.0], np.float32)
-    assert widened(narrowed(values, "bfloat16"), "bfloat16").tolist() == [1.0, 1.0, 1.015625, -3.140625, 65536.0]
-    assert widened(narrowed(values[:1], "float16"), "float16").tolist() == [1.0]

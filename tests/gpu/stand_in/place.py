@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from headstart.runtime.model import load
+from headstart.runtime.loading import load
+from headstart.runtime.prefill import run_decoder
 
 
 def main() -> None:
@@ -19,10 +20,10 @@ def main() -> None:
             print(bundle.name, part, dict(Counter(node.op_type for p in mine for node in p.get_nodes())))
         if source:
             continue
-        cache = engine.new_cache(1, 256)
+        cache = engine.graph("decoder").new_state(1, 256)
         for rows in (1, 2, 3, 8, 15, 16, 40, 64, 100):
             ids = np.arange(rows)[None]
-            engine.forward(cache, ids, ids, np.tri(rows, dtype=np.bool_)[None], ids if rows <= 64 else ids[:, -1:])
+            run_decoder(engine, cache, ids, ids, np.tri(rows, dtype=np.bool_)[None], ids if rows <= 64 else ids[:, -1:])
         cache.commit(0, [0, 2, 5])
         print(bundle.name, "passes of 1 to 100 rows ran; CUDA graphs in use:", engine._provider.captures)
 
