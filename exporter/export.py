@@ -157,6 +157,7 @@ def _write_decoder(
 
     config = source.config.get_text_config()
     _check_aux_layers(aux_layers, tracing.decoder_layers(source.model))
+    tracing.cache_infos(source.model)  # first of all: who must name the longest text need not learn later that it is in vain
     stated = architectures.longest_by_tables(source.model, getattr(config, "max_position_embeddings", None))
     rope.refuse_dynamic(source.model, max_cache or 0)
     stated = rope.original_length(source.model, rope.DYNAMIC) or stated

@@ -265,7 +265,9 @@ def trace_encoder(model: Any, cross_caches: tuple[KeyValueInfo, ...]) -> Any:
 
 def trace_assistant(model: Any, cross_caches: tuple[KeyValueInfo, ...]) -> Any:
     """The graph that stands in the encoder's place, as an onnx_ir Model; raises as `trace_encoder`."""
-    width = encoder_states(model, _example_source(model)[0].float().numpy()).shape[-1]
+    source = _example_source(model)[0]
+    readable = source.float() if source.is_floating_point() else source  # numpy has no bfloat16
+    width = encoder_states(model, readable.numpy()).shape[-1]
     states = torch.zeros(EXAMPLE["batch"], SOURCE, width, dtype=model.dtype)
     axes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("source")},)
     program = to_onnx(AssistantGraph(model), (states,), axes)

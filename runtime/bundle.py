@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .documents import from_document, from_json, to_json
+from .documents import from_document, parse_json, to_json
 from .errors import BundleError
 from .output import atomic_write, check_files, hash_files, interrupted
 
@@ -249,7 +249,10 @@ class Bundle:
             known = ", ".join(self.manifest.heads) or "none"
             raise BundleError(f"{self.path} has no draft head {name!r}. It has: {known}.")
         file = self.path / "heads" / name / "head.json"
-        return from_json(HeadInfo, file.read_text("utf-8"), str(file))
+        document = parse_json(file.read_text("utf-8"), str(file))
+        if isinstance(document, dict):
+            document.pop("lossless", None)  # older bundles have it, and nothing reads it
+        return from_document(HeadInfo, document, str(file))
 
     @property
     def graphs(self) -> dict[str, GraphInfo]:

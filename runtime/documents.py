@@ -25,11 +25,15 @@ def to_json(value: Any) -> str:
 def from_json(kind: type[T], text: str, where: str = "") -> T:
     """The inverse of `to_json`. Raises BundleError for a text that is no JSON, or not that of a `kind`."""
     where = where or kind.__name__
+    return from_document(kind, parse_json(text, where), where)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Raises BundleError, which begins with `where`, for a text that is no JSON."""
     try:
-        document = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise BundleError(f"{where} is not JSON ({error}). Fix: export or copy the bundle again.") from error
-    return from_document(kind, document, where)
 
 
 def from_document(kind: type[T], document: Any, where: str) -> T:

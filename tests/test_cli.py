@@ -49,7 +49,7 @@ def test_generate_with_beams(bundle_of: BundleOf) -> None:
     best = load(path, threads=1).beam_search("abc", 3, max_new_tokens=12)[0]
     assert headstart("generate", path, "abc", "-n", 12, "--beams", 3).stdout.strip() == best.text.strip()
     assert "--stream does not go with --beams" in refused("generate", path, "abc", "--beams", 3, "--stream")
-    assert "temperature must be 0" in refused("generate", path, "abc", "--beams", 3, "--temperature", 1)
+    assert "--temperature does not go with --beams" in refused("generate", path, "abc", "--beams", 3, "--temperature", 1)
     assert "num_beams must be at least 1" in refused("generate", path, "abc", "--beams", -2)
 
 
@@ -85,7 +85,7 @@ def test_verify_passes_and_reports(bundle_of: BundleOf, checkpoint_of: Checkpoin
     assert references == {"golden outputs", "canonical graph", str(checkpoint_of("llama"))} and report["device"] == "cpu"
     assert all(check["largest"] <= check["largest_limit"] for check in report["logits"])
     assert [check["drafter"] for check in report["greedy"]] == ["none", "none", "ngram", "draft_model"]
-    assert [check["drafter"] for check in report["sampling"]] == ["none", "ngram", "draft_model"]
+    assert {check["drafter"] for check in report["sampling"]} == {"none", "ngram", "draft_model"}
     assert "no fault" in done.stdout and "TV found at power 0.99" in done.stdout
 
 
@@ -237,7 +237,8 @@ def test_the_way_to_a_tuned_engine(bundle_of: BundleOf, tmp_path: Path) -> None:
 
 def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("llama").path
-    assert "device 'tpu' is unknown. Choose one of: cpu, cuda, trt-rtx:sm89" in refused("build", bundle, "--device", "tpu")
+    message = refused("build", bundle, "--device", "tpu")
+    assert "device 'tpu' is unknown. Choose one of: cpu, cuda " in message and "trt-rtx:sm89" in message
     assert "cannot be read" in refused("tune", bundle, "--data", tmp_path / "none.txt")
     (tmp_path / "prompts.txt").write_text("abc\n")
     assert "drafter 'eagle' is unknown" in refused("bench", bundle, "--prompts", tmp_path / "prompts.txt", "--drafter", "eagle")
@@ -264,7 +265,7 @@ def test_an_engine_for_cuda_is_built_anywhere_and_run_on_a_gpu(bundle_of: Bundle
     assert "engines" in headstart("inspect", path).stdout
     built = headstart("build", path, "--device", "cuda")
     assert built.returncode == 0, built.stderr
-    assert "kernels checked" in built.stdout and "of the logits' range" in built.stdout
+    assert "kernels checked" in built.stdout and "of the outputs' range" in built.stdout
     assert "cuda (float16)" in headstart("inspect", path).stdout
     message = refused("generate", path, "abc", "--device", "cuda")
     assert "has no CUDAExecutionProvider" in message or "could not start its CUDAExecutionProvider" in message

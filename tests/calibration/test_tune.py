@@ -73,7 +73,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("tuned") / "bundle"
     export(SAMPLE, bundle, [SAMPLE / "medusa"])
     build(bundle)
-    tune(bundle, PROMPTS, threads=2, options=SHORT)
+    tune(bundle, PROMPTS, threads=1, options=SHORT)
     return bundle
 
 
@@ -91,7 +91,7 @@ def test_copies_stand_before_what_costs_more() -> None:
 
 
 def test_tuning_is_read_back_and_decides_auto(tuned: Path) -> None:
-    model = load(tuned, threads=2)
+    model = load(tuned, threads=1)
     assert model.tuning is not None and model.tuning.chosen in ("none", "medusa", "ngram", "ngram+medusa")
     assert set(model.tuning.drafters) == {"medusa", "ngram", "ngram+medusa"}
     assert all(0 < rate < 1 for one in model.tuning.drafters.values() for rate in one.rates)
@@ -103,7 +103,7 @@ def test_tuning_is_read_back_and_decides_auto(tuned: Path) -> None:
 
 @pytest.mark.parametrize("drafter", ["medusa", "ngram", "ngram+medusa", "auto"])
 def test_budgets_change_no_token(tuned: Path, drafter: str) -> None:
-    model = load(tuned, threads=2)
+    model = load(tuned, threads=1)
     for prompt in PROMPTS:
         plain = model.generate(prompt, max_new_tokens=40, drafter="none", ignore_end=True)
         assert model.generate(prompt, max_new_tokens=40, drafter=drafter, ignore_end=True).token_ids == plain.token_ids
@@ -113,7 +113,7 @@ def test_resting_is_seen_in_the_stats(tuned: Path) -> None:
     """A drafter whose rows cost far too much proposes nothing at all."""
     import dataclasses
 
-    model = load(tuned, threads=2)
+    model = load(tuned, threads=1)
     assert model.tuning is not None
     line = tuple(float(ms) for ms in range(1, 1000, 90))
     cost = VerifyCost((dataclasses.replace(model.tuning.verify.single, milliseconds=(line, line)),))
@@ -124,9 +124,9 @@ def test_resting_is_seen_in_the_stats(tuned: Path) -> None:
 
 
 def test_a_tuning_of_another_engine_is_refused(tuned: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="its threads is '2', here '1'"):
-        load(tuned, threads=1)
-    assert load(tuned, threads=1, tuned=False).tuning is None
+    with pytest.raises(EngineError, match="its threads is '1', here '2'"):
+        load(tuned, threads=2)
+    assert load(tuned, threads=2, tuned=False).tuning is None
     copy = tmp_path / "copy"
     shutil.copytree(tuned, copy)
     file = tuning_file(Bundle.load(copy), "cpu")
@@ -134,26 +134,26 @@ def test_a_tuning_of_another_engine_is_refused(tuned: Path, tmp_path: Path) -> N
     for key, value in (("engine", "canonical"), ("processor", "another"), ("graphs", "0" * 16)):
         file.write_text(json.dumps(found | {"fingerprint": found["fingerprint"] | {key: value}}))
         with pytest.raises(EngineError, match=f"its {key} is"):
-            load(copy, threads=2)
+            load(copy, threads=1)
     file.write_text("{}")
     with pytest.raises(EngineError, match="no valid tuning file"):
-        load(copy, threads=2)
+        load(copy, threads=1)
 
 
 def test_a_draft_model_is_tuned_to_the_depth_that_pays(tuned: Path, tmp_path: Path) -> None:
     """The sample drafts for itself: its own step is as dear as the target's, so that depth has a price."""
     copy = tmp_path / "copy"
     shutil.copytree(tuned, copy)
-    found = tune(copy, PROMPTS, threads=2, draft_model=tuned, options=SHORT, force=True)
+    found = tune(copy, PROMPTS, threads=1, draft_model=tuned, options=SHORT, force=True)
     assert {"draft_model", "ngram+draft_model"} <= set(found.drafters)
     rates = found.drafters["draft_model"].rates
     deepest = sum(rate > 0 for rate in rates)
     assert 1 <= deepest < len(rates) and not any(rates[deepest:])
-    model = load(copy, threads=2, draft_model=tuned)
+    model = load(copy, threads=1, draft_model=tuned)
     plain = model.generate(PROMPTS[0], max_new_tokens=24, drafter="none", ignore_end=True)
     drafted = model.generate(PROMPTS[0], max_new_tokens=24, drafter="draft_model", ignore_end=True)
     assert drafted.token_ids == plain.token_ids and drafted.stats.acceptance_length <= deepest + 1
-    alone = load(copy, threads=2)
+    alone = load(copy, threads=1)
     assert "draft_model" not in alone.drafters
     if "draft_model" in found.chosen:
         with pytest.raises(OptionError, match="no draft model was loaded"):
@@ -162,7 +162,7 @@ def test_a_draft_model_is_tuned_to_the_depth_that_pays(tuned: Path, tmp_path: Pa
 
 def test_bad_input(tuned: Path, bundle_of: BundleOf) -> None:
     with pytest.raises(OutputError, match="is not overwritten"):
-        tune(tuned, PROMPTS, threads=2)
+        tune(tuned, PROMPTS, threads=1)
     with pytest.raises(OptionError, match="Tuning, measured or simulated, needs prompts"):
         tune(bundle_of("llama").path, [])
     with pytest.raises(OptionError, match="--max-nodes must lie between"):
@@ -175,7 +175,7 @@ def test_bench_measures_every_drafter_and_class(tuned: Path, tmp_path: Path) -> 
     file.write_text("\n".join(map(json.dumps, lines)))
     classes = read_prompt_classes(file)
     assert {kind: len(texts) for kind, texts in classes.items()} == {"short": 2, "long": 1}
-    result = bench(load(tuned, threads=2), classes, max_new_tokens=16, rounds=2)
+    result = bench(load(tuned, threads=1), classes, max_new_tokens=16, rounds=2)
     wanted = {(d, c) for d in ("none", "medusa", "ngram", "ngram+medusa", "auto") for c in ("short", "long")}
     assert {(row.drafter, row.prompt_class) for row in result.rows} == wanted
     plain = next(row for row in result.rows if row.drafter == "none")

@@ -49,12 +49,21 @@ def test_head_json_is_pinned() -> None:
     head = HeadInfo("medusa", "medusa", "medusa-1", 64, 300, 4, 10, GRAPH, {"lm_head": MANIFEST.weights["lm_head"]})
     document = json.loads(to_json(head))
     assert list(document) == [
-        "name", "family", "dialect", "hidden_size", "vocab_size", "heads", "top_k", "graph", "shared", "lossless",
+        "name", "family", "dialect", "hidden_size", "vocab_size", "heads", "top_k", "graph", "shared",
     ]  # fmt: skip
     assert document["shared"]["lm_head"] == {
         "file": "graphs/decoder.onnx.data", "offset": 64, "dtype": "float32", "shape": [300, 64],
     }  # fmt: skip
     assert from_json(HeadInfo, to_json(head)) == head
+
+
+def test_head_json_of_an_older_bundle_is_read(tmp_path: Path) -> None:
+    head = HeadInfo("medusa", "medusa", "medusa-1", 64, 300, 4, 10, GRAPH)
+    folder = small_bundle(tmp_path / "b")
+    (folder / "heads/medusa").mkdir(parents=True)
+    (folder / "heads/medusa/head.json").write_text(json.dumps(json.loads(to_json(head)) | {"lossless": True}))
+    write_manifest(folder, dataclasses.replace(MANIFEST, heads=("medusa",)))
+    assert Bundle.load(folder).head("medusa") == head
 
 
 def test_load_and_hashes(tmp_path: Path) -> None:
