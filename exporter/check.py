@@ -5,8 +5,11 @@ positions all count. Both sides read the canonical encoder's states, so that a d
 for. Knows no device: what runs here, and within which limits, each target says (`Target.forms`, `Target.precisions`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,13 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, GraphInfo, TensorInfo
 from headstart.runtime.engines.ort_session import open_session
 from headstart.runtime.errors import EngineError
-from headstart.runtime.precision import LIMITS, Difference, check_finite, difference
+from headstart.runtime.precision import LIMITS, Difference, Limits, check_finite, difference
 from headstart.runtime.tree import ROOT, DraftTree
 
 from . import canonical
 from .golden import read_golden
+from .graph import save_graph
+from .passes.row_rounding import round_rows
 from .targets.target import Form, Target
 
 Arrays = dict[str, NDArray[Any]]
@@ -38,6 +43,7 @@ TYPES: dict[str, Any] = {
 # What a graph is for, in this order: where it has one of these outputs, that is bounded, and the others need only be finite.
 BOUNDED = (contract.LOGITS, contract.ENCODER_HIDDEN, contract.INPUT_FEATURES)
 TREE = np.array([ROOT, ROOT, 0, 0, 1], np.int64)  # parents of the five drafts that the second step verifies
+ROUNDINGS = 3  # times what rounding does by itself: what an integer graph may differ by, where that is beyond its limits
 AUDIO_S = 1  # seconds of noise for a front-end that takes any length
 
 
@@ -56,7 +62,7 @@ def check_graphs(bundle: Bundle, target: Target[Any, Any]) -> dict[str, Differen
             target.progress(f"comparing {name} with the canonical graph")
             ours = [_finite(f"the graph {name} lowered for {target.device}", step) for step in inputs.run(name, form)]
             worst = _difference(name, ours, reference, form.batch)
-            _check_limits(name, worst, target)
+            _check_limits(name, worst, target, partial(_rounding, name, inputs, reference))
             found[name] = _larger(found.get(name, worst), worst)
     return found
 
@@ -92,16 +98,34 @@ def _floats(outputs: Arrays) -> list[str]:
     return [name for name, array in outputs.items() if array.dtype.kind == "f"]
 
 
-def _check_limits(name: str, found: Difference, target: Target[Any, Any]) -> None:
+def _rounding(name: str, inputs: "Inputs", reference: Sequence[Arrays]) -> Difference:
+    """What rounding activations to 8 bits does to the canonical graph, in floats and without any other pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        rounded, _ = round_rows(canonical.load_graph(inputs.bundle, name))
+        save_graph(rounded, Path(folder) / "rounded.onnx")
+        return _difference(name, inputs.run(name, Form(Path(folder) / "rounded.onnx")), reference, 1)
+
+
+def _check_limits(name: str, found: Difference, target: Target[Any, Any], rounding: Callable[[], Difference]) -> None:
+    """Raises EngineError beyond the precision's limits, unless 8-bit activations by themselves lead that far.
+
+    On a model with a few large channels they do: there the last bit of a float decides about whole steps, so that two graphs
+    which round alike are as far from each other as from the floats.
+    """
     precision = target.precisions[name]
-    limits = LIMITS[precision]
-    if not found.within(limits):
-        raise EngineError(
-            f"The graph {name} lowered for {target.device} differs from the canonical one by {found.largest:.1e} of its range "
-            f"(median {found.median:.1e}); {precision} may differ by {limits.largest:.0e} (median "
-            f"{limits.median:.0e}). This is a defect of a lowering pass. Fix: decode {target.bundle.path} without building it, "
-            "and report this."
-        )
+    limits, integers = LIMITS[precision], precision in ("int8_per_row", "int4")
+    if found.within(limits) or (integers and found.within(_multiple(rounding(), limits))):
+        return
+    raise EngineError(
+        f"The graph {name} lowered for {target.device} differs from the canonical one by {found.largest:.1e} of its range "
+        f"(median {found.median:.1e}); {precision} may differ by {limits.largest:.0e} (median {limits.median:.0e})"
+        f"{', or by what rounding the activations does to the canonical graph' if integers else ''}. This is a defect of a "
+        f"lowering pass. Fix: decode {target.bundle.path} without building it, and report this."
+    )
+
+
+def _multiple(rounding: Difference, limits: Limits) -> Limits:
+    return dataclasses.replace(limits, largest=ROUNDINGS * rounding.largest, median=ROUNDINGS * rounding.median)
 
 
 class Inputs:

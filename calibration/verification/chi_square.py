@@ -59,7 +59,7 @@ def _poisson(mean: float, count: int) -> NDArray[np.float64]:
     """P(Poisson(mean) = k) for k below `count`, [count]; `mean` is positive."""
     k = np.arange(count)
     log_factorials = np.cumsum(np.log(np.maximum(k, 1)))
-    return np.exp(k * math.log(mean) - mean - log_factorials)
+    return np.asarray(np.exp(k * math.log(mean) - mean - log_factorials), np.float64)
 
 
 def critical_value(degrees: int, significance: float = SIGNIFICANCE) -> float:
@@ -74,7 +74,7 @@ def noncentral_tail(statistic: float, degrees: int, noncentrality: float) -> flo
         return tail(statistic, degrees)
     terms = int(mean + 12 * math.sqrt(mean) + 30)
     tails = np.cumsum(_poisson(statistic / 2, pairs + terms))[pairs - 1 :]  # of `degrees` + 2 j degrees at place j
-    return float(min(1.0, _poisson(mean, terms) @ tails[:terms]))
+    return min(1.0, float(_poisson(mean, terms) @ tails[:terms]))
 
 
 def detectable_bias(samples: int, degrees: int) -> float:

@@ -84,12 +84,25 @@ def _rewrite(model: ir.Model, linear: Linear, product: Product, rounded: dict[in
 
 def _by_fixed_scale(write: Writer, source: ir.Value, kind: Integer) -> _Rounded | None:
     """The rounding that the canonical graph prescribes, when it does."""
+    quantize = _fixed_rounding(source)
+    if quantize is None:
+        return None
+    floats, step = operand(quantize, 0), operand(quantize, 1)
+    return _Rounded(write.node("QuantizeLinear", [floats, step, _zero_point(write, kind)]), step, None)
+
+
+def has_fixed_scale(source: ir.Value) -> bool:
+    """Whether the canonical graph rounds these activations itself."""
+    return _fixed_rounding(source) is not None
+
+
+def _fixed_rounding(source: ir.Value) -> ir.Node | None:
+    """The QuantizeLinear of one constant scale that a value went through."""
     dequantize = producer(source, "DequantizeLinear")
     quantize = producer(dequantize.inputs[0], "QuantizeLinear") if dequantize is not None else None
     if quantize is None or constant_of(quantize.inputs[1]) is None or len(shape_of(operand(quantize, 1))):
         return None
-    floats, step = operand(quantize, 0), operand(quantize, 1)
-    return _Rounded(write.node("QuantizeLinear", [floats, step, _zero_point(write, kind)]), step, None)
+    return quantize
 
 
 def _by_row(write: Writer, source: ir.Value, kind: Integer) -> _Rounded:

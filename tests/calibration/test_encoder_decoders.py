@@ -75,7 +75,7 @@ def made(
     return make
 
 
-CASES = [("t5", STATIC), ("t5", GPTQ4), ("bart", SMOOTH), ("bart", AWQ), ("whisper", STATIC), ("whisper", GPTQ)]
+CASES = [("t5", STATIC), ("bart", GPTQ4), ("bart", SMOOTH), ("bart", AWQ), ("whisper", STATIC), ("whisper", GPTQ)]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
