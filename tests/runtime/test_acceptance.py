@@ -433,7 +433,7 @@ def test_the_default_rule_of_each_draft(kind: str, default: str) -> None:
             "deterministic tree",
             "block",
             1.0,
-            r"'block' needs .* is a deterministic tree of 4 nodes\. .* deterministic, typical",
+            r"'block' needs .* is a deterministic tree of 4 nodes\. .* deterministic, .*typical",
         ),
         ("deterministic tree", "without_replacement", 1.0, r"needs siblings drawn without replacement"),
         ("drawn chain", "block", 0.0, r"'block' is for sampling, .*; got 0\.0\. Fix: .*: greedy\."),
