@@ -24,9 +24,12 @@ from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 
 
+LONGEST = ("test_readme.py", "test_realistic_shapes.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's commands take longest: begun last, they would keep one of two processes waiting for minutes."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The longest files first: begun last, they would keep one of two processes waiting for minutes."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
