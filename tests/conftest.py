@@ -23,7 +23,6 @@ from speech import save_speech_checkpoint
 from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 
-
 LONGEST = ("test_readme.py", "test_realistic_shapes.py")
 
 
