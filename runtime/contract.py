@@ -9,7 +9,6 @@ OPSET = 24  # the first with TensorScatter
 BATCH, ROWS, SLOTS, CHOSEN, SOURCE = "batch", "rows", "slots", "chosen", "source"  # axes B, T, S, R, E
 # The attention mask's last axis in lowered graphs that read no more slots than the mask covers, and whose batches need no
 # padding of single rows; S, the capacity, elsewhere.
-USED_SLOTS = "used_slots"
 
 INPUT_IDS = "input_ids"  # [B, T] int64
 POSITION_IDS = "position_ids"  # [B, T] int64

@@ -17,7 +17,6 @@ from .engines.info import EngineInfo
 from .states import CrossState, State
 
 MAX_ROWS = 64  # the most rows of one verify pass, root included
-SLOT_STEP = 64  # numbers of slots are multiples of this, so that equal requests get equal shapes
 
 
 class Scores(Protocol):

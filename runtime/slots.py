@@ -4,9 +4,9 @@ Sequences join and leave between passes. A pass over the first n rows reads noth
 nothing; the last row moves into the gap that one leaves.
 """
 
-from .graph import MAX_ROWS, SLOT_STEP, Engine
+from .graph import MAX_ROWS, Engine
 from .sequence import Sequence
-from .states import CrossState, State
+from .states import SLOT_STEP, CrossState, State
 
 
 def slots_of(sequence: Sequence) -> int:

@@ -17,6 +17,7 @@ from . import contract
 from .bundle import KeyValueInfo, RecurrentInfo
 from .errors import EngineError
 
+SLOT_STEP = 64  # numbers of slots are multiples of this, so that equal requests get equal shapes
 KEPT_STATES = 64  # recurrent states kept per sequence, of its last tokens: as many as a verify pass can take back
 
 
@@ -244,29 +245,76 @@ class GraphState:
         self.sources.put(row, sources)
 
 
-class SlotMemory:
-    """Key/value slots in the host's memory.
+class SlotBuffers:
+    """The arrays of a whole state, which grow with its sequences: attention scans every slot that is there.
 
     Attributes:
         arrays: key and value of each layer, [B, G, S, D] each.
     """
 
-    def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], capacity: int | None = None) -> None:
+        """`capacity`: the most slots; those of the arrays where None."""
         self.arrays = dict(arrays)
+        self._capacity = self.slots if capacity is None else capacity
+
+    @property
+    def slots(self) -> int:
+        """S now."""
+        return int(next(array.shape[2] for array in self.arrays.values()))
+
+    def reserve(self, slots: int) -> bool:
+        """Make room for so many; returns whether the arrays were replaced. An eighth more is taken: growing copies.
+
+        Raises EngineError for more than the capacity.
+        """
+        now = self.slots
+        if slots <= now:
+            return False
+        if slots > self._capacity:
+            raise EngineError(f"The state holds {self._capacity} slots, and this pass needs {slots}. Fix: open a larger one.")
+        wanted = -(-max(slots, now + now // 8) // SLOT_STEP) * SLOT_STEP
+        for name, array in self.arrays.items():
+            batch, heads, _, size = array.shape
+            larger = np.zeros((batch, heads, min(wanted, self._capacity), size), array.dtype)
+            larger[:, :, :now] = array
+            self.arrays[name] = larger
+        return True
+
+
+class SlotMemory:
+    """Key/value slots in the host's memory, of some of a state's sequences."""
+
+    def __init__(self, buffers: SlotBuffers, begin: int = 0, count: int | None = None) -> None:
+        self._buffers, self._begin, self._count = buffers, begin, count
 
     @classmethod
     def empty(cls, infos: Sequence[KeyValueInfo], batch: int, slots: int) -> "SlotMemory":
-        return cls(
-            {
-                name: np.zeros((batch, info.kv_heads, slots, size), info.dtype)
-                for info in infos
-                for name, size in info.sizes().items()
-            }
-        )
+        """With room for up to `slots`, of which the first few are there."""
+        first = min(slots, SLOT_STEP)
+        arrays = {
+            name: np.zeros((batch, info.kv_heads, first, size), info.dtype)
+            for info in infos
+            for name, size in info.sizes().items()
+        }
+        return cls(SlotBuffers(arrays, slots))
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Key and value of each layer, [B, G, S, D] each: contiguous, for the batch is the outermost axis."""
+        end = None if self._count is None else self._begin + self._count
+        return {name: array[self._begin : end] for name, array in self._buffers.arrays.items()}
+
+    @property
+    def slots(self) -> int:
+        """S now."""
+        return self._buffers.slots
+
+    def reserve(self, slots: int) -> bool:
+        """As `SlotBuffers.reserve`, for all sequences of the state."""
+        return self._buffers.reserve(slots)
 
     def view(self, begin: int, count: int) -> "SlotMemory":
-        """The batch is the outermost axis, so a view is contiguous."""
-        return SlotMemory({name: array[begin : begin + count] for name, array in self.arrays.items()})
+        return SlotMemory(self._buffers, self._begin + begin, count)
 
     def commit(self, row: int, start: int, kept: Sequence[int]) -> None:
         """Rows in place are not touched, and a chain moves nothing."""
@@ -291,6 +339,7 @@ class SlotMemory:
         return [array[row, :, :length].copy() for array in self.arrays.values()]
 
     def load(self, row: int, saved: Sequence[NDArray[Any]]) -> None:
+        self.reserve(max(copy.shape[1] for copy in saved))
         for array, copy in zip(self.arrays.values(), saved, strict=True):
             array[row, :, : copy.shape[1]] = copy
 

@@ -17,11 +17,11 @@ from .audio import Audio, Samples, load_audio
 from .bundle import AudioInfo, GenerationRules
 from .errors import OptionError, PromptError
 from .generation import Generator, Input
-from .graph import SLOT_STEP
 from .options import DecodeOptions, GenerateOptions
 from .prefill import last_logits, open_state, prefill
 from .results import Result
 from .segments import STEP_S, Segment, Span, split_window
+from .states import SLOT_STEP
 
 Recording = str | Path | NDArray[Any]  # a sound file, or samples as `load_audio` takes them
 

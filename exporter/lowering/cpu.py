@@ -1,7 +1,8 @@
 """The recipe for ONNX Runtime's CPU provider: which passes, in which order, and two forms of the decoder.
 
-One sequence decodes through GroupQueryAttention; a batch, which that operator refuses, through the portable attention over
-the used slots. Everything else is the same, and both forms read one file of weights.
+One sequence decodes through GroupQueryAttention; a batch, which that operator refuses, through the portable attention, which
+scans every slot: the runtime keeps no more of them than are used. Everything else is the same, and both forms read one file of
+weights.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from headstart.exporter.passes.normalization import fuse_normalization
 from headstart.exporter.passes.packed_linears import pack_linears
 from headstart.exporter.passes.per_row_int8 import Product, lower_linears
 from headstart.exporter.passes.query_rows import pad_query_rows
-from headstart.exporter.passes.used_slots import read_used_slots
 
 Pass = Callable[[ir.Model], tuple[ir.Model, bool]]
 
@@ -37,9 +37,9 @@ def lower_decoder(model: ir.Model, positions: int, product: Product) -> Lowered:
     for lowering in _common(product):
         model, _ = lowering(model)
     batch = model.clone()
-    for lowering in (fold_grouped_heads, pad_query_rows, read_used_slots):
+    for lowering in (fold_grouped_heads, pad_query_rows):
         batch, _ = lowering(batch)
-    single, _ = read_used_slots(fuse_attention(model, positions)[0])
+    single, _ = fuse_attention(model, positions)
     counts = {
         "fused_norms": sum(node.op_type.endswith("LayerNormalization") for node in single.graph),
         "quantized_linears": quantized,

@@ -14,7 +14,7 @@ from headstart.runtime.output import check_files
 from headstart.runtime.precision import Difference, FloatAgreement
 
 ENGINE_FILE = "engine.json"
-ENGINE_SCHEMA = 4
+ENGINE_SCHEMA = 5
 
 
 @dataclass(frozen=True)

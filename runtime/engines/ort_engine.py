@@ -18,7 +18,7 @@ from .device import DeviceGraph
 from .info import EngineInfo, built_engine, engine_folder
 from .ort_device import GraphMoves, OrtMemory, SessionExecutor, slots_given
 from .ort_host import HostGraph
-from .ort_session import CPU, Opened, Provider, cuda_provider, open_session, opened
+from .ort_session import CPU, MIN_ROWS, Opened, Provider, cuda_provider, open_session, opened
 from .step import source_names
 
 # Threads of anything that drafts. A second pool of spinning threads would fight the target's for the same cores, which
@@ -101,7 +101,8 @@ class OnnxRuntimeEngine:
         """The session for that many sequences; where batches have a form of their own, it is opened when the first comes."""
         file = f"{name}_batch" if batch > 1 and self.built is not None and f"{name}_batch" in self.built[0].graphs else name
         if file not in self._opened:
-            self._opened[file] = opened(self._session(name, file, CPU), self.bundle.graphs[name])
+            least = MIN_ROWS if file == name else 1  # the form for batches pads rows where it needs them
+            self._opened[file] = opened(self._session(name, file, CPU), self.bundle.graphs[name], least)
         return self._opened[file]
 
     def _session(self, name: str, file: str, provider: Provider) -> Any:

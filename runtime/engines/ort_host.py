@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from headstart.runtime import contract
 from headstart.runtime.bundle import GraphInfo, TensorInfo
-from headstart.runtime.graph import SLOT_STEP, HostOutputs
+from headstart.runtime.graph import HostOutputs
 from headstart.runtime.states import (
     CrossState,
     GraphState,
@@ -25,11 +25,9 @@ from headstart.runtime.states import (
     StateMemory,
 )
 
-from .ort_session import Opened, host_value
+from .ort_session import MIN_ROWS, Opened, host_value
 from .sources import axis_size
 from .step import StepInputs, measured_sizes, plain_outputs, trimmed
-
-MIN_ROWS = 2
 
 
 class Arena:
@@ -105,10 +103,12 @@ class HostGraph:
 
     def _binding(self, opened: Opened, state: GraphState, sizes: Mapping[str, int]) -> "HostBinding":
         """Made once for each session, shape and view of a state, and again where its sources got new arrays."""
-        cuts = _reads_used_slots(opened.info)
         padded = dict(sizes)
-        if contract.ROWS in sizes and not (cuts and state.batch > 1):
-            padded[contract.ROWS] = max(sizes[contract.ROWS], MIN_ROWS)
+        if contract.ROWS in sizes:
+            padded[contract.ROWS] = max(sizes[contract.ROWS], opened.least_rows)
+        slots = _slots(state)
+        if slots is not None and slots.reserve(int(state.lengths.max()) + padded.get(contract.ROWS, 1)):
+            state.bound.clear()  # all of it, of all views, is bound to arrays that are replaced
         sources = state.sources
         assert sources is None or isinstance(sources, (HostSources, SourceView))
         key = (id(opened), state.begin, state.batch, *sorted(padded.items()))
@@ -116,9 +116,6 @@ class HostGraph:
         if key not in state.bound or state.bound[key].version != version:
             state.bound[key] = HostBinding(opened, state, padded, self._arena, version)
         binding: HostBinding = state.bound[key]
-        if cuts:
-            used = int(state.lengths.max()) + padded.get(contract.ROWS, 1)
-            binding.use(min(-(-used // SLOT_STEP) * SLOT_STEP, state.slots))
         return binding
 
 
@@ -128,8 +125,8 @@ class HostBinding:
     def __init__(self, opened: Opened, state: GraphState, sizes: Mapping[str, int], arena: Arena, version: int) -> None:
         """`version`: of the sources' arrays."""
         self.version, self._opened, self._arena = version, opened, arena
-        self._sizes = {contract.SLOTS: state.slots, contract.USED_SLOTS: state.slots, contract.BATCH: state.batch, **sizes}
-        self._columns = state.slots
+        slots = _slots(state)
+        self._sizes = {contract.SLOTS: state.slots if slots is None else slots.slots, contract.BATCH: state.batch, **sizes}
         self.inputs = StepInputs(opened.steps, self._sizes)
         self._binding = opened.session.io_binding()
         self._inputs = {tensor.name for tensor in opened.info.inputs}
@@ -177,12 +174,6 @@ class HostBinding:
     def _shape(self, tensor: TensorInfo) -> tuple[int, ...]:
         return tuple(axis_size(axis, self._sizes) for axis in tensor.shape)
 
-    def use(self, columns: int) -> None:
-        """Bind an attention mask of that many columns; the buffers stay."""
-        if columns != self._columns:
-            self._bind({contract.ATTENTION_MASK: self.inputs.use(columns)})
-            self._columns = columns
-
     def run(self) -> None:
         if self._arena_version != self._arena.version:
             self._bind_outputs()
@@ -195,7 +186,5 @@ class HostBinding:
         return HostOutputs({name: trimmed(array, self._axes[name], sizes) for name, array in self._outputs.items()})
 
 
-def _reads_used_slots(info: GraphInfo) -> bool:
-    """Whether the attention mask has a width of its own, see the exporter's `used_slots`."""
-    masks = [tensor.shape for tensor in info.inputs if tensor.name == contract.ATTENTION_MASK]
-    return bool(masks) and masks[0][3] == contract.USED_SLOTS
+def _slots(state: GraphState) -> SlotMemory | None:
+    return next((part for part in state.parts if isinstance(part, SlotMemory)), None)

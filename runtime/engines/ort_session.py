@@ -33,6 +33,7 @@ SIZE_OPERATORS = {
     "Div",
     "Reshape",
 }
+MIN_ROWS = 2  # of a pass; a single row takes another path through attention than two
 AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 # MatMulNBits has a kernel for few rows that reads 4 or 8 bits a weight; without this, more rows than one widen it first.
 FEW_ROWS = {"ep.cuda.fpa_intb_gemm": "1"}
@@ -178,10 +179,15 @@ def _library(provider: Provider) -> Any:
 
 @dataclass(frozen=True)
 class Opened:
-    """A session, and the manifest's description of its graph with the types and inputs that the session has."""
+    """A session, and the manifest's description of its graph with the types and inputs that the session has.
+
+    Attributes:
+        least_rows: of a pass; the caller pads shorter ones.
+    """
 
     session: Any
     info: GraphInfo
+    least_rows: int = MIN_ROWS
 
     @cached_property
     def steps(self) -> list[TensorInfo]:
@@ -189,8 +195,8 @@ class Opened:
         return step_inputs(self.info)
 
 
-def opened(session: Any, info: GraphInfo) -> Opened:
-    return Opened(session, lowered_info(info, _tensors(session.get_inputs()), _tensors(session.get_outputs())))
+def opened(session: Any, info: GraphInfo, least_rows: int = MIN_ROWS) -> Opened:
+    return Opened(session, lowered_info(info, _tensors(session.get_inputs()), _tensors(session.get_outputs())), least_rows)
 
 
 def _tensors(nodes: Any) -> list[TensorInfo]:

@@ -109,14 +109,6 @@ class StepInputs:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: array.shape for name, array in self.arrays.items()}
 
-    def use(self, slots: int) -> NDArray[np.bool_]:
-        """Let the attention mask have only `slots` columns; returns it, on the memory of the whole."""
-        batch, _, rows, _ = self.arrays[contract.ATTENTION_MASK].shape
-        begin = self.offsets[contract.ATTENTION_MASK]
-        mask = self.data[begin : begin + batch * rows * slots].view(np.bool_).reshape(batch, 1, rows, slots)
-        self.arrays[contract.ATTENTION_MASK] = mask
-        return mask
-
     def fill(
         self,
         inputs: Mapping[str, NDArray[Any]],

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import EngineError
-from headstart.runtime.graph import MAX_ROWS, SLOT_STEP, HostOutputs
-from headstart.runtime.states import CrossState
+from headstart.runtime.graph import MAX_ROWS, HostOutputs
+from headstart.runtime.states import SLOT_STEP, CrossState
 
 from .device import DeviceGraph
 from .info import EngineInfo, built_engine, engine_folder

@@ -27,7 +27,7 @@ from headstart.runtime.errors import EngineError, MissingExtraError
 from headstart.runtime.loading import load
 from headstart.runtime.model import Model
 from headstart.runtime.prefill import last_logits, prefill, run_decoder
-from headstart.runtime.states import SlotMemory
+from headstart.runtime.states import SlotBuffers, SlotMemory
 from headstart.runtime.tokenizer import Tokenizer
 from headstart.runtime.tree import ROOT, DraftTree
 
@@ -113,7 +113,8 @@ def test_commits_and_gathers_move_what_numpy_would(engine: OnnxRuntimeEngine, ro
     contents = [generator.standard_normal(tensor.shape).astype(np.float16) for tensor in slots_of(ours).values()]
     for tensor, array in zip(slots_of(ours).values(), contents, strict=True):
         engine._memory.write(tensor, array)
-    theirs.parts = (SlotMemory({name: array.copy() for name, array in zip(slots_of(ours), contents, strict=True)}),)
+    copies = {name: array.copy() for name, array in zip(slots_of(ours), contents, strict=True)}
+    theirs.parts = (SlotMemory(SlotBuffers(copies)),)
     for cache in (ours, theirs):
         cache.lengths[:] = [3, 7, 5]
         cache.commit(row, [0, 2, 3, 6])

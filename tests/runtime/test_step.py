@@ -58,14 +58,14 @@ def test_later_passes_are_written_after_earlier_ones() -> None:
         step.fill(inputs, np.array([1]), mask, 2, 4)
 
 
-def test_the_attention_mask_covers_history_ancestors_and_the_width_that_is_used() -> None:
-    tensor = TensorInfo(contract.ATTENTION_MASK, "bool", ("batch", 1, "rows", contract.USED_SLOTS))
-    step = StepInputs([*DECODER[:1], tensor], {"batch": 2, "rows": 3, contract.USED_SLOTS: 128})
+def test_the_attention_mask_covers_history_and_ancestors() -> None:
+    tensor = TensorInfo(contract.ATTENTION_MASK, "bool", ("batch", 1, "rows", contract.SLOTS))
     mask = np.array([[[1, 0], [1, 1]]] * 2, np.bool_)
     for columns in (128, 64):
-        used = step.use(columns)
+        step = StepInputs([*DECODER[:1], tensor], {"batch": 2, "rows": 3, contract.SLOTS: columns})
         step.fill({contract.INPUT_IDS: np.array([[1, 2], [3, 4]])}, np.array([5, 0]), mask)
-        assert used.shape == (2, 1, 3, columns) and np.shares_memory(used, step.data)
+        used = step.arrays[contract.ATTENTION_MASK]
+        assert used.shape == (2, 1, 3, columns)
         seen = [np.flatnonzero(row).tolist() for row in used[:, 0].reshape(6, columns)]
         assert seen == [[*range(6)], [*range(7)], [*range(5), 7], [0], [0, 1], [2]]
 

@@ -1,4 +1,4 @@
-"""The batch form on the CPU: attention over the used slots, and single rows that are summed as several are."""
+"""The batch form on the CPU: attention over the slots that are used, and single rows that are summed as several are."""
 
 import shutil
 from collections.abc import Callable
@@ -12,15 +12,14 @@ from numpy.typing import NDArray
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.build import build
 from headstart.exporter.passes.query_rows import pad_query_rows
-from headstart.exporter.passes.used_slots import read_used_slots
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.contract import LOGITS
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
-from headstart.runtime.engines.ort_session import open_session
-from headstart.runtime.graph import SLOT_STEP
+from headstart.runtime.engines.ort_session import MIN_ROWS, open_session
+from headstart.runtime.errors import EngineError
 from headstart.runtime.prefill import prefill, run_decoder
-from headstart.runtime.states import GraphState
+from headstart.runtime.states import SLOT_STEP, GraphState
 
 BundleOf = Callable[[str], Bundle]
 LENGTHS = (20, 33, SLOT_STEP - 4)  # the longest gets past the first SLOT_STEP slots while the chain is decoded
@@ -66,35 +65,24 @@ def test_a_batch_steps_as_it_verifies(bundle_of: BundleOf, tmp_path: Path, name:
         assert np.abs(alone - at_once[index]).max() < (1e-6 if weights == "float32" else 1e-2) * np.ptp(alone)
 
 
-def test_the_mask_is_as_wide_as_the_used_slots(bundle_of: BundleOf, tmp_path: Path) -> None:
-    """One sequence's form as well; buffers of the inputs are made once for each shape, not for each width."""
+def test_no_more_slots_are_kept_than_are_used(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """One sequence's form as well. What was written before stays, and a pass beyond the capacity says so."""
     shutil.copytree(bundle_of("llama").path, tmp_path / "bundle")
     build(tmp_path / "bundle")
     engine = OnnxRuntimeEngine.open(Bundle.load(tmp_path / "bundle"), 1)
     for batch in (1, 3):
-        state, widths = engine.graph("decoder").new_state(batch, 4 * SLOT_STEP), []
-        for length in (0, SLOT_STEP - 2, SLOT_STEP - 1, 3 * SLOT_STEP, 5):
+        state, widths = engine.graph("decoder").new_state(batch, 3 * SLOT_STEP), []
+        for length in (0, SLOT_STEP - 2, SLOT_STEP - 1, 2 * SLOT_STEP, 3 * SLOT_STEP, 5):
             state.lengths[:] = length
             forward(engine, state, np.full((batch, 2), 7))
             (binding,) = state.bound.values()
             widths.append(binding.inputs.arrays[contract.ATTENTION_MASK].shape[3])
-        assert widths == [SLOT_STEP, SLOT_STEP, 2 * SLOT_STEP, 4 * SLOT_STEP, SLOT_STEP]
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2"])
-def test_nothing_reads_the_capacity(bundle_of: BundleOf, name: str) -> None:
-    bundle = bundle_of(name)
-    model, changed = read_used_slots(ir.load(bundle.path / bundle.manifest.graphs["decoder"].file))
-    inputs = {value.name: value for value in model.graph.inputs}
-    assert changed and inputs[contract.ATTENTION_MASK].shape[3] == contract.USED_SLOTS
-    for node in model.graph:
-        for value in node.inputs:
-            if node.op_type == "Shape" and value.name.startswith(("key_cache", "value_cache")):
-                assert node.attributes["start"].value == 0  # the batch
-            if node.op_type == "Attention":
-                assert all(read.producer().op_type == "Slice" for read in node.inputs[1:3])
-    outputs = {value.name for value in model.graph.outputs}
-    assert {contract.updated(name) for name in inputs if "cache" in name} <= outputs
+        largest = 3 * SLOT_STEP + MIN_ROWS
+        assert widths == [SLOT_STEP, SLOT_STEP, 2 * SLOT_STEP, 3 * SLOT_STEP, largest, largest]
+        assert all(np.abs(array[:, :, 0]).max() > 0 for array in state.parts[0].arrays.values())
+        state.lengths[:] = 3 * SLOT_STEP + 1
+        with pytest.raises(EngineError, match=r"holds 194 slots, and this pass needs 195"):
+            forward(engine, state, np.full((batch, 2), 7))
 
 
 def attention(pad: bool, folder: Path) -> object:
