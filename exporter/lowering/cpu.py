@@ -18,6 +18,7 @@ from headstart.exporter.passes.normalization import fuse_normalization
 from headstart.exporter.passes.packed_linears import pack_linears
 from headstart.exporter.passes.per_row_int8 import Product, lower_linears
 from headstart.exporter.passes.query_rows import pad_query_rows
+from headstart.exporter.passes.rotary_embedding import fuse_rotary
 
 Pass = Callable[[ir.Model], tuple[ir.Model, bool]]
 
@@ -37,7 +38,7 @@ def lower_decoder(model: ir.Model, positions: int, product: Product) -> Lowered:
     for lowering in _common(product):
         model, _ = lowering(model)
     batch = model.clone()
-    for lowering in (fold_grouped_heads, pad_query_rows):
+    for lowering in (fuse_rotary, fold_grouped_heads, pad_query_rows):
         batch, _ = lowering(batch)
     single, _ = fuse_attention(model, positions)
     counts = {
