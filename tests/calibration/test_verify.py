@@ -252,7 +252,7 @@ def test_wrong_masks_positions_and_slots_are_faults(
     checks = check_forms(FaultyEngine(engine, **fault), Reference.open(bundle), texts, engine_precision(engine), 3)
     assert {check.subject for check in checks if not check.ok} >= found_by - {"batch"}
     worst = max(check.largest / check.largest_limit for check in checks)
-    assert worst > (1000 if weights == "float32" else 2), "far outside"
+    assert worst > (1000 if weights == "float32" else 1.1), "outside"
 
 
 def test_a_wrong_mask_shows_in_greedy_decoding(sample: Callable[[str], Path]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from headstart.runtime.bundle import Bundle, GraphInfo, KeyValueInfo, Manifest, from_json, read_manifest
+from headstart.runtime.bundle import Bundle, GraphInfo, KeyValueInfo, Manifest, read_manifest
+from headstart.runtime.documents import from_json
 from headstart.runtime.errors import BundleError
 from headstart.runtime.upgrade import upgraded
 
