@@ -240,6 +240,13 @@ class GraphState:
                 larger.put_sources(row, source)
         return larger
 
+    def reading(self, sources: CrossState | None) -> "GraphState":
+        """This state, with the sources of all its sequences, where there are any."""
+        if sources is not None:
+            for row in range(self.batch):
+                self.put_sources(row, sources.row(row))
+        return self
+
     def put_sources(self, row: int, sources: CrossState) -> None:
         assert self.sources is not None and len(sources.mask) == 1
         self.sources.put(row, sources)
@@ -250,11 +257,12 @@ class SlotBuffers:
 
     Attributes:
         arrays: key and value of each layer, [B, G, S, D] each.
+        version: counts new arrays, so that what was bound to old ones is known to be stale.
     """
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]], capacity: int | None = None) -> None:
         """`capacity`: the most slots; those of the arrays where None."""
-        self.arrays = dict(arrays)
+        self.arrays, self.version = dict(arrays), 0
         self._capacity = self.slots if capacity is None else capacity
 
     @property
@@ -262,14 +270,14 @@ class SlotBuffers:
         """S now."""
         return int(next(array.shape[2] for array in self.arrays.values()))
 
-    def reserve(self, slots: int) -> bool:
-        """Make room for so many; returns whether the arrays were replaced. An eighth more is taken: growing copies.
+    def reserve(self, slots: int) -> None:
+        """Make room for so many, and for an eighth more than there was: growing copies.
 
         Raises EngineError for more than the capacity.
         """
         now = self.slots
         if slots <= now:
-            return False
+            return
         if slots > self._capacity:
             raise EngineError(f"The state holds {self._capacity} slots, and this pass needs {slots}. Fix: open a larger one.")
         wanted = -(-max(slots, now + now // 8) // SLOT_STEP) * SLOT_STEP
@@ -278,7 +286,7 @@ class SlotBuffers:
             larger = np.zeros((batch, heads, min(wanted, self._capacity), size), array.dtype)
             larger[:, :, :now] = array
             self.arrays[name] = larger
-        return True
+        self.version += 1
 
 
 class SlotMemory:
@@ -309,9 +317,13 @@ class SlotMemory:
         """S now."""
         return self._buffers.slots
 
-    def reserve(self, slots: int) -> bool:
+    @property
+    def version(self) -> int:
+        return self._buffers.version
+
+    def reserve(self, slots: int) -> None:
         """As `SlotBuffers.reserve`, for all sequences of the state."""
-        return self._buffers.reserve(slots)
+        self._buffers.reserve(slots)
 
     def view(self, begin: int, count: int) -> "SlotMemory":
         return SlotMemory(self._buffers, self._begin + begin, count)

@@ -69,6 +69,7 @@ def critical_value(degrees: int, significance: float = SIGNIFICANCE) -> float:
 
 def noncentral_tail(statistic: float, degrees: int, noncentrality: float) -> float:
     """P(X > statistic) of a noncentral chi-square: a mixture of central ones with Poisson(noncentrality / 2) more pairs."""
+    assert degrees >= 2 and degrees % 2 == 0
     mean, pairs = noncentrality / 2, degrees // 2
     if mean == 0 or statistic <= 0:
         return tail(statistic, degrees)

@@ -409,9 +409,7 @@ class DeviceGraph:
 
     def new_state(self, batch: int, slots: int, sources: CrossState | None = None) -> GraphState:
         state = self._states.open(batch, slots)
-        for row in range(0 if sources is None else batch):
-            state.put_sources(row, sources.row(row))  # type: ignore[union-attr]
-        return state
+        return state.reading(sources)
 
     def run(
         self,

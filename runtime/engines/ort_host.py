@@ -72,9 +72,7 @@ class HostGraph:
             parts.append(RecurrentMemory.empty(info.recurrent, batch))
         memory = HostSources(batch) if info.reads else None
         state = GraphState(parts, np.zeros(batch, np.int64), slots, self.new_state, memory)
-        for row in range(0 if sources is None else batch):
-            state.put_sources(row, sources.row(row))  # type: ignore[union-attr]
-        return state
+        return state.reading(sources)
 
     def run(
         self,
@@ -102,29 +100,33 @@ class HostGraph:
         return HostOutputs(dict(zip(names, opened.session.run(names, feeds), strict=True)))
 
     def _binding(self, opened: Opened, state: GraphState, sizes: Mapping[str, int]) -> "HostBinding":
-        """Made once for each session, shape and view of a state, and again where its sources got new arrays."""
+        """Made once for each session, shape and view of a state, and again where its slots or sources got new arrays."""
         padded = dict(sizes)
         if contract.ROWS in sizes:
             padded[contract.ROWS] = max(sizes[contract.ROWS], opened.least_rows)
         slots = _slots(state)
-        if slots is not None and slots.reserve(int(state.lengths.max()) + padded.get(contract.ROWS, 1)):
-            state.bound.clear()  # all of it, of all views, is bound to arrays that are replaced
+        if slots is not None:
+            slots.reserve(int(state.lengths.max()) + padded.get(contract.ROWS, 1))
         sources = state.sources
         assert sources is None or isinstance(sources, (HostSources, SourceView))
         key = (id(opened), state.begin, state.batch, *sorted(padded.items()))
-        version = 0 if sources is None else sources.version
-        if key not in state.bound or state.bound[key].version != version:
-            state.bound[key] = HostBinding(opened, state, padded, self._arena, version)
-        binding: HostBinding = state.bound[key]
+        versions = tuple(part.version for part in (slots, sources) if part is not None)
+        binding: HostBinding | None = state.bound.get(key)
+        if binding is None or binding.versions != versions:
+            for stale in [other for other, bound in state.bound.items() if bound.versions != versions]:
+                del state.bound[stale]  # each keeps the old arrays
+            binding = state.bound[key] = HostBinding(opened, state, padded, self._arena, versions)
         return binding
 
 
 class HostBinding:
     """The buffers of one shape, bound once to a session and a state."""
 
-    def __init__(self, opened: Opened, state: GraphState, sizes: Mapping[str, int], arena: Arena, version: int) -> None:
-        """`version`: of the sources' arrays."""
-        self.version, self._opened, self._arena = version, opened, arena
+    def __init__(
+        self, opened: Opened, state: GraphState, sizes: Mapping[str, int], arena: Arena, versions: tuple[int, ...]
+    ) -> None:
+        """`versions`: of the slots' and the sources' arrays."""
+        self.versions, self._opened, self._arena = versions, opened, arena
         slots = _slots(state)
         self._sizes = {contract.SLOTS: state.slots if slots is None else slots.slots, contract.BATCH: state.batch, **sizes}
         self.inputs = StepInputs(opened.steps, self._sizes)

@@ -85,6 +85,18 @@ def test_no_more_slots_are_kept_than_are_used(bundle_of: BundleOf, tmp_path: Pat
             forward(engine, state, np.full((batch, 2), 7))
 
 
+def test_a_longer_snapshot_is_what_the_next_pass_reads(bundle_of: BundleOf) -> None:
+    """Restoring it replaces the arrays that earlier passes of this state were bound to."""
+    engine = OnnxRuntimeEngine(bundle_of("llama"), 1)
+    graph, chain = engine.graph("decoder"), np.array([[40, 41, 42]])
+    long, short = (graph.new_state(1, 3 * SLOT_STEP) for _ in range(2))
+    prefill(engine, long, [(7 * token) % 250 + 3 for token in range(SLOT_STEP + 20)])
+    wanted, snapshot = forward(engine, long, chain), long.snapshot(0)
+    forward(engine, short, chain)  # binds the shape to the few slots that are there at first
+    short.restore(0, snapshot)
+    assert (forward(engine, short, chain) == wanted).all()
+
+
 def attention(pad: bool, folder: Path) -> object:
     """A session of one Attention of eight heads of size 64."""
     names = {"query": 8, "keys": 8, "values": 8}

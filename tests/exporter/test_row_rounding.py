@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from cpu_target import written
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter import canonical
@@ -13,7 +14,6 @@ from headstart.exporter.check import Inputs, _difference, check_graphs
 from headstart.exporter.golden import read_golden
 from headstart.exporter.graph import save_graph
 from headstart.exporter.passes.row_rounding import round_rows
-from headstart.exporter.targets.cpu import CpuOptions, CpuTarget
 from headstart.exporter.targets.target import Form
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import EngineError
@@ -21,21 +21,12 @@ from headstart.runtime.errors import EngineError
 BundleOf = Callable[[str], Bundle]
 
 
-def built(bundle: Bundle, folder: Path) -> CpuTarget:
-    """The CPU's target after all graphs are written, before they are compared."""
-    folder.mkdir()
-    target = CpuTarget(bundle, "cpu", folder, CpuOptions(), lambda stage: None)
-    for name in bundle.graphs:
-        target.write(name, target.lower(name, canonical.load_graph(bundle, name)))
-    return target
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "t5"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_lowered_graphs_equal_the_rounded_ones(bundle_of: BundleOf, tmp_path: Path, name: str, weights: str) -> None:
     """A typical row to the last bits, where the unrounded graph is percents away: only the rounding is different."""
     bundle = quantize(bundle_of(name).path, tmp_path / "small", QuantizeOptions(weights=weights))
-    target, golden = built(bundle, tmp_path / "engine"), read_golden(bundle)
+    target, golden = written(bundle, tmp_path / "engine"), read_golden(bundle)
     inputs = Inputs(bundle, golden["input_ids"][:1], golden["sources"][:1] if "sources" in golden else None)
     for graph in sorted(bundle.graphs, reverse=True):  # encoders first: decoders read what they return
         rounded, changed = round_rows(canonical.load_graph(bundle, graph))
@@ -50,7 +41,7 @@ def test_lowered_graphs_equal_the_rounded_ones(bundle_of: BundleOf, tmp_path: Pa
 @pytest.mark.parametrize("form", ["decoder", "decoder_batch"])
 def test_a_wrong_integer_is_no_rounding(bundle_of: BundleOf, tmp_path: Path, form: str) -> None:
     bundle = quantize(bundle_of("llama").path, tmp_path / "small")
-    target = built(bundle, tmp_path / "engine")
+    target = written(bundle, tmp_path / "engine")
     file = target.folder / target.graphs[form]
     model = ir.load(file)
     weight = next(value for name, value in model.graph.initializers.items() if "down_proj" in name and "int8" in name)

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from cpu_target import written
 from random_head import add_random_head
 
 from headstart.exporter.build import build
 from headstart.exporter.check import check_graphs
 from headstart.exporter.graph import save_graph
-from headstart.exporter.targets.cpu import CpuOptions, CpuTarget
+from headstart.exporter.targets.cpu import CpuOptions
 from headstart.exporter.targets.cuda import CudaOptions
 from headstart.exporter.targets.options import options_for
 from headstart.exporter.targets.table import TARGETS, target_for
@@ -110,17 +111,6 @@ def bundle(bundle_of: BundleOf, tmp_path: Path) -> Bundle:
     return Bundle.load(tmp_path / "bundle")
 
 
-def built(bundle: Bundle, folder: Path) -> CpuTarget:
-    """The CPU's target after all graphs are written, before they are compared."""
-    from headstart.exporter import canonical
-
-    folder.mkdir()
-    target = CpuTarget(bundle, "cpu", folder, CpuOptions(), lambda stage: None)
-    for name in bundle.graphs:
-        target.write(name, target.lower(name, canonical.load_graph(bundle, name)))
-    return target
-
-
 def edit_weight(file: Path, part: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Change the first weight of a written graph whose name contains `part`."""
     model = ir.load(file)
@@ -131,14 +121,14 @@ def edit_weight(file: Path, part: str, change: Callable[[np.ndarray], np.ndarray
 
 
 def test_every_graph_is_compared(bundle: Bundle, tmp_path: Path) -> None:
-    differences = check_graphs(bundle, built(bundle, tmp_path / "engine"))
+    differences = check_graphs(bundle, written(bundle, tmp_path / "engine"))
     assert set(differences) == {"decoder", "heads/medusa"}
     assert all(found.largest < 2e-6 for found in differences.values())
 
 
 @pytest.mark.parametrize(("graph", "part"), [("decoder", "q_proj"), ("decoder_batch", "q_proj"), ("heads/medusa", "0")])
 def test_a_wrong_weight_of_any_graph_is_a_fault_that_names_it(bundle: Bundle, tmp_path: Path, graph: str, part: str) -> None:
-    target = built(bundle, tmp_path / "engine")
+    target = written(bundle, tmp_path / "engine")
     edit_weight(target.folder / target.graphs[graph], part, lambda weight: weight[::-1])
     with pytest.raises(EngineError, match=f"The graph {graph.removesuffix('_batch')} lowered for cpu differs"):
         check_graphs(bundle, target)
@@ -147,7 +137,7 @@ def test_a_wrong_weight_of_any_graph_is_a_fault_that_names_it(bundle: Bundle, tm
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("graph", ["decoder", "heads/medusa"])
 def test_a_lowered_graph_of_nan_is_a_fault_that_names_it(bundle: Bundle, tmp_path: Path, graph: str, value: float) -> None:
-    target = built(bundle, tmp_path / "engine")
+    target = written(bundle, tmp_path / "engine")
     edit_weight(target.folder / target.graphs[graph], "norm" if graph == "decoder" else "0", lambda weight: weight * value)
     with pytest.raises(EngineError, match=rf"the graph {graph} lowered for cpu, output .* computes NaN or infinity"):
         check_graphs(bundle, target)
