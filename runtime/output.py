@@ -164,16 +164,29 @@ def _swapped(partial: Path, target: Path, refusal: Callable[[Path], OutputError 
 def scratch_folder(target: Path) -> Iterator[Path]:
     """A temporary folder next to `target`, on the same disk so that it can be renamed; removed when the block ends.
 
+    Parent folders of `target` that were missing are made, and removed again where nothing was written into them.
+
     Raises OutputError when the parent folder cannot be written.
     """
+    missing = [folder for folder in target.parents if not folder.exists()]
     with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target)
-        partial = Path(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent))
+        partial = _new_partial(target)
     try:
         yield partial
     finally:
         _delete(partial)  # also on Ctrl-C; after a rename there is nothing left to delete
+        for folder in missing:  # innermost first; what was made for nothing goes as well
+            with contextlib.suppress(OSError):  # it holds what was written
+                folder.rmdir()
+
+
+def _new_partial(target: Path) -> Path:
+    """A new temporary folder for `target`, in its parent folder, which is made if it is missing."""
+    while True:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target)
+        with contextlib.suppress(FileNotFoundError):  # another process that wrote nothing has just removed the parent folder
+            return Path(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent))
 
 
 @contextmanager

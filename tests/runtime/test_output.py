@@ -61,6 +61,17 @@ def test_new_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_parent_folders_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    target = tmp_path / "mine" / "engines" / "cpu"
+    target.parent.parent.mkdir()
+    with pytest.raises(KeyError), new_folder(target):
+        raise KeyError
+    assert list(tmp_path.rglob("*")) == [target.parent.parent], "what was there stays, empty or not"
+    with new_folder(target) as partial:
+        (partial / "written").touch()
+    assert (target / "written").is_file()
+
+
 def test_new_folder_refuses_an_existing_one_unless_forced(tmp_path: Path) -> None:
     make_bundle(tmp_path / "out")
     with pytest.raises(OutputError, match="--force"), new_folder(tmp_path / "out"):
