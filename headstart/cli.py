@@ -576,7 +576,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the exported bundle goes.")] = Path(".demo"),
     samples: Annotated[Path | None, typer.Option(help="The samples folder; the repository's own by default.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table's rows there.")] = None,
-    prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.", min=1)] = 8,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.", min=1)] = 4,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 3,
     sample: Annotated[
         list[str] | None, typer.Option(help="pycode, normalise or speech; may be repeated. All by default.")

@@ -22,7 +22,7 @@ from .screen import counted, out, show_report, show_tuning, stages, table
 
 NEW_TOKENS = 128
 VERIFIED_PROMPTS, VERIFIED_SAMPLES = 4, 100
-TUNING_PROMPTS = 8  # the file's last, which are not measured; of a short file, the second half
+TUNING_PROMPTS = 4  # the file's last, which are not measured; of a short file, the second half
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class Scheduler:
 
     def _round(self, running: list[Sequence]) -> None:
         started = time.perf_counter()
-        curve = self.cost.curve(len(running), int(np.mean([len(s.token_ids) for s in running])))
+        curve = self.cost.curve(len(running), sum(len(s.token_ids) for s in running) // len(running))
         trees = self._draft(running, curve)
         drafted = time.perf_counter()
         outputs = self._verify(running, trees)

@@ -64,6 +64,13 @@ def bundle_of(
 
 
 @pytest.fixture(scope="session")
+def pycode(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Bundle:
+    """The shipped sample's bundle, with its Medusa heads: head size 32, vocabulary 4,096, tied."""
+    checkpoint = Path(__file__).parent.parent / "samples/checkpoints/pycode"
+    return Bundle.load(made_once("samples/pycode", lambda folder: export(checkpoint, folder, [checkpoint / "medusa"])))
+
+
+@pytest.fixture(scope="session")
 def speech_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A tiny Whisper's bundle, with a front-end."""
     folder = tmp_path_factory.mktemp("speech")

@@ -1,11 +1,14 @@
 """The command line as a user meets it: what works, and what each mistake answers."""
 
+import contextlib
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 import soundfile
 from speech import recording
 
+from headstart.cli import main
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.loading import load
 
@@ -29,10 +33,23 @@ def headstart(*arguments: object, stdin: str | None = None) -> subprocess.Comple
 
 def refused(*arguments: object) -> str:
     """The message of a command that must fail as a user's mistake: exit code 2, one message, no traceback."""
-    done = headstart(*arguments)
+    done = here(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
+
+
+def here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in this process, whose modules are loaded already: of a mistake's seconds, most would go to imports."""
+    command, output, errors = ["headstart", *map(str, arguments)], io.StringIO(), io.StringIO()
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", command)
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+            main()
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    return subprocess.CompletedProcess(command, int(ended.value.code or 0), output.getvalue(), errors.getvalue())
 
 
 def test_generate_streams_the_same_text(bundle_of: BundleOf) -> None:
@@ -77,7 +94,7 @@ def test_inspect_and_heads_list(bundle_of: BundleOf) -> None:
 
 
 def test_verify_passes_and_reports(bundle_of: BundleOf, checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
-    arguments = ("-n", 16, "--samples", 200, "--checkpoint", checkpoint_of("llama"), "--json", tmp_path / "r.json")
+    arguments = ("-n", 16, "--samples", 50, "--checkpoint", checkpoint_of("llama"), "--json", tmp_path / "r.json")
     done = headstart("verify", bundle_of("llama").path, *arguments, "--draft-model", bundle_of("qwen2").path)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
@@ -189,7 +206,7 @@ def test_prompt_files(tmp_path: Path, bundle_of: BundleOf) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
-    done = headstart(command, "--help")
+    done = here(command, "--help")
     assert done.returncode == 0 and "Usage" in done.stdout
 
 

@@ -107,13 +107,13 @@ class OnnxRuntimeEngine:
 
     def _session(self, name: str, file: str, provider: Provider) -> Any:
         """Of a canonical graph, or of the engine's `file` made from it. Weights of the target's are read once for all heads."""
-        threads = DRAFT_THREADS if name.startswith("heads/") else self.threads
+        threads, awake = DRAFT_THREADS if name.startswith("heads/") else self.threads, name == "decoder"
         if self.built is not None and file in self.built[0].graphs:
             info, folder = self.built
-            return open_session(folder / info.graphs[file], threads, provider=provider)
+            return open_session(folder / info.graphs[file], threads, provider=provider, awake=awake)
         path = self.bundle.path / self.bundle.graphs[name].file
         if not name.startswith("heads/"):
-            return open_session(path, threads, provider=provider, as_written=self._has_fixed_scales)
+            return open_session(path, threads, None, provider, self._has_fixed_scales, awake)
         head: HeadInfo = self.bundle.head(name.removeprefix("heads/"))
         return open_session(path, threads, {key: self._shared_weight(weight) for key, weight in head.shared.items()}, provider)
 

@@ -12,7 +12,6 @@ from headstart.calibration.rounding import WeightScheme, round_to_nearest
 from headstart.calibration.verify import verify
 from headstart.exporter.build import build
 from headstart.exporter.comparison import all_logits
-from headstart.exporter.export import export
 from headstart.exporter.passes.linear import linears
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
@@ -20,12 +19,6 @@ from headstart.runtime.errors import BundleError, OptionError, OutputError
 from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]
-SAMPLE = Path(__file__).parent.parent.parent / "samples" / "checkpoints" / "pycode"
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(SAMPLE, tmp_path_factory.mktemp("sample") / "pycode", [SAMPLE / "medusa"])
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64)])
@@ -88,14 +81,14 @@ def test_int8_logits_are_near(bundle_of: BundleOf, tmp_path: Path) -> None:
     assert 1e-5 < error < 0.03
 
 
-def test_heads_are_quantized_and_share_the_quantized_lm_head(sample: Bundle, tmp_path: Path) -> None:
-    bundle = quantize(sample.path, tmp_path / "small")
+def test_heads_are_quantized_and_share_the_quantized_lm_head(pycode: Bundle, tmp_path: Path) -> None:
+    bundle = quantize(pycode.path, tmp_path / "small")
     info = bundle.head("medusa")
     assert set(info.shared) == {"lm_head", "lm_head.scale"} and info.shared["lm_head"].dtype == "int8"
     hidden = np.random.default_rng(0).standard_normal((1, 1, info.hidden_size)).astype(np.float32)
-    before, after = (OnnxRuntimeEngine(one).graph("heads/medusa").run({"hidden": hidden}) for one in (sample, bundle))
+    before, after = (OnnxRuntimeEngine(one).graph("heads/medusa").run({"hidden": hidden}) for one in (pycode, bundle))
     np.testing.assert_allclose(after["topk_log_probs"][:, :, 0], before["topk_log_probs"][:, :, 0], atol=0.3)
-    assert (sample.path / "heads/medusa/head.onnx.data").stat().st_size > (
+    assert (pycode.path / "heads/medusa/head.onnx.data").stat().st_size > (
         bundle.path / "heads/medusa/head.onnx.data"
     ).stat().st_size
     result = load(bundle.path).generate("def f(x):\n", max_new_tokens=24, drafter="medusa", ignore_end=True)

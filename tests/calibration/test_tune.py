@@ -13,7 +13,6 @@ from drafting import draft_request
 from headstart.calibration.bench import bench, draw
 from headstart.calibration.tune import PRIOR_WEIGHT, Recorder, TuneOptions, drafter_pairs, tune
 from headstart.exporter.build import build
-from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.base import DraftRequest, DraftSequence
 from headstart.runtime.errors import EngineError, OptionError, OutputError
@@ -25,7 +24,6 @@ from headstart.runtime.tuning import DrafterTuning, tuning_file
 from headstart.runtime.verify_cost import VerifyCost
 
 BundleOf = Callable[[str], Bundle]
-SAMPLE = Path(__file__).parent.parent.parent / "samples" / "checkpoints" / "pycode"
 PROMPTS = ["def f(x):\n    return ", "import os\nimport sys\n", "class A:\n    def __init__(self):\n"]
 SHORT = TuneOptions(max_new_tokens=24)
 
@@ -68,10 +66,10 @@ def test_recorder_counts_nodes_whose_parent_was_accepted() -> None:
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(pycode: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In float32: which trees are verified depends on measured times, and integer rounding may differ at near-ties in trees."""
     bundle = tmp_path_factory.mktemp("tuned") / "bundle"
-    export(SAMPLE, bundle, [SAMPLE / "medusa"])
+    shutil.copytree(pycode.path, bundle)
     build(bundle)
     tune(bundle, PROMPTS, threads=1, options=SHORT)
     return bundle

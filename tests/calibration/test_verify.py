@@ -32,7 +32,6 @@ from headstart.calibration.verification.reference import Reference, Text, engine
 from headstart.calibration.verification.sampling import check_sampling
 from headstart.calibration.verify import golden_texts, verify, verify_model
 from headstart.exporter.build import build
-from headstart.exporter.export import export
 from headstart.exporter.golden import read_golden
 from headstart.runtime.bundle import GOLDEN, Bundle, write_manifest
 from headstart.runtime.contract import HIDDEN, LOGITS
@@ -50,18 +49,17 @@ from headstart.runtime.tokenizer import Tokenizer
 
 BundleOf = Callable[[str], Bundle]
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
-SAMPLE = Path(__file__).parent.parent.parent / "samples" / "checkpoints" / "pycode"
 PROMPTS = ["def fib(n):\n    return", "import os\nimport os"]
 
 
 @pytest.fixture(scope="session")
-def sample(made_once: MadeOnce) -> Callable[[str], Path]:
-    """weights -> the pycode sample (head size 32, vocabulary 4,096, tied), built for the CPU."""
+def sample(pycode: Bundle, made_once: MadeOnce) -> Callable[[str], Path]:
+    """weights -> the pycode sample, built for the CPU."""
 
     def make(weights: str) -> Path:
         def write(folder: Path) -> None:
             if weights == "float32":
-                export(SAMPLE, folder, [SAMPLE / "medusa"])
+                shutil.copytree(pycode.path, folder)
             else:
                 quantize(make("float32"), folder, QuantizeOptions(weights=weights))
             build(folder, force=True)

@@ -206,7 +206,7 @@ def test_a_failed_capture_warns_and_goes_on(bundle: Bundle, engine: OnnxRuntimeE
     capturing = Provider(device="cuda", options={"CPUExecutionProvider": {}, CUDA: {"enable_cuda_graph": "1"}}, location="cpu")
     monkeypatch.setattr(
         "headstart.runtime.engines.ort_engine.open_session",
-        lambda file, threads, shared=None, provider=ON_CPU, as_written=False: (
+        lambda file, threads, shared=None, provider=ON_CPU, **_: (
             Uncapturable(open_session(file, threads)) if provider.captures else open_session(file, threads)
         ),
     )
