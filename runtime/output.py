@@ -168,8 +168,8 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
     Raises OutputError when the parent folder cannot be written.
     """
-    missing = [folder for folder in target.parents if not folder.exists()]
     with _writing(target):
+        missing = [folder for folder in target.parents if not folder.exists()]
         partial = _new_partial(target)
     try:
         yield partial
