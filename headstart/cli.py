@@ -578,15 +578,16 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table's rows there.")] = None,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.", min=1)] = 4,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 3,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="After each prompt.", min=1)] = 64,
     sample: Annotated[
         list[str] | None, typer.Option(help="pycode, normalise or speech; may be repeated. All by default.")
     ] = None,
 ) -> None:
     """The whole way on the shipped samples: export, quantize, build, tune, verify, decode with and without heads."""
-    from .demo import run, show_demo
+    from .demo import Extent, run, show_demo
     from .screen import write_json
 
-    table = run(output, samples, prompts, rounds, sample or ())
+    table = run(output, samples, Extent(prompts, rounds, max_new_tokens), sample or ())
     show_demo(table)
     if json_file:
         write_json(json_file, table.rows)

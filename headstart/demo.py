@@ -20,9 +20,17 @@ from headstart.runtime.results import Result
 
 from .screen import counted, out, show_report, show_tuning, stages, table
 
-NEW_TOKENS = 128
 VERIFIED_PROMPTS, VERIFIED_SAMPLES = 4, 100
 TUNING_PROMPTS = 4  # the file's last, which are not measured; of a short file, the second half
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is decoded: held-out prompts, interleaved rounds, and the most new tokens after each prompt."""
+
+    prompts: int = 4
+    rounds: int = 3
+    new_tokens: int = 64
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class DemoTable:
         return self.verified and all(row.equal == row.prompts for row in exact)
 
 
-def run(output: Path, samples: Path | None, prompt_count: int, rounds: int, names: Sequence[str] = ()) -> DemoTable:
+def run(output: Path, samples: Path | None, extent: Extent, names: Sequence[str] = ()) -> DemoTable:
     """Take the samples (all, or those named) through the whole pipeline. Bundles go to `output`/NAME and
     NAME-int8, and are replaced each time.
 
@@ -127,18 +135,16 @@ def run(output: Path, samples: Path | None, prompt_count: int, rounds: int, name
                 f"{folder / sample.name / sample.data} does not exist: the samples are part of the repository. "
                 "Fix: run in a clone, or --samples DIR."
             )
-    parts = [run_sample(sample, folder / sample.name, output, prompt_count, rounds) for sample in chosen]
-    title = f"Held-out prompts, up to {NEW_TOKENS} new tokens each, median of {rounds} interleaved rounds"
+    parts = [run_sample(sample, folder / sample.name, output, extent) for sample in chosen]
+    title = f"Held-out prompts, up to {extent.new_tokens} new tokens each, median of {extent.rounds} interleaved rounds"
     return DemoTable(title, tuple(row for rows, _ in parts for row in rows), all(verified for _, verified in parts))
 
 
-def run_sample(
-    sample: Sample, checkpoint: Path, output: Path, prompt_count: int, rounds: int
-) -> tuple[tuple[DemoRow, ...], bool]:
+def run_sample(sample: Sample, checkpoint: Path, output: Path, extent: Extent) -> tuple[tuple[DemoRow, ...], bool]:
     """(one row for each drafter, temperature and kind of weights; whether `verify` found no fault)."""
     items = read_items(checkpoint / sample.data, sample.without)
     tuning = items[-min(TUNING_PROMPTS, len(items) // 2) :]
-    measured = items[: min(prompt_count, len(items) - len(tuning))]
+    measured = items[: min(extent.prompts, len(items) - len(tuning))]
     prompts = [item.prompt for item in measured]
     bundles = {"float32": output / sample.name, "int8": output / f"{sample.name}-int8"}
     prepare(checkpoint, bundles, [item.prompt for item in tuning])
@@ -148,11 +154,11 @@ def run_sample(
         with counted() as progress_of:
             reports.append(
                 headstart.verify(
-                    bundle, prompts[:VERIFIED_PROMPTS], NEW_TOKENS, source, progress=progress_of, samples=VERIFIED_SAMPLES
+                    bundle, prompts[:VERIFIED_PROMPTS], extent.new_tokens, source, progress=progress_of, samples=VERIFIED_SAMPLES
                 )
             )
         show_report(reports[-1])
-    rows = measure(sample, {weights: headstart.load(bundle) for weights, bundle in bundles.items()}, measured, rounds)
+    rows = measure(sample, {weights: headstart.load(bundle) for weights, bundle in bundles.items()}, measured, extent)
     return rows, all(report.ok for report in reports)
 
 
@@ -176,7 +182,7 @@ def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[Prompt]
             show_tuning(bundle, headstart.tune(bundle, tuning, progress=progress_of))
 
 
-def measure(sample: Sample, models: dict[str, Model], items: Sequence[Item], rounds: int) -> tuple[DemoRow, ...]:
+def measure(sample: Sample, models: dict[str, Model], items: Sequence[Item], extent: Extent) -> tuple[DemoRow, ...]:
     """Every bundle, drafter and temperature, interleaved so that noise affects all of them alike."""
     settings = [
         Setting(weights, temperature, drafter)
@@ -186,13 +192,13 @@ def measure(sample: Sample, models: dict[str, Model], items: Sequence[Item], rou
     ]
     results: dict[Setting, list[list[Result]]] = {setting: [] for setting in settings}
     with counted() as progress:
-        for done in range(rounds):
+        for done in range(extent.rounds):
             for setting in settings:
-                options: dict[str, Any] = {"temperature": setting.temperature, "seed": done, "max_new_tokens": NEW_TOKENS}
+                options: dict[str, Any] = {"temperature": setting.temperature, "seed": done, "max_new_tokens": extent.new_tokens}
                 options |= {"ignore_end": sample.endless, "drafter": setting.drafter}
                 model = models[setting.weights]
                 results[setting].append([model.generate(item.prompt, **options) for item in items])
-            progress(f"decoding {sample.name}", done + 1, rounds)
+            progress(f"decoding {sample.name}", done + 1, extent.rounds)
     return tuple(_row(sample, models[setting.weights], setting, results, items) for setting in settings)
 
 
