@@ -152,12 +152,10 @@ def run_sample(sample: Sample, checkpoint: Path, output: Path, extent: Extent) -
     for weights, bundle in bundles.items():
         source = checkpoint if weights == "float32" else None
         with counted() as progress_of:
-            reports.append(
-                headstart.verify(
-                    bundle, prompts[:VERIFIED_PROMPTS], extent.new_tokens, source, progress=progress_of, samples=VERIFIED_SAMPLES
-                )
-            )
-        show_report(reports[-1])
+            some, most = prompts[:VERIFIED_PROMPTS], extent.new_tokens
+            report = headstart.verify(bundle, some, most, source, progress=progress_of, samples=VERIFIED_SAMPLES)
+        reports.append(report)
+        show_report(report)
     rows = measure(sample, {weights: headstart.load(bundle) for weights, bundle in bundles.items()}, measured, extent)
     return rows, all(report.ok for report in reports)
 
@@ -194,8 +192,8 @@ def measure(sample: Sample, models: dict[str, Model], items: Sequence[Item], ext
     with counted() as progress:
         for done in range(extent.rounds):
             for setting in settings:
-                options: dict[str, Any] = {"temperature": setting.temperature, "seed": done, "max_new_tokens": extent.new_tokens}
-                options |= {"ignore_end": sample.endless, "drafter": setting.drafter}
+                options: dict[str, Any] = {"temperature": setting.temperature, "seed": done, "drafter": setting.drafter}
+                options |= {"ignore_end": sample.endless, "max_new_tokens": extent.new_tokens}
                 model = models[setting.weights]
                 results[setting].append([model.generate(item.prompt, **options) for item in items])
             progress(f"decoding {sample.name}", done + 1, extent.rounds)
