@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,9 @@ def test_a_signal_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
         "cli.main()\n"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "out")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A parent that runs in the background ignores SIGINT, and children inherit that: the user's terminal does not.
+    with subprocess.Popen(arguments, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL), **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         assert Path(process.stdout.readline().strip()).is_dir()
         process.send_signal(number)
