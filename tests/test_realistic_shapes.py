@@ -99,18 +99,16 @@ def test_drafting_changes_nothing(weights: str, family: Family) -> None:
     assert itself.stats.verify_calls < TOKENS / 2
 
 
+@pytest.mark.parametrize("family", INV_FREQ_256, indirect=True)
 def test_large_inverse_frequencies_lie_in_the_data_file(family: Family) -> None:
-    """What tiny models do not show: with 128 frequencies, theirs are stored with the weights."""
-    if family.name not in INV_FREQ_256:
-        pytest.skip("heads of 64 or 128, or no rotary embedding: at most 256 bytes, stored in the graph")
+    """Those of heads of 256: 128 frequencies are stored with the weights, where smaller ones are stored in the graph."""
     weights = ir.load(family.bundles["float32"] / "graphs/decoder.onnx").graph.initializers
     stored = [value.const_value for name, value in weights.items() if "inv_freq" in name]
     assert stored and all(isinstance(tensor, ir.ExternalTensor) and tensor.nbytes == 512 for tensor in stored)
 
 
+@pytest.mark.parametrize("family", TUNED, indirect=True)  # tuning reads only what the other tests check of every family
 def test_tuned_decoding_changes_nothing(family: Family) -> None:
-    if family.name not in TUNED:
-        pytest.skip("tuning reads only what the other tests check; two families stand for all")
     tune(family.bundles["int8"], [TEXT, TEXT[::-1]], options=TuneOptions(max_new_tokens=TOKENS))
     model = load(family.bundles["int8"])
     plain = family.generate(model, "none").token_ids

