@@ -1,6 +1,7 @@
 """The ONNX Runtime engine: how many rows stand beside a row changes nothing, and what it refuses."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,3 +96,17 @@ def test_outputs_of_one_shape_survive_a_growing_arena(bundle_of: BundleOf) -> No
         found.append(output.rows(LOGITS, 0, [2, -1]))
         assert (found[-1][0] == output[LOGITS][0, 2]).all() and (found[-1][1] == output[LOGITS][0, rows - 1]).all()
     np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_only_what_decodes_stays_awake_between_passes(bundle_of: BundleOf) -> None:
+    """Threads that spin after a pass take the cores of whatever runs next: an encoder's rest."""
+    engine = OnnxRuntimeEngine(bundle_of("t5"), threads=2)
+    engine.encode([np.arange(3, 9)])
+    assert {name: _rests(one.session) for name, one in engine._opened.items()} == {"decoder": False, "encoder": True}
+
+
+def _rests(session: Any) -> bool:
+    try:
+        return session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+    except RuntimeError:  # ONNX Runtime's answer where it is not set
+        return False
