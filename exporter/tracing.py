@@ -6,14 +6,10 @@ explicit mask and a preallocated cache. Knows nothing of files or of single arch
 """
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from onnxscript.rewriter import _DEFAULT_REWRITE_RULES
-from onnxscript.rewriter._pattern_ir import Constant as PatternConstant
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,6 +20,7 @@ from headstart.runtime.errors import CheckpointError
 from .architectures import always_clamped, explicit_positions, require_inputs, takes
 from .rope import ONE, Variants, explicit_lengths
 from .step import SlotCache, Step, current_step, during, inside_window, joined_heads, parted_heads
+from .translator import translated
 
 ATTENTION = "headstart"
 # Sizes of the traced example. All differ, so that no two dynamic axes are taken for one.
@@ -280,18 +277,9 @@ def to_onnx(graph: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[Any, ..
     Raises CheckpointError when the model's code has no form as one graph.
     """
     model: Any = graph.model
-    match_constants_exactly()
-    with on_the_contract(model, getattr(graph, "variants", ONE)), torch.no_grad(), quiet_exporter():
+    with on_the_contract(model, getattr(graph, "variants", ONE)):
         try:
-            return torch.onnx.export(
-                graph.eval(),
-                inputs,
-                dynamo=True,
-                dynamic_shapes=axes,
-                opset_version=contract.OPSET,
-                optimize=True,
-                verbose=False,
-            )
+            return translated(graph, inputs, axes)
         except torch.onnx.OnnxExporterError as error:
             reason = error.__cause__ or error
             raise CheckpointError(
@@ -299,15 +287,6 @@ def to_onnx(graph: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[Any, ..
                 f"({str(reason).splitlines()[0]}). Nearest supported: a decoder such as Llama or Qwen3, "
                 "or an encoder-decoder such as T5, BART or Whisper."
             ) from error
-
-
-def match_constants_exactly() -> None:
-    """The optimizer that runs after tracing takes x + 1e-8 for x + 0, which removes the epsilon of some norms."""
-    for rule in _DEFAULT_REWRITE_RULES:
-        for node in getattr(rule, "_target_pattern", ()):
-            for value in node.inputs:
-                if isinstance(value, PatternConstant):
-                    value._rel_tol = value._abs_tol = 0.0
 
 
 def example_inputs(model: Any, caches: tuple[KeyValueInfo, ...]) -> tuple[Any, ...]:
@@ -344,17 +323,3 @@ def rename(values: Any, names: list[str]) -> None:
     assert len(values) == len(names), f"{len(values)} values for {len(names)} names"
     for value, name in zip(values, names, strict=True):
         value.name = name
-
-
-@contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
-    # It warns about torchvision, treespec internals and axis names, none of which a user can act on.
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
