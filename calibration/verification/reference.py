@@ -10,7 +10,7 @@ import numpy as np
 
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
-from headstart.runtime.engines.ort_session import AS_WRITTEN, Provider
+from headstart.runtime.engines.ort_session import AS_WRITTEN, RESTS, Provider
 from headstart.runtime.graph import Engine
 from headstart.runtime.precision import precision_of
 from headstart.runtime.tree import DraftTree
@@ -36,8 +36,10 @@ class Reference:
 
     @classmethod
     def open(cls, bundle: Bundle, threads: int | None = None) -> "Reference":
-        """Raises MissingExtraError without ONNX Runtime, EngineError when its CPU provider cannot run the graph."""
-        return cls(OnnxRuntimeEngine(bundle, threads, provider=Provider(entries=AS_WRITTEN)))
+        """Its threads rest after each pass, for the engine compared with it runs in turn with it.
+
+        Raises MissingExtraError without ONNX Runtime, EngineError when its CPU provider cannot run the graph."""
+        return cls(OnnxRuntimeEngine(bundle, threads, provider=Provider(entries=AS_WRITTEN | RESTS)))
 
     def logits(self, text: Text, first: int = 0) -> Logits:
         """[T - first, V] of the rows from `first` on."""

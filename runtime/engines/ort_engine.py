@@ -102,7 +102,8 @@ class OnnxRuntimeEngine:
         file = f"{name}_batch" if batch > 1 and self.built is not None and f"{name}_batch" in self.built[0].graphs else name
         if file not in self._opened:
             least = MIN_ROWS if file == name else 1  # the form for batches pads rows where it needs them
-            self._opened[file] = opened(self._session(name, file, CPU), self.bundle.graphs[name], least)
+            provider = CPU if self._provider.location else self._provider  # a front-end is on the host whatever decodes
+            self._opened[file] = opened(self._session(name, file, provider), self.bundle.graphs[name], least)
         return self._opened[file]
 
     def _session(self, name: str, file: str, provider: Provider) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from headstart.calibration.verification.reference import Reference
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.contract import AUX_HIDDEN, LOGITS
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
@@ -102,7 +103,24 @@ def test_only_what_decodes_stays_awake_between_passes(bundle_of: BundleOf) -> No
     """Threads that spin after a pass take the cores of whatever runs next: an encoder's rest."""
     engine = OnnxRuntimeEngine(bundle_of("t5"), threads=2)
     engine.encode([np.arange(3, 9)])
-    assert {name: _rests(one.session) for name, one in engine._opened.items()} == {"decoder": False, "encoder": True}
+    assert _resting(engine) == {"decoder": False, "encoder": True}
+
+
+def test_the_reference_of_verify_is_computed_as_written_and_rests(bundle_of: BundleOf) -> None:
+    """It runs in turn with the engine that is compared with it."""
+    engine = Reference.open(bundle_of("t5"), threads=2).engine
+    assert isinstance(engine, OnnxRuntimeEngine)
+    engine.encode([np.arange(3, 9)])
+    assert _resting(engine) == {"decoder": True, "encoder": True}
+    entries = [
+        one.session.get_session_options().get_session_config_entry("session.disable_quant_qdq")
+        for one in engine._opened.values()
+    ]
+    assert entries == ["1", "1"]
+
+
+def _resting(engine: OnnxRuntimeEngine) -> dict[str, bool]:
+    return {name: _rests(one.session) for name, one in engine._opened.items()}
 
 
 def _rests(session: Any) -> bool:
