@@ -14,16 +14,8 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import GraphInfo, TensorInfo
 from headstart.runtime.graph import HostOutputs
-from headstart.runtime.states import (
-    CrossState,
-    GraphState,
-    HostSources,
-    RecurrentMemory,
-    SlotMemory,
-    SourceView,
-    State,
-    StateMemory,
-)
+from headstart.runtime.host_memory import HostSources, RecurrentMemory, SlotMemory, SourceView
+from headstart.runtime.states import CrossState, GraphState, State, StateMemory
 
 from .ort_session import MIN_ROWS, Opened, host_value
 from .sources import axis_size

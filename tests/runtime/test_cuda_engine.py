@@ -24,10 +24,10 @@ from headstart.runtime.engines.ort_device import OrtMemory, SessionExecutor
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_session import CUDA, Provider, cuda_provider, open_session
 from headstart.runtime.errors import EngineError, MissingExtraError
+from headstart.runtime.host_memory import SlotBuffers, SlotMemory
 from headstart.runtime.loading import load
 from headstart.runtime.model import Model
 from headstart.runtime.prefill import last_logits, prefill, run_decoder
-from headstart.runtime.states import SlotBuffers, SlotMemory
 from headstart.runtime.tokenizer import Tokenizer
 from headstart.runtime.tree import ROOT, DraftTree
 

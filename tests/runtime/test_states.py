@@ -14,15 +14,9 @@ from headstart.runtime.bundle import Bundle, KeyValueInfo, RecurrentInfo
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_host import HostGraph
 from headstart.runtime.errors import EngineError
+from headstart.runtime.host_memory import KEPT_STATES, HostSources, RecurrentMemory, SlotMemory
 from headstart.runtime.prefill import last_logits, open_state, prefill, run_decoder
-from headstart.runtime.states import (
-    KEPT_STATES,
-    CrossState,
-    GraphState,
-    HostSources,
-    RecurrentMemory,
-    SlotMemory,
-)
+from headstart.runtime.states import CrossState, GraphState
 from headstart.runtime.tree import ROOT, DraftTree
 
 BundleOf = Callable[[str], Bundle]
