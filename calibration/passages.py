@@ -15,6 +15,7 @@ from headstart.runtime.generation import Input
 from headstart.runtime.loading import load
 from headstart.runtime.model import Model, Prompt
 from headstart.runtime.prompts import read_answers, text_of
+from headstart.runtime.speech_options import SpeechOptions
 from headstart.runtime.tokenizer import Tokenizer
 from headstart.runtime.transcription import Transcriber
 
@@ -163,7 +164,7 @@ def _input(model: Model, given: str | Path) -> Input | None:
     if isinstance(given, str):
         read, limit = model.input(given), model.bundle.manifest.model.max_source
         return None if read.source is None or (limit and len(read.source) > limit) else read
-    transcriber = Transcriber(model.generator, timestamps=False)
+    transcriber = Transcriber(model.generator, SpeechOptions(timestamps=False))
     samples = load_audio(given, transcriber.sampling_rate).samples
     if transcriber.window is not None and len(samples) > transcriber.window:
         return None

@@ -11,6 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
+from .arguments import (
+    Acceptance,
+    BuildFor,
+    BuiltFor,
+    BundleArg,
+    Device,
+    DrafterName,
+    DraftModel,
+    Force,
+    NewTokens,
+    Precision,
+    Threads,
+    Untuned,
+)
+from .transcribe import transcribe
+
 if TYPE_CHECKING:
     from headstart.runtime.model import Model
     from headstart.runtime.options import DecodeOptions
@@ -23,38 +39,7 @@ app = typer.Typer(
 )
 heads_app = typer.Typer(help="Draft heads: train, import, list.", no_args_is_help=True)
 app.add_typer(heads_app, name="heads")
-
-BundleArg = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Device = Annotated[
-    str, typer.Option(help="cpu, or what the bundle was built for: cuda, cuda:tensorrt, trt-rtx:sm89, tensorrt.")
-]
-Threads = Annotated[int | None, typer.Option(help="Threads of the engine; all cores by default.", min=1)]
-Untuned = Annotated[bool, typer.Option("--untuned", help="Ignore what headstart tune measured.")]
-DraftModel = Annotated[Path | None, typer.Option(help="A smaller bundle with the same vocabulary, as the drafter draft_model.")]
-
-
-NewTokens = Annotated[
-    int | None,
-    typer.Option("--max-new-tokens", "-n", help="The most tokens to add: 128; all there is room for with --audio."),
-]
-DrafterName = Annotated[
-    str | None, typer.Option(help="auto (as tuned, else n-gram), none, ngram, draft_model, or a head's name.")
-]
-Acceptance = Annotated[
-    str | None, typer.Option(help="Name of an acceptance rule; the lossless one that fits the draft by default.")
-]
-BuildFor = Annotated[
-    str,
-    typer.Option(help="cpu, cuda, trt-rtx:sm89 (or another GPU generation, or several: trt-rtx:sm86,sm120), tensorrt."),
-]
-Precision = Annotated[
-    Literal["float16", "bfloat16"] | None,
-    typer.Option(help="TensorRT and cuda: of a float32 bundle; float16 by default."),
-]
-BuiltFor = Annotated[
-    str, typer.Option(help="cpu, or what the bundle was built for: cuda (or cuda:tensorrt), trt-rtx:sm89, tensorrt.")
-]
+app.command()(transcribe)
 
 
 def _show_version(wanted: bool) -> None:
@@ -324,8 +309,9 @@ def generate(
     """Complete a prompt, or transcribe a recording."""
     from headstart.runtime.loading import load
     from headstart.runtime.options import DecodeOptions
+    from headstart.runtime.speech_options import SpeechOptions
 
-    from .screen import SpeechOptions, print_captions, print_generation, print_transcript
+    from .screen import print_captions, print_generation, print_transcript
 
     drafts: DecodeOptions = {"draft_nodes": draft_nodes, "acceptance": acceptance, "lossy": lossy}
     sampling: DecodeOptions = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}

@@ -23,6 +23,7 @@ from headstart.runtime.options import DecodeOptions
 from headstart.runtime.output import atomic_write
 from headstart.runtime.precision import LEAST_AGREEMENT, FloatAgreement
 from headstart.runtime.results import Result
+from headstart.runtime.speech_options import SpeechOptions
 from headstart.runtime.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -254,21 +255,12 @@ def print_generation(model: Model, prompt: str, decoder_prompt: str, options: De
         err.print(escape(describe(result)))
 
 
-@dataclasses.dataclass(frozen=True)
-class SpeechOptions:
-    """How a recording is heard: see Model.transcribe."""
-
-    language: str | None = None
-    task: str = "transcribe"
-    timestamps: bool | None = None
-
-
 def print_transcript(model: Model, recording: Path, speech: SpeechOptions, options: DecodeOptions, stats: bool) -> None:
     """The text, or segments with their times if requested; notes and figures on standard error."""
     started = time.perf_counter()
     transcript = model.transcribe(recording, speech.language, speech.task, speech.timestamps, **options)
     seconds = time.perf_counter() - started
-    _print_notes(transcript.notes)
+    print_notes(transcript.notes)
     times = [f"[{segment.start:6.2f} → {segment.end:6.2f}] {segment.text}" for segment in transcript.segments]
     print("\n".join(times) if speech.timestamps else transcript.text)
     if stats:
@@ -281,7 +273,7 @@ def print_transcript(model: Model, recording: Path, speech: SpeechOptions, optio
 def print_captions(model: Model, recording: Path, speech: SpeechOptions, options: DecodeOptions, stats: bool) -> None:
     """A recording as a live source, one second at a time: one caption per line."""
     audio = load_audio(recording)
-    _print_notes(audio.notes)
+    print_notes(audio.notes)
     seconds = range(0, len(audio.samples), audio.sampling_rate)
     chunks = (audio.samples[begin : begin + audio.sampling_rate] for begin in seconds)
     for caption in model.stream_audio(chunks, speech.language, speech.task, **options):
@@ -290,7 +282,7 @@ def print_captions(model: Model, recording: Path, speech: SpeechOptions, options
             err.print(escape(describe(caption.window)))
 
 
-def _print_notes(notes: Sequence[str]) -> None:
+def print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         err.print(f"note: {escape(note)}")
 

@@ -19,6 +19,7 @@ from .options import DecodeOptions, GenerateOptions, most_new_tokens, sampling_o
 from .results import Result
 from .rules import TokenRules
 from .scheduler import Scheduler
+from .speech_options import Fallback, SpeechOptions
 from .tokenizer import Tokenizer
 from .transcription import Caption, Recording, Transcriber, Transcript, live_captions, transcribe
 from .tuning import Tuning
@@ -185,6 +186,11 @@ class Model:
         language: str | None = None,
         task: str = "transcribe",
         timestamps: bool | None = None,
+        *,
+        initial_prompt: str = "",
+        conditioned: bool = False,
+        fallback: Fallback | None = Fallback(),  # noqa: B008  (frozen)
+        voice_activity: bool = False,
         **options: Unpack[DecodeOptions],
     ) -> Transcript:
         """What is said in a recording of any length.
@@ -194,15 +200,20 @@ class Model:
             language: such as "en"; None lets a model of several languages detect it.
             task: "transcribe", or "translate" where the model can.
             timestamps: False for none, which only recordings within one window allow; None as the model can.
+            initial_prompt: text that the recording continues, for names and spelling.
+            conditioned: each window reads the text before it, too; names stay the same, and a loop may go on.
+            fallback: when a window is decoded again, and when it is silence; None for never.
+            voice_activity: leave silence out first (models of 16 kHz; extra vad).
             options: see DecodeOptions.
 
         Raises:
             AudioError: no such file, not a sound file, empty, or truncated.
-            MissingExtraError: a file was given and `headstart[audio]` is not installed.
-            OptionError: the model reads no audio, or lacks the language, the task or timestamps.
+            MissingExtraError: a file was given and `headstart[audio]` is missing, or `headstart[vad]` for voice activity.
+            OptionError: the model reads no audio, or lacks the language, the task, timestamps or a place for a prompt.
             PromptError: the recording is longer than a model without timestamps reads at once.
         """
-        return transcribe(Transcriber(self.generator, language, task, timestamps, options), recording)
+        speech = SpeechOptions(language, task, timestamps, initial_prompt, conditioned, fallback, voice_activity)
+        return transcribe(Transcriber(self.generator, speech, options), recording)
 
     def stream_audio(
         self,
@@ -215,7 +226,7 @@ class Model:
 
         Args: as `transcribe`.
         """
-        return live_captions(Transcriber(self.generator, language, task, None, options), chunks)
+        return live_captions(Transcriber(self.generator, SpeechOptions(language, task), options), chunks)
 
     def input(self, prompt: Prompt, decoder_prompt: str | Sequence[int] = ()) -> Input:
         """What a prompt is decoded from.
@@ -224,7 +235,7 @@ class Model:
         """
         kind = self.bundle.manifest.model.source
         if isinstance(prompt, Path):
-            given = Transcriber(self.generator, timestamps=False).input(prompt)
+            given = Transcriber(self.generator, SpeechOptions(timestamps=False)).input(prompt)
             return given if not decoder_prompt else Input(self._decoder_start(decoder_prompt), given.source)
         if isinstance(prompt, str) == (kind in ARRAYS):
             wanted = ARRAYS.get(kind, "text")

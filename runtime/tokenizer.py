@@ -86,6 +86,11 @@ class Tokenizer:
         doubled = bool(special and bos and text.startswith(bos) and len(ids) > 1 and ids[0] == ids[1])
         return ids[1:] if doubled and ids[0] == self._fast.token_to_id(bos) else ids
 
+    def id_of(self, token: str) -> int | None:
+        """Of a token as the vocabulary writes it; None where it has none."""
+        found: int | None = self._fast.token_to_id(token)
+        return found
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return str(self._fast.decode(list(token_ids), skip_special_tokens=True))

@@ -1,10 +1,12 @@
 """Speech to text for recordings of any length: windows, Whisper's timestamp seeking, and live captions.
 
 A window is what the encoder reads at once. Longer recordings are read window by window, each beginning where the last
-finished segment ended. Live captions read a growing recording again and again; the previous hypothesis is the draft.
-Knows what goes into the decoder and comes out of it; `generation` decodes.
+finished segment ended; a window whose text looks wrong is decoded again (`Fallback`). Live captions read a growing recording
+again and again; the previous hypothesis is the draft. Knows what goes into the decoder and comes out of it; `generation`
+decodes.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,13 @@ from .options import DecodeOptions, GenerateOptions
 from .prefill import last_logits, open_state, prefill
 from .results import Result
 from .segments import STEP_S, Segment, Span, split_window
+from .speech_options import Fallback, SpeechOptions, mean_log_prob
 from .states import SLOT_STEP
+from .voice_activity import Stretches, detect_speech
 
+PREVIOUS, NO_SPEECH = "<|startofprev|>", ("<|nospeech|>", "<|nocaptions|>")  # Whisper's tokens
+LEAST_ADVANCE = 50  # steps of a window's timestamps: what hardly moves would be decoded for ever
+DISTRUSTED = 0.5  # text decoded at a higher temperature is no context for the next window
 Recording = str | Path | NDArray[Any]  # a sound file, or samples as `load_audio` takes them
 
 
@@ -76,9 +83,7 @@ class Transcriber:
     def __init__(
         self,
         generator: Generator,
-        language: str | None = None,
-        task: str = "transcribe",
-        timestamps: bool | None = None,
+        speech: SpeechOptions = SpeechOptions(),  # noqa: B008  (frozen)
         options: DecodeOptions | None = None,
     ) -> None:
         """Raises OptionError for a model that reads no audio, and for languages, tasks or timestamps it has no tokens for."""
@@ -90,11 +95,13 @@ class Transcriber:
         self._audio: AudioInfo = manifest.audio
         self._rules: GenerationRules = manifest.generation
         has_times = self._rules.no_timestamps_token_id is not None
-        if timestamps and not has_times:
+        if speech.timestamps and not has_times:
             raise OptionError(f"{manifest.model.architecture} writes no timestamps. Fix: leave timestamps out.")
-        self.timestamps = has_times if timestamps is None else timestamps
-        self.language = self._language(language)
-        self._task = self._task_ids(task)
+        self.speech = speech
+        self.timestamps = has_times if speech.timestamps is None else speech.timestamps
+        self.language = self._language(speech.language)
+        self._task = self._task_ids(speech.task)
+        self._previous = self._initial_prompt(speech.initial_prompt)
 
     @property
     def sampling_rate(self) -> int:
@@ -124,8 +131,21 @@ class Transcriber:
             raise OptionError(f"task {task!r} is unknown to this model. It has: {', '.join(sorted(known)) or 'transcribe'}.")
         return [known[task]]
 
+    def _initial_prompt(self, text: str) -> list[int]:
+        if not text:
+            return []
+        if self._generator.tokenizer.id_of(PREVIOUS) is None:
+            raise OptionError(f"this model has no token {PREVIOUS}, so it takes no initial prompt. Fix: leave it out.")
+        return self._generator.tokenizer.encode(f" {text.strip()}", special=False)
+
     def prompt(self, timestamps: bool) -> list[int]:
-        """What the decoder starts from: the start token, language, task, and whether times are wanted."""
+        """What the decoder starts from: earlier text, the start token, language, task, and whether times are wanted."""
+        previous = self._generator.tokenizer.id_of(PREVIOUS)
+        most = self._generator.engine.model.max_cache // 2 - 1  # as Whisper: the rest is for the window's own text
+        before = [previous, *self._previous[-most:]] if self._previous and previous is not None else []
+        return [*before, *self._own_prompt(timestamps)]
+
+    def _own_prompt(self, timestamps: bool) -> list[int]:
         language = [self._rules.lang_to_id[self.language]] if self.language else []
         no_times = self._rules.no_timestamps_token_id
         return [self._start, *language, *self._task, *([] if timestamps or no_times is None else [no_times])]
@@ -158,16 +178,53 @@ class Transcriber:
                 "Fix: timestamps, where the model has them: longer recordings are read from one to the next."
             )
 
-    def decode(self, samples: Samples, timestamps: bool, hypothesis: Sequence[int] = ()) -> Result:
-        """Decode one window: at most `window` samples."""
-        given = self._input(samples, timestamps)
-        options: GenerateOptions = {**self._options, "timestamps": timestamps, "hypotheses": [hypothesis] if hypothesis else ()}
-        if options.get("max_new_tokens") is None:
-            options["max_new_tokens"] = self._generator.engine.model.max_cache - len(given.prompt_ids)
-        generation = self._generator.start([given], options)
+    def decode(
+        self, samples: Samples, timestamps: bool, hypothesis: Sequence[int] = (), options: DecodeOptions | None = None
+    ) -> Result:
+        """Decode one window, at most `window` samples, once. `options`: in place of the transcriber's own."""
+        given, own = self._input(samples, timestamps), self._options if options is None else options
+        asked: GenerateOptions = {**own, "timestamps": timestamps, "hypotheses": [hypothesis] if hypothesis else ()}
+        if asked.get("max_new_tokens") is None:
+            asked["max_new_tokens"] = self._generator.engine.model.max_cache - len(given.prompt_ids)
+        generation = self._generator.start([given], asked)
         for _ in generation.pieces():
             pass
         return generation.results()[0]
+
+    def hear(self, samples: Samples, timestamps: bool) -> Result | None:
+        """Decode one window until its text is good enough, see Fallback; None for silence."""
+        fallback, options = self.speech.fallback, self._options
+        if fallback is None or options.get("temperature"):
+            return self.decode(samples, timestamps)
+        tried: list[Result] = []
+        for temperature in fallback.temperatures:
+            drawn: DecodeOptions = {} if not temperature else {"temperature": temperature, "seed": options.get("seed") or 0}
+            result = self.decode(samples, timestamps, options={**options, **drawn, "logprobs": options.get("logprobs") or 0})
+            if not fallback.repeats(result) and not fallback.improbable(result):
+                return self._remembered(result, temperature)
+            if not tried and fallback.improbable(result) and self._is_silent(samples, fallback):
+                return None
+            tried.append(result)
+        best = max(tried, key=lambda result: (not fallback.repeats(result), mean_log_prob(result)))
+        return self._remembered(best, max(fallback.temperatures))
+
+    def _remembered(self, result: Result, temperature: float) -> Result:
+        """The context of the next window, where it is to have one."""
+        if self.speech.conditioned:
+            own = [token for token in result.token_ids if token not in self._generator.tokenizer.special_ids]
+            first_time = self._rules.no_timestamps_token_id
+            text = [token for token in own if first_time is None or token < first_time]
+            self._previous = [] if temperature > DISTRUSTED else [*self._previous, *text]
+        return result
+
+    def _is_silent(self, samples: Samples, fallback: Fallback) -> bool:
+        """By the probability of the no-speech token after the start token."""
+        known = [token for name in NO_SPEECH if (token := self._generator.tokenizer.id_of(name)) is not None]
+        if fallback.no_speech is None or not known:
+            return False
+        logits = self._first_logits(self._features(samples)).astype(np.float64)
+        probabilities = np.exp(logits - logits.max())
+        return bool(probabilities[known[0]] / probabilities.sum() > fallback.no_speech)
 
     def _features(self, samples: Samples) -> NDArray[np.float32]:
         """What the encoder reads: one window, filled up with silence."""
@@ -176,13 +233,16 @@ class Transcriber:
         with self._generator.exclusive() as engine:
             return engine.features(samples)
 
+    def _first_logits(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[V] after the start token alone."""
+        with self._generator.exclusive() as engine:
+            return last_logits(prefill(engine, open_state(engine, SLOT_STEP, features), [self._start]))
+
     def _detect_language(self, features: NDArray[np.float32]) -> None:
         """Choose the most probable language token after the start token, once, where the user named none."""
         known = self._rules.lang_to_id
-        if self.language or not known:
-            return
-        with self._generator.exclusive() as engine:
-            logits = last_logits(prefill(engine, open_state(engine, SLOT_STEP, features), [self._start]))
+        if not self.language and known:
+            logits = self._first_logits(features)
             self.language = max(known, key=lambda token: float(logits[known[token]]))
 
     def seek(self, samples: Samples) -> Iterator[tuple[list[Segment], Result]]:
@@ -191,10 +251,13 @@ class Transcriber:
         at, step = 0, self.samples_per_step
         while len(samples) - at >= step:
             window = samples[at : at + self.window]
-            result = self.decode(window, timestamps=True)
+            result = self.hear(window, timestamps=True)
+            if result is None:
+                at += len(window)
+                continue
             spans, advance = self.spans(result.token_ids, len(window))
             yield self.segments(spans, at, len(samples)), result
-            at += advance
+            at += max(advance, LEAST_ADVANCE * step)
 
     @property
     def samples_per_step(self) -> int:
@@ -223,16 +286,36 @@ class Transcriber:
 def transcribe(transcriber: Transcriber, recording: Recording) -> Transcript:
     """All of a recording. Raises AudioError, and PromptError for one that is too long for a model without timestamps."""
     audio = load_audio(recording, transcriber.sampling_rate)
+    if not transcriber.speech.voice_activity:
+        return _whole(transcriber, audio)
+    speech, rate = detect_speech(audio.samples, audio.sampling_rate), audio.sampling_rate
+    spoken = speech.joined(audio.samples)
+    if not len(spoken):
+        return _transcript(transcriber, audio, (), ())
+    found = _whole(transcriber, dataclasses.replace(audio, samples=spoken))
+    segments = [
+        dataclasses.replace(one, start=_moved(one.start, speech, rate), end=_moved(one.end, speech, rate))
+        for one in found.segments
+    ]
+    return _transcript(transcriber, audio, segments, found.windows)
+
+
+def _moved(seconds: float, speech: Stretches, rate: int) -> float:
+    return round(speech.original(round(seconds * rate)) / rate, 2)
+
+
+def _whole(transcriber: Transcriber, audio: Audio) -> Transcript:
     if not transcriber.timestamps:
         transcriber.check_length(audio)
     if transcriber.timestamps and transcriber.window is not None:
         parts = list(transcriber.seek(audio.samples))
         segments = [segment for found, _ in parts for segment in found]
-        results = tuple(result for _, result in parts)
-    else:
-        result = transcriber.decode(audio.samples, timestamps=False)
-        segments, results = [Segment(0.0, round(audio.duration_s, 2), result.text.strip(), tuple(result.token_ids))], (result,)
-    return _transcript(transcriber, audio, segments, results)
+        return _transcript(transcriber, audio, segments, tuple(result for _, result in parts))
+    result = transcriber.hear(audio.samples, timestamps=False)
+    if result is None:
+        return _transcript(transcriber, audio, (), ())
+    whole = Segment(0.0, round(audio.duration_s, 2), result.text.strip(), tuple(result.token_ids))
+    return _transcript(transcriber, audio, [whole], (result,))
 
 
 def _transcript(transcriber: Transcriber, audio: Audio, segments: Sequence[Segment], results: tuple[Result, ...]) -> Transcript:

@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
-from speech import recording
+from speech import RATE, recording
 
 from headstart.cli import main
 from headstart.runtime.bundle import Bundle
@@ -23,7 +24,21 @@ from headstart.runtime.loading import load
 BundleOf = Callable[[str], Bundle]
 CheckpointOf = Callable[[str], Path]
 COMMAND = [sys.executable, "-m", "headstart"]
-COMMANDS = ("export", "quantize", "build", "plan", "tune", "compare", "bench", "inspect", "generate", "verify", "demo", "heads")
+COMMANDS = (
+    "export",
+    "quantize",
+    "build",
+    "plan",
+    "tune",
+    "compare",
+    "bench",
+    "inspect",
+    "generate",
+    "transcribe",
+    "verify",
+    "demo",
+    "heads",
+)
 
 
 def headstart(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -80,10 +95,25 @@ def test_generate_from_a_recording(speech_bundle: Bundle, tmp_path: Path) -> Non
     assert captions.startswith("[  1.00 s]") and len(captions.splitlines()) == 5  # each second of four, and the end
 
 
+def test_transcribe_writes_text_subtitles_and_json(speech_bundle: Bundle, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", recording(2), RATE)
+    arguments = ("transcribe", speech_bundle.path, tmp_path / "a.wav", "--no-fallback", "--drafter", "none")
+    written = {form: here(*arguments, "--format", form).stdout for form in ("text", "srt", "vtt", "json")}
+    heard = json.loads(written["json"])
+    assert heard["language"] == "en" and heard["duration"] == 2.0 and heard["text"] == written["text"].strip()
+    assert written["srt"].count(" --> ") == written["vtt"].count(" --> ") == len(heard["segments"]) > 0
+    assert written["srt"].startswith("1\n00:00:0") and written["vtt"].startswith("WEBVTT\n\n00:00:0")
+    silent = tmp_path / "silent.wav"
+    soundfile.write(silent, np.zeros(2 * RATE), RATE)
+    assert here("transcribe", speech_bundle.path, silent, "--voice-activity").stdout == "\n"
+
+
 def test_what_is_no_recording(speech_bundle: Bundle, bundle_of: BundleOf, tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_text("not a sound")
     assert "cannot be read as sound" in refused("generate", speech_bundle.path, "--audio", tmp_path / "a.wav")
     assert "is not a file" in refused("generate", speech_bundle.path, "--audio", tmp_path / "b.wav")
+    assert "cannot be read as sound" in refused("transcribe", speech_bundle.path, tmp_path / "a.wav")
+    assert "reads text, not speech" in refused("transcribe", bundle_of("llama").path, tmp_path / "a.wav")
     assert "reads text, not speech" in refused("generate", bundle_of("llama").path, "--audio", tmp_path / "a.wav")
 
 

@@ -1,0 +1,64 @@
+"""`headstart transcribe`: what is said in a recording, as text or subtitles."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from .arguments import BuiltFor, BundleArg, DrafterName, DraftModel, Threads, Untuned
+
+if TYPE_CHECKING:
+    from headstart.runtime.transcription import Transcript
+
+
+def transcribe(
+    bundle: BundleArg,
+    recording: Annotated[Path, typer.Argument(help="WAV, FLAC, …", show_default=False)],
+    language: Annotated[str | None, typer.Option(help="Spoken in the recording, such as en; heard by default.")] = None,
+    task: Annotated[str, typer.Option(help="transcribe, or translate where the model can.")] = "transcribe",
+    form: Annotated[
+        Literal["text", "srt", "vtt", "json"], typer.Option("--format", help="Of what is printed; all but text have times.")
+    ] = "text",
+    initial_prompt: Annotated[str, typer.Option(help="Text that the recording continues, for names and spelling.")] = "",
+    conditioned: Annotated[bool, typer.Option("--conditioned", help="Each window reads the text before it, too.")] = False,
+    fallback: Annotated[
+        bool,
+        typer.Option("--fallback/--no-fallback", help="Decode doubtful windows again; leave out those without speech."),
+    ] = True,
+    voice_activity: Annotated[bool, typer.Option("--voice-activity", help="Leave silence out first (extra vad).")] = False,
+    drafter: DrafterName = None,
+    draft_model: DraftModel = None,
+    device: BuiltFor = "cpu",
+    threads: Threads = None,
+    untuned: Untuned = False,
+) -> None:
+    """What is said in a recording of any length: text, subtitles or JSON."""
+    from headstart.runtime.loading import load
+    from headstart.runtime.speech_options import Fallback
+
+    from .screen import print_notes
+
+    model = load(bundle, device, threads=threads, draft_model=draft_model, tuned=not untuned)
+    heard = model.transcribe(
+        recording,
+        language,
+        task,
+        initial_prompt=initial_prompt,
+        conditioned=conditioned,
+        fallback=Fallback() if fallback else None,
+        voice_activity=voice_activity,
+        drafter="auto" if drafter is None else drafter,
+    )
+    print_notes(heard.notes)
+    print(formatted(heard, form), end="" if form in ("srt", "vtt") else "\n")
+
+
+def formatted(heard: "Transcript", form: str) -> str:
+    from headstart.runtime.subtitles import to_srt, to_vtt
+
+    if form == "json":
+        segments = [{"start": one.start, "end": one.end, "text": one.text} for one in heard.segments]
+        content = {"language": heard.language, "duration": heard.duration_s, "text": heard.text, "segments": segments}
+        return json.dumps(content, ensure_ascii=False, indent=2)
+    return {"srt": to_srt, "vtt": to_vtt}[form](heard.segments) if form != "text" else heard.text
