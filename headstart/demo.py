@@ -1,4 +1,4 @@
-"""`headstart demo`: the whole pipeline on the shipped samples, summarised in a table.
+"""`headstart demo`: the whole pipeline on the shipped samples, and on published checkpoints that were fetched, in one table.
 
 Export, quantize, build, tune, verify; then decode held-out prompts with every drafter, greedy and sampled, in interleaved
 rounds.
@@ -35,13 +35,14 @@ class Extent:
 
 @dataclass(frozen=True)
 class Sample:
-    """A shipped checkpoint: `checkpoints/<name>` below the samples, its heads in `medusa`.
+    """A checkpoint: `checkpoints/NAME` below the samples, its heads in `medusa`; or a published one, which has no heads.
 
     Attributes:
-        data: its held-out prompts, relative to that folder: JSON Lines, with the expected output where it is known.
+        data: its held-out prompts, below the samples: JSON Lines, with the expected output where it is known.
         without: class of prompts in that file that the demo skips.
         endless: it continues texts; decoding ignores end tokens, so that all drafters write the same number of tokens.
         temperatures: to decode at.
+        published: it is not shipped; samples/published/fetch.py puts it into a cache.
     """
 
     name: str
@@ -49,12 +50,23 @@ class Sample:
     without: str = ""
     endless: bool = False
     temperatures: tuple[float, ...] = (0.0,)
+    published: bool = False
+
+    def checkpoint(self, samples: Path, cache: Path) -> Path:
+        return (cache if self.published else samples / "checkpoints") / self.name
+
+    def heads(self, checkpoint: Path) -> list[Path]:
+        return [] if self.published else [checkpoint / "medusa"]
 
 
+RECORDINGS = "checkpoints/speech/recordings/texts.jsonl"
 SAMPLES = (
-    Sample("pycode", "held_out_prompts.jsonl", endless=True, temperatures=(0.0, 0.7)),
-    Sample("normalise", "held_out.jsonl"),
-    Sample("speech", "recordings/texts.jsonl", without="long"),
+    Sample("pycode", "checkpoints/pycode/held_out_prompts.jsonl", endless=True, temperatures=(0.0, 0.7)),
+    Sample("normalise", "checkpoints/normalise/held_out.jsonl"),
+    Sample("speech", RECORDINGS, without="long"),
+    Sample("gemma-3-270m", "published/prompts.jsonl", endless=True, published=True),
+    Sample("whisper-tiny.en", RECORDINGS, without="long", published=True),
+    Sample("whisper-base", RECORDINGS, without="long", published=True),
 )
 
 
@@ -117,37 +129,47 @@ class DemoTable:
         return self.verified and all(row.equal == row.prompts for row in exact)
 
 
-def run(output: Path, samples: Path | None, extent: Extent, names: Sequence[str] = ()) -> DemoTable:
-    """Take the samples (all, or those named) through the whole pipeline. Bundles go to `output`/NAME and
-    NAME-int8, and are replaced each time.
+def run(
+    output: Path, samples: Path | None, extent: Extent, names: Sequence[str] = (), cache: Path = Path(".published")
+) -> DemoTable:
+    """Take samples through the whole pipeline: those named, or all, of published checkpoints those in `cache`. Bundles go to
+    `output`/NAME and NAME-int8, and are replaced each time.
 
-    Raises OptionError for an unknown sample, BundleError if the samples' folder does not contain them.
+    Raises OptionError for an unknown sample, BundleError if one is not there.
     """
-    folder = (samples or Path(__file__).parent.parent / "samples") / "checkpoints"
-    unknown = set(names) - {sample.name for sample in SAMPLES}
-    if unknown:
-        known = ", ".join(sample.name for sample in SAMPLES)
-        raise OptionError(f"the sample {min(unknown)!r} is unknown. Choose from: {known}.")
-    chosen = [sample for sample in SAMPLES if not names or sample.name in names]
-    for sample in chosen:
-        if not (folder / sample.name / sample.data).is_file():
-            raise BundleError(
-                f"{folder / sample.name / sample.data} does not exist: the samples are part of the repository. "
-                "Fix: run in a clone, or --samples DIR."
-            )
-    parts = [run_sample(sample, folder / sample.name, output, extent) for sample in chosen]
+    folder = samples or Path(__file__).parent.parent / "samples"
+    chosen = _chosen(names, folder, cache)
+    parts = [run_sample(sample, sample.checkpoint(folder, cache), folder / sample.data, output, extent) for sample in chosen]
     title = f"Held-out prompts, up to {extent.new_tokens} new tokens each, median of {extent.rounds} interleaved rounds"
     return DemoTable(title, tuple(row for rows, _ in parts for row in rows), all(verified for _, verified in parts))
 
 
-def run_sample(sample: Sample, checkpoint: Path, output: Path, extent: Extent) -> tuple[tuple[DemoRow, ...], bool]:
+def _chosen(names: Sequence[str], folder: Path, cache: Path) -> list[Sample]:
+    known = {sample.name: sample for sample in SAMPLES}
+    for name in names:
+        if name not in known:
+            raise OptionError(f"the sample {name!r} is unknown. Choose from: {', '.join(known)}.")
+    there = [sample for sample in SAMPLES if not sample.published or sample.checkpoint(folder, cache).is_dir()]
+    chosen = [known[name] for name in names] or there
+    for sample in chosen:
+        if sample.published and sample not in there:
+            raise BundleError(f"{sample.name} is not in {cache}. Fix: python samples/published/fetch.py {sample.name}.")
+        if not (folder / sample.data).is_file():
+            raise BundleError(
+                f"{folder / sample.data} does not exist: the samples are part of the repository. "
+                "Fix: run in a clone, or --samples DIR."
+            )
+    return chosen
+
+
+def run_sample(sample: Sample, checkpoint: Path, data: Path, output: Path, extent: Extent) -> tuple[tuple[DemoRow, ...], bool]:
     """(one row for each drafter, temperature and kind of weights; whether `verify` found no fault)."""
-    items = read_items(checkpoint / sample.data, sample.without)
+    items = read_items(data, sample.without)
     tuning = items[-min(TUNING_PROMPTS, len(items) // 2) :]
     measured = items[: min(extent.prompts, len(items) - len(tuning))]
     prompts = [item.prompt for item in measured]
     bundles = {"float32": output / sample.name, "int8": output / f"{sample.name}-int8"}
-    prepare(checkpoint, bundles, [item.prompt for item in tuning])
+    prepare(checkpoint, sample.heads(checkpoint), bundles, [item.prompt for item in tuning])
     reports = []
     for weights, bundle in bundles.items():
         source = checkpoint if weights == "float32" else None
@@ -167,10 +189,10 @@ def read_items(file: Path, without: str = "") -> list[Item]:
     return [Item(prompt, wanted) for (prompt, wanted), record in pairs if not without or record.get("class") != without]
 
 
-def prepare(checkpoint: Path, bundles: dict[str, Path], tuning: Sequence[Prompt]) -> None:
+def prepare(checkpoint: Path, heads: Sequence[Path], bundles: dict[str, Path], tuning: Sequence[Prompt]) -> None:
     """Export, quantize, build for the CPU, and tune on prompts that are not measured afterwards."""
     with stages() as progress:
-        headstart.export(checkpoint, bundles["float32"], [checkpoint / "medusa"], force=True, progress=progress)
+        headstart.export(checkpoint, bundles["float32"], list(heads), force=True, progress=progress)
     with counted() as progress_of:
         headstart.quantize(bundles["float32"], bundles["int8"], force=True, progress=progress_of)
     for bundle in bundles.values():

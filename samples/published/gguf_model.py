@@ -20,9 +20,7 @@ def convert(file: Path, folder: Path) -> None:
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise CheckpointError(
-            f"Reading GGUF needs {' and '.join(missing)}. Fix: pip install 'headstart[export]' {' '.join(NEEDED)}."
-        )
+        raise CheckpointError(f"Reading GGUF needs {' and '.join(missing)}. Fix: pip install 'headstart[export,published]'.")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
