@@ -67,23 +67,36 @@ def calibration_passages(bundle: Bundle, data: Path, tokens: int) -> Sequence[Pa
     return of_windows(calibration_windows(bundle, data, tokens))
 
 
-def of_windows(windows: NDArray[np.int64]) -> list[Passage]:
-    """[windows, T] tokens of a text; all tokens of a window except its first are to be predicted."""
-    return [Passage(window) for window in windows]
+def of_windows(windows: NDArray[np.int64], given: int = 1) -> list[Passage]:
+    """[windows, T] tokens of a text, of which the first `given` are not to be predicted."""
+    return [Passage(window, given) for window in windows]
 
 
 def calibration_windows(bundle: Bundle, data: Path, tokens: int) -> NDArray[np.int64]:
-    """[windows, WINDOW] of the text's first tokens. Raises OptionError when the file has too little text, or none."""
-    window = min(WINDOW, bundle.manifest.model.max_cache)
-    text = "\n".join(read_texts(data))
-    ids = Tokenizer.load(bundle.path / "tokenizer").encode(text)
-    if len(ids) < 2 * window:
+    """[windows, T] of the text's first tokens. Raises OptionError when the file has too little text, or none."""
+    return text_windows(Tokenizer.load(bundle.path / "tokenizer"), data, bundle.manifest.model.max_cache, tokens, least=2)
+
+
+def text_windows(tokenizer: Tokenizer, data: Path, longest: int, tokens: int, least: int = 1) -> NDArray[np.int64]:
+    """[windows, T] tokens of a text file, T being WINDOW or `longest`; about `tokens` in all.
+
+    Each window is a text of its own to the model, so each begins as the tokenizer begins a text: without its BOS, models that
+    were trained with one give outputs that no user sees.
+
+    Raises OptionError for a file with less text than `least` windows, or none.
+    """
+    opening = tokenizer.opening_ids
+    window = min(WINDOW, longest)
+    size = window - len(opening)
+    ids = tokenizer.encode("\n".join(read_texts(data)), special=False)
+    if len(ids) < least * size:
         raise OptionError(
-            f"{data} holds {len(ids)} tokens; calibration needs at least {2 * window}. "
+            f"{data} holds {len(ids)} tokens; at least {least * size} are needed. "
             "Fix: more text of the kind that will be decoded."
         )
-    count = max(1, min(tokens, len(ids)) // window)
-    return np.array(ids[: count * window], np.int64).reshape(count, window)
+    count = max(1, min(len(ids) // size, tokens // window))
+    texts = np.array(ids[: count * size], np.int64).reshape(count, size)
+    return np.concatenate([np.tile(np.array(opening, np.int64), (count, 1)), texts], axis=1)
 
 
 def read_texts(data: Path) -> list[str]:

@@ -24,7 +24,7 @@ from headstart.runtime.loading import load
 from headstart.runtime.model import Model, Prompt
 
 from .answers import exact_share, word_error_rate
-from .passages import WINDOW, Answers, Passage, of_windows, read_answered, read_texts
+from .passages import Answers, Passage, of_windows, read_answered, text_windows
 from .picture import load_pyplot
 
 Progress = Callable[[str, int, int], None]  # what, done, of
@@ -138,12 +138,8 @@ def _passages(model: Model, text: Path, max_tokens: int) -> Answers:
         )
     if info.source:
         return read_answered(model, text, max_tokens)
-    window = min(WINDOW, info.max_cache)
-    ids = model.tokenizer.encode("\n".join(read_texts(text)))
-    if len(ids) < window:
-        raise OptionError(f"{text} holds {len(ids)} tokens; at least {window} are needed. Fix: more text.")
-    count = min(len(ids), max_tokens) // window
-    return Answers(tuple(of_windows(np.array(ids[: count * window], np.int64).reshape(count, window))), left_out=0)
+    windows = text_windows(model.tokenizer, text, info.max_cache, max_tokens)
+    return Answers(tuple(of_windows(windows, max(1, len(model.tokenizer.opening_ids)))), left_out=0)
 
 
 @dataclass

@@ -74,6 +74,13 @@ class Tokenizer:
         """The tokens that `decode` leaves out."""
         return frozenset(token for token, added in self._fast.get_added_tokens_decoder().items() if added.special)
 
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """The special tokens that the model expects before a text, most often one (BOS) or none."""
+        encoded = self._fast.encode("a")
+        own = encoded.special_tokens_mask.index(0)
+        return list(encoded.ids[:own])
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids, with the special tokens the model expects around a text if `special`; a chat template's text has its own.
 

