@@ -21,6 +21,7 @@ from .values import operand, shape_of, size_of, stated
 
 Pair = tuple[ir.Value, ir.Value]
 TABLE_STEP = 8  # the operator takes rotary tables whose width is a multiple of this
+HEAD_NORMS = ("SimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization")
 MASKED = np.float32(-1e30)  # added to a masked score: its exponential is zero, and no sum overflows
 
 
@@ -184,16 +185,34 @@ def _rotary(layer: _Layer, shared: _Shared) -> tuple[Pair | None, Pair | None]:
 
 def _flat(write: Writer, value: ir.Value, width: int) -> ir.Value:
     """[B, T, heads · D] of a [B, heads, T, D] value: what it was reshaped from, when that is how it came about."""
-    transposed = producer(value, "Transpose")
-    if transposed is not None and list(transposed.attributes["perm"].value) == [0, 2, 1, 3]:
-        reshaped = producer(transposed.inputs[0], "Reshape")
-        source = reshaped.inputs[0] if reshaped is not None else None
-        if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
-            return source
-        rows_first = transposed.inputs[0]
-    else:
-        rows_first = write.node("Transpose", [value], perm=[0, 2, 1, 3])
+    rows_first = _rows_first(write, value)
+    reshaped = producer(rows_first, "Reshape")
+    source = reshaped.inputs[0] if reshaped is not None else None
+    if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
+        return source
     return write.node("Reshape", [rows_first, write.ints([0, 0, width])])
+
+
+def _rows_first(write: Writer, value: ir.Value) -> ir.Value:
+    """[B, T, heads, D] of a [B, heads, T, D] value: what was transposed to it, or to the input of the norm that gave it."""
+    node = value.producer()
+    if node is not None and _is_transpose(node):
+        return operand(node, 0)
+    transpose = operand(node, 0).producer() if node is not None and _is_head_norm(node) else None
+    if node is None or transpose is None or not _is_transpose(transpose):
+        return write.node("Transpose", [value], perm=[0, 2, 1, 3])
+    inputs = [transpose.inputs[0], *node.inputs[1:]]
+    return write.node(node.op_type, inputs, node.domain, **node.attributes)
+
+
+def _is_transpose(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].value) == [0, 2, 1, 3]
+
+
+def _is_head_norm(node: ir.Node) -> bool:
+    """It normalises the last axis alone, so the order of the others does not matter to it."""
+    axis = node.attributes.get("axis")
+    return node.op_type in HEAD_NORMS and (axis is None or axis.value == -1)
 
 
 def _packed(flat: Sequence[ir.Value]) -> Sequence[ir.Value | None]:
@@ -219,7 +238,7 @@ def _replace_output(write: Writer, old: ir.Value, new: ir.Value, heads: int, siz
 
 def _flattened(transpose: ir.Node, width: int) -> ir.Value | None:
     """The output of the Transpose and Reshape that turn an attention's output into [B, T, H · D]."""
-    if transpose.op_type != "Transpose" or list(transpose.attributes["perm"].value) != [0, 2, 1, 3]:
+    if not _is_transpose(transpose):
         return None
     for node, _ in transpose.outputs[0].uses():
         out = node.outputs[0]
