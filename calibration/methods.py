@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.exporter.passes.linear import Linear, is_lm_head, linears
-from headstart.exporter.passes.surgery import constant_of, producer
-from headstart.exporter.passes.values import array_of, name_of, new_initializer, operand
+from headstart.exporter.passes.surgery import constant_of, own_initializer, producer
+from headstart.exporter.passes.values import array_of, name_of, operand
 
 from .feeds import Feeds
 from .observers import Statistics, layer_of, observe
@@ -148,7 +148,7 @@ def scale_inputs(group: Sequence[Linear], statistics: Statistics, scale_of: Inpu
         return False
     scale = scale_of(np.concatenate([linear.dequantized() for linear in group], axis=1), statistics)
     for node, index in norm:
-        parameter = _own_parameter(node, index)
+        parameter = own_initializer(node, index)
         _rewrite(parameter, array_of(parameter) / scale)
     for linear in group:
         _rewrite(linear.weight, array_of(linear.weight) * scale[:, None])
@@ -197,20 +197,6 @@ def _norm_parameters(value: Any, readers: int) -> list[tuple[Any, int]] | None:
     width, parameters = value.shape[-1], [operand(norm, index) for index in indices]
     vectors = all(constant_of(parameter) is not None and parameter.shape == (width,) for parameter in parameters)
     return [(norm, index) for index in indices] if vectors else None
-
-
-def _own_parameter(node: Any, index: int) -> Any:
-    """The initializer that `node` reads there; a separate copy if others read it too (equal vectors are stored once)."""
-    import onnx_ir as ir
-
-    shared = node.inputs[index]
-    if len(shared.uses()) == 1:
-        return shared
-    tensor = ir.tensor(shared.const_value.numpy(), name=f"{shared.name}.{node.outputs[0].name}")
-    own = new_initializer(tensor)
-    node.graph.register_initializer(own)
-    node.replace_input_with(index, own)
-    return own
 
 
 def _rewrite(value: Any, array: NDArray[Any]) -> None:

@@ -24,8 +24,9 @@ from headstart.exporter.graph import graph_info, save_beside, save_graph, weight
 from headstart.exporter.heads.storage import load_head, reference, save_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
+from headstart.exporter.passes.rotation import rotate
 from headstart.exporter.passes.surgery import Writer, clean, replace_value
-from headstart.exporter.passes.values import name_of
+from headstart.exporter.passes.values import name_of, shape_of
 from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, write_manifest
 from headstart.runtime.documents import to_json
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
@@ -37,6 +38,7 @@ from headstart.runtime.precision import FloatAgreement
 from .feeds import EncoderFeeds, Feeds, decoder_feeds
 from .integers import cache_ranges, quantize_caches, quantize_inputs
 from .passages import Passage, calibration_passages
+from .rotation import rotate_layers
 from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
 
 Progress = Callable[[str, int, int], None]  # what, done, of
@@ -44,6 +46,7 @@ Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
 DECODER, ENCODER = "graphs/decoder.onnx", "graphs/encoder.onnx"
 QUANTIZED = ("encoder", "decoder")  # graphs, in the order of computation
 METHODS = ("rtn", "awq", "gptq", "smoothquant")
+SCALING = ("awq", "smoothquant")  # methods that scale the inputs' channels
 INT8 = WeightScheme(8)
 KEPT = ("weights", "method", "activations", "kv_cache", "lm_head", "embedding", "heads")  # options named in the manifest
 
@@ -64,6 +67,8 @@ class QuantizeOptions:
         embedding: int8 or none.
         heads: linear layers of the draft heads: int8 or none.
         calibration_tokens: of the text that is looked at, as the decoder reads them.
+        rotation: what linear layers read is rotated first, so that no channel is far larger than the others (`rotate_layers`).
+            None: with rtn and gptq; awq and smoothquant scale channels for the same end.
     """
 
     weights: str = "int8"
@@ -75,6 +80,7 @@ class QuantizeOptions:
     embedding: str = "int8"
     heads: str = "int8"
     calibration_tokens: int = 8192
+    rotation: bool | None = None
 
     def __post_init__(self) -> None:
         _one_of("--weights", self.weights, ("int8", "int4"))
@@ -86,12 +92,21 @@ class QuantizeOptions:
         for option, value in (("--activations", "static"), ("--method", "smoothquant")):
             if self.weights != "int8" and value in (self.activations, self.method):
                 raise OptionError(f"{option} {value} makes int8 products, with int8 weights only. Fix: --weights int8.")
+        if self.rotation and self.method in SCALING:
+            raise OptionError(
+                f"--rotation and --method {self.method} both even out the channels of inputs, and a rotated channel has "
+                "no scale of its own. Fix: --method rtn or gptq, or --no-rotation."
+            )
         if self.calibration_tokens < 256:
             raise OptionError(f"--calibration-tokens {self.calibration_tokens} is too few: at least 256 are needed.")
 
     @property
     def scheme(self) -> WeightScheme:
         return INT8 if self.weights == "int8" else WeightScheme(4, self.group)
+
+    @property
+    def rotates(self) -> bool:
+        return self.method not in SCALING if self.rotation is None else self.rotation
 
     @property
     def calibrated(self) -> bool:
@@ -101,7 +116,8 @@ class QuantizeOptions:
     def described(self) -> dict[str, str]:
         """For the manifest."""
         parts = {name: getattr(self, name) for name in KEPT}
-        return parts | ({"group": str(self.group)} if self.weights == "int4" else {})
+        parts |= {"group": str(self.group)} if self.weights == "int4" else {}
+        return parts | ({"rotation": "block-hadamard"} if self.rotates else {})
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -200,6 +216,10 @@ def _quantize_graphs(
 ) -> None:
     """Both graphs in place, the decoder measured with the quantized encoder's states."""
     slots, vocab_size = bundle.manifest.graphs["decoder"].slots, bundle.manifest.model.vocab_size
+    if options.rotates:
+        tied = rotate_layers(decoder, vocab_size, options.lm_head == "int8")
+        if encoder is not None:
+            rotate_layers(encoder, vocab_size, options.lm_head == "int8", tied)
     if encoder is not None:
         _quantize_layers(encoder, vocab_size, options, EncoderFeeds(bundle, passages) if passages else None, progress)
     with decoder_feeds(bundle, passages, encoder) if passages else nullcontext() as feeds:
@@ -293,8 +313,10 @@ def _replace_embedding(model: Any, gather: Any, table: Any) -> None:
 
 def _write_head(bundle: Bundle, folder: Path, manifest: Manifest, name: str, options: QuantizeOptions) -> None:
     """The head's graph over the new bundle's LM head, where it shares that, its own layers in int8."""
+    from onnx_ir.passes.common import ShapeInferencePass
+
     info = bundle.head(name)
-    model = load_head(bundle, name)
+    model = ShapeInferencePass()(load_head(bundle, name)).model
     shared = {key: weight for key, weight in manifest.weights.items() if info.shared and key.startswith("lm_head")}
     for linear in list(linears(model)):
         if linear.weight.name in info.shared:
@@ -310,15 +332,18 @@ def _write_head(bundle: Bundle, folder: Path, manifest: Manifest, name: str, opt
 
 
 def _share(model: Any, linear: Linear, shared: dict[str, WeightInfo]) -> None:
-    """Read the LM head where the quantized decoder keeps it."""
+    """Read the LM head where the quantized decoder keeps it, rotated as that one is."""
     import onnx_ir as ir
 
-    weight = linear.weight
+    weight, block = linear.weight, shared["lm_head"].rotation
     tensor = reference(name_of(weight), shared["lm_head"])
     weight.const_value, weight.dtype = tensor, tensor.dtype
+    write = Writer(model, linear.node)
+    if block:
+        source = linear.source
+        linear.node.replace_input_with(0, rotate(write, source, len(shape_of(source)), linear.shape[0], block))
     if "lm_head.scale" not in shared:
         return
-    write = Writer(model, linear.node)
     scale = write.constant("lm_head.scale", np.zeros(1, np.float32))
     scales = reference("lm_head.scale", shared["lm_head.scale"])
     scale.const_value, scale.shape = scales, ir.Shape(shared["lm_head.scale"].shape)

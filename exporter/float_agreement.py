@@ -64,8 +64,7 @@ def warn_if_poor(weights: str, found: FloatAgreement | None) -> None:
     warnings.warn(
         f"With {weights} weights the model picks {found.greedy:.0%} of the float model's greedy tokens on the golden texts "
         f"(at least {LEAST_AGREEMENT:.0%} is expected), and its logits are {found.median:.0%} of their range off in a typical "
-        "row. Usually a few channels are much larger than the others. Fix: headstart quantize --method smoothquant or awq "
-        "--data FILE, or decode the float bundle.",
+        "row. Fix: headstart quantize --method gptq --data FILE, or decode the float bundle.",
         RuntimeWarning,
         stacklevel=3,
     )

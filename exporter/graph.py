@@ -1,12 +1,14 @@
 """Graphs on disk: weights get their checkpoint's names, shared ones are stored once, files are written."""
 
 import ast
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from headstart.exporter.passes.linear import is_lm_head, linears
+from headstart.exporter.passes.rotation import rotation_of
 from headstart.exporter.passes.values import dtype_of, name_of, shape_of, size_of, tensor_of
 from headstart.runtime import contract
 from headstart.runtime.bundle import GraphInfo, KeyValueInfo, RecurrentInfo, TensorInfo, WeightInfo
@@ -162,7 +164,10 @@ def weight_infos(file: Path, folder: str) -> dict[str, WeightInfo]:
     named = {"lm_head": head.weight} | ({"lm_head.scale": head.required_scales} if head.quantized else {})
     tensors = {name: value.const_value for name, value in named.items()}
     external = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ir.ExternalTensor)}
-    return {name: _weight_info(tensor, folder) for name, tensor in external.items()} if len(external) == len(named) else {}
+    if len(external) < len(named):
+        return {}
+    infos = {name: _weight_info(tensor, folder) for name, tensor in external.items()}
+    return infos | {"lm_head": dataclasses.replace(infos["lm_head"], rotation=rotation_of(head.source))}
 
 
 def _weight_info(tensor: ir.ExternalTensor, folder: str) -> WeightInfo:

@@ -13,6 +13,7 @@ from headstart.runtime.errors import EngineError, missing_extra
 from headstart.runtime.graph import MAX_ROWS
 
 from .devices import Device, device_named
+from .passes.rotation import is_rotation
 from .passes.values import tensor_of
 from .tensorrt.options import LEAST_TOKENS, TensorRtOptions
 from .tensorrt.profiles import decoder_profiles
@@ -136,6 +137,8 @@ def _stored(value: ir.Value, floats: str) -> tuple[str, float]:
     """(type, bytes in the plan) of a weight; `floats`: what float32 becomes."""
     tensor, readers = tensor_of(value), {node.op_type for node, _ in value.uses()}
     copies = 2 if "Gather" in readers and len(readers) > 1 and len(tensor.shape) == 2 else 1
+    if is_rotation(value):
+        copies = len(value.uses())  # each product has its own
     narrowed = tensor.dtype.name == "FLOAT" and floats == "half"
     return tensor.dtype.name, float(copies * (tensor.nbytes / 2 if narrowed else tensor.nbytes))
 

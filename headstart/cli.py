@@ -153,6 +153,14 @@ def quantize(
         ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to look at, as the decoder reads them.")] = 8192,
+    rotation: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotation/--no-rotation",
+            help="Rotate what layers read, so that 8 bits hold it; by default, but for awq and smoothquant.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Store a bundle's weights in 8 or 4 bits."""
@@ -161,7 +169,9 @@ def quantize(
 
     from .screen import counted
 
-    options = QuantizeOptions(weights, group, method, activations, kv_cache, lm_head, embedding, heads, calibration_tokens)
+    options = QuantizeOptions(
+        weights, group, method, activations, kv_cache, lm_head, embedding, heads, calibration_tokens, rotation
+    )
     with counted() as progress:
         made = run(bundle, output, options, data, force, progress)
     print(f"{made.path}: " + ", ".join(f"{key} {value}" for key, value in made.manifest.quantization.items()))
@@ -566,14 +576,18 @@ def demo(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 3,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="After each prompt.", min=1)] = 64,
     sample: Annotated[
-        list[str] | None, typer.Option(help="pycode, normalise or speech; may be repeated. All by default.")
+        list[str] | None,
+        typer.Option(help="pycode, normalise, speech, or a published checkpoint; may be repeated. All by default."),
     ] = None,
+    published: Annotated[Path, typer.Option(help="Where samples/published/fetch.py put published checkpoints.")] = Path(
+        ".published"
+    ),
 ) -> None:
-    """The whole way on the shipped samples: export, quantize, build, tune, verify, decode with and without heads."""
+    """The whole way on the samples: export, quantize, build, tune, verify, decode with and without heads."""
     from .demo import Extent, run, show_demo
     from .screen import write_json
 
-    table = run(output, samples, Extent(prompts, rounds, max_new_tokens), sample or ())
+    table = run(output, samples, Extent(prompts, rounds, max_new_tokens), sample or (), published)
     show_demo(table)
     if json_file:
         write_json(json_file, table.rows)

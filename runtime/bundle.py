@@ -89,12 +89,17 @@ class GraphInfo:
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """Where one tensor lies inside a data file, so that another graph can use the same bytes."""
+    """Where one tensor lies inside a data file, so that another graph can use the same bytes.
+
+    Attributes:
+        rotation: of a linear layer's weight: the block of the rotation that its inputs go through; 0 for none.
+    """
 
     file: str
     offset: int  # bytes
     dtype: str
     shape: tuple[int, ...]
+    rotation: int = 0
 
 
 @dataclass(frozen=True)

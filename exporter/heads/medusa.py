@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from headstart.exporter.graph import described_graph, tensor_infos
 from headstart.exporter.graph_builder import GraphBuilder
+from headstart.exporter.passes.rotation import rotate
 from headstart.runtime import contract
 from headstart.runtime.bundle import GraphInfo, HeadInfo, ModelInfo, WeightInfo
 from headstart.runtime.errors import HeadError
@@ -242,6 +243,8 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
     for layer in range(layers):
         inner = _first_block(graph, weights, source) if layer == 0 else _later_block(graph, weights, state, layer)
         state = graph.node("Add", [state, _activated(graph, weights, inner, layer)])  # [K, B, H]
+    if shared and (block := shared["lm_head"].rotation):
+        state = rotate(graph, state, 3, hidden, block)
     logits = graph.node("MatMul", [state, _projection(graph, weights, shared)])  # [K, B, V]
     log_probs = graph.node("LogSoftmax", [graph.node("Transpose", [logits], perm=[1, 0, 2])], axis=-1)
     values, ids = graph.nodes("TopK", [log_probs, graph.ints("k", [top_k])], 2, axis=-1, largest=1, sorted=1)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from .rotation import is_rotation
 from .surgery import constant_of, producer
 from .values import array_of, name_of, operand, shape_of, size_of, stated
 
@@ -85,6 +86,8 @@ def linears(model: ir.Model) -> Iterator[Linear]:
 
 def _linear(node: ir.Node) -> Linear | None:
     value = operand(node, 1)
+    if is_rotation(value):
+        return None
     transpose = producer(value, "Transpose")
     if transpose is not None:
         value = operand(transpose, 0)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx_ir.convenience import extract
 from onnx_ir.passes import common
 
-from .values import array_of, new_initializer, stated
+from .values import array_of, new_initializer, operand, stated
 
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 
@@ -37,6 +37,17 @@ def only_user(value: ir.Value) -> ir.Node | None:
     """The one node that reads `value`; None when there are several, or when it leaves the graph."""
     users = {id(node): node for node, _ in value.uses()}
     return next(iter(users.values())) if len(users) == 1 and not value.is_graph_output() else None
+
+
+def own_initializer(node: ir.Node, index: int) -> ir.Value:
+    """The initializer that `node` reads there; a separate copy if others read it too (equal vectors are stored once)."""
+    shared = operand(node, index)
+    if len(shared.uses()) == 1:
+        return shared
+    own = new_initializer(ir.tensor(array_of(shared), name=f"{shared.name}.{node.outputs[0].name}"))
+    stated(node.graph, f"the graph of {node.name}").register_initializer(own)
+    node.replace_input_with(index, own)
+    return own
 
 
 def part_in_memory(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> bytes | None:

@@ -53,6 +53,7 @@ def test_head_json_is_pinned() -> None:
     ]  # fmt: skip
     assert document["shared"]["lm_head"] == {
         "file": "graphs/decoder.onnx.data", "offset": 64, "dtype": "float32", "shape": [300, 64],
+        "rotation": 0,
     }  # fmt: skip
     assert from_json(HeadInfo, to_json(head)) == head
 
