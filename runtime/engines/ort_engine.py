@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, GraphInfo, HeadInfo, WeightInfo
 from headstart.runtime.errors import EngineError, PromptError
-from headstart.runtime.graph import HostOutputs
+from headstart.runtime.graph import HostOutputs, Outputs
 from headstart.runtime.states import CrossState
 
 from .device import DeviceGraph
 from .info import EngineInfo, built_engine, engine_folder
+from .last_source import LastSource
 from .ort_device import GraphMoves, OrtMemory, SessionExecutor, slots_given
 from .ort_host import HostGraph
 from .ort_session import CPU, MIN_ROWS, Opened, Provider, cuda_provider, open_session, opened
@@ -47,6 +48,7 @@ class OnnxRuntimeEngine:
         self._opened: dict[str, Opened] = {}
         self._graphs: dict[str, HostGraph | DeviceGraph] = {}
         self._memory = OrtMemory(provider.location)
+        self._last_source: LastSource[Outputs] = LastSource()
         if built is not None:
             _check_probe(*built)
         self._open_decoder()
@@ -150,15 +152,18 @@ class OnnxRuntimeEngine:
 
     def encode(self, sources: Sequence[NDArray[Any]]) -> CrossState:
         """One source at a time, so that its states never depend on the others'; then padded to the longest."""
-        encoder, reads = self.graph("encoder"), self.bundle.manifest.graphs["decoder"]
+        reads = self.bundle.manifest.graphs["decoder"]
         names = [tensor.name for tensor in reads.inputs if tensor.name in source_names(reads) - {contract.ENCODER_MASK}]
-        states = [encoder.run(self._encoder_inputs(source)) for source in sources]
+        states = [self._last_source.encoded(source, self._encode) for source in sources]
         hidden, *buffers = (
             _padded([_stored(outputs, name) for outputs in states]) for name in (contract.ENCODER_HIDDEN, *names)
         )
         lengths = [_stored(outputs, contract.ENCODER_HIDDEN).shape[1] for outputs in states]
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
         return CrossState(tuple(names), tuple(buffers), mask, hidden.astype(np.float32, copy=False))
+
+    def _encode(self, source: NDArray[Any]) -> Outputs:
+        return self.graph("encoder").run(self._encoder_inputs(source))
 
     def _encoder_inputs(self, source: NDArray[Any]) -> dict[str, NDArray[Any]]:
         info = self.bundle.manifest.graphs["encoder"].inputs[0]

@@ -21,6 +21,7 @@ from headstart.runtime.states import SLOT_STEP, CrossState
 
 from .device import DeviceGraph
 from .info import EngineInfo, built_engine, engine_folder
+from .last_source import LastSource
 from .sources import check_length, filled, read_source
 from .trt_memory import CopyMoves, Device, TrtMemory
 from .trt_plans import Plan, PlanExecutor
@@ -39,6 +40,7 @@ class TensorRtEngine:
         self.model = dataclasses.replace(bundle.manifest.model, max_cache=info.cache_slots - MAX_ROWS)
         self._memory, self._mover, self._open_plan = TrtMemory(device), CopyMoves(device), open_plan
         self._graphs: dict[str, DeviceGraph] = {}
+        self._last_source: LastSource[CrossState] = LastSource()
         self.graph("decoder")
 
     @classmethod
@@ -121,7 +123,7 @@ class TensorRtEngine:
 
         Raises PromptError for a source it has no room for.
         """
-        found = [self._encode(source) for source in sources]
+        found = [self._last_source.encoded(source, self._encode) for source in sources]
         buffers = zip(*(state.buffers for state in found), strict=True)
         mask, hidden = (np.concatenate([getattr(state, name) for state in found]) for name in ("mask", "hidden"))
         return CrossState(found[0].names, tuple(map(np.concatenate, buffers)), mask, hidden)
