@@ -7,7 +7,8 @@
 4. Greedy decoding: plain and with every drafter, each token judged by the canonical graph.
 5. Sampled decoding: with every drafter, against the exact distribution.
 
-All limits are declared, by precision, in `runtime.precision.LIMITS`; none is taken from the engine under test.
+All limits are declared, by precision, in `runtime.precision.LIMITS`, wider where rounding by itself leads further from the
+reference (`rounding_noise`); none is taken from the engine under test.
 """
 
 import dataclasses
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 
 from headstart.exporter.golden import Texts, read_golden
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.errors import OptionError
+from headstart.runtime.errors import MissingExtraError, OptionError
 from headstart.runtime.graph import MAX_ROWS
 from headstart.runtime.loading import load
 from headstart.runtime.model import ARRAYS, Model, Prompt
+from headstart.runtime.precision import INTEGERS
 
 from .verification.forms import check_forms
 from .verification.greedy import check_greedy, check_recorded
@@ -31,6 +33,7 @@ from .verification.logits import check_checkpoint, check_golden, compared
 from .verification.outcome import Fault, LogitCheck, Report
 from .verification.passes import causal_logits
 from .verification.reference import Reference, Text, engine_precision
+from .verification.rounding_noise import rounding_noise
 from .verification.sampling import check_sampling
 
 Progress = Callable[[str, int, int], None]  # what, done, of
@@ -116,7 +119,13 @@ def verify_model(
     if faults:
         return Report(name, device, precision, tuple(faults))
     texts = list(prompts) or golden_prompts(model, golden)
-    logits = _check_logits(model, reference, golden, texts, checkpoint, precision, progress)
+    compared_texts = [*golden_texts(golden), *prompt_texts(model, texts[:FORM_PROMPTS])]
+    if precision in INTEGERS:
+        try:
+            reference.noise = rounding_noise(reference, compared_texts)
+        except MissingExtraError as error:
+            notes.append(str(error))
+    logits = _check_logits(model, reference, golden, compared_texts, checkpoint, precision, progress)
     if any(check.problem for check in logits):
         return Report(name, device, precision, (), tuple(logits), notes=("no text was decoded: see the faults",))
     greedy = check_recorded(model.engine, reference, golden, precision)
@@ -131,22 +140,21 @@ def _check_logits(
     model: Model,
     reference: Reference,
     golden: Mapping[str, NDArray[Any]],
-    prompts: Sequence[Prompt],
+    texts: Sequence[Text],
     checkpoint: str | Path | None,
     precision: str,
     progress: Progress,
 ) -> list[LogitCheck]:
-    engine = model.engine
+    engine, limits = model.engine, reference.limits(precision)
     checks = [check_golden(reference.engine, golden, engine.model.dtype, reference.name)]
-    checks.append(check_golden(engine, golden, precision))
+    checks.append(check_golden(engine, golden, precision, limits=limits))
     progress("golden outputs", 1, 1)
     if checkpoint is not None:
         inputs = Texts(golden["input_ids"], golden.get("sources"))
         checks.append(check_checkpoint(engine, checkpoint, inputs, precision))
         progress("checkpoint", 1, 1)
-    texts = [*golden_texts(golden), *prompt_texts(model, prompts[:FORM_PROMPTS])]
     ours = [causal_logits(engine, [text.token_ids], text.source)[0] for text in texts]
-    checks.append(compared("engine", reference.name, precision, ours, [reference.logits(text) for text in texts]))
+    checks.append(compared("engine", reference.name, precision, ours, [reference.logits(text) for text in texts], limits))
     checks += check_forms(engine, reference, texts, precision, _batch(model, BATCH))
     progress("forms of decoding", 1, 1)
     return checks

@@ -5,7 +5,6 @@ positions all count. Both sides read the canonical encoder's states, so that a d
 for. Knows no device: what runs here, and within which limits, each target says (`Target.forms`, `Target.precisions`).
 """
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, GraphInfo, TensorInfo
 from headstart.runtime.engines.ort_session import open_session
 from headstart.runtime.errors import EngineError
-from headstart.runtime.precision import LIMITS, Difference, Limits, check_finite, difference
+from headstart.runtime.precision import INTEGERS, LIMITS, Difference, check_finite, difference
 from headstart.runtime.tree import ROOT, DraftTree
 
 from . import canonical
@@ -43,7 +42,6 @@ TYPES: dict[str, Any] = {
 # What a graph is for, in this order: where it has one of these outputs, that is bounded, and the others need only be finite.
 BOUNDED = (contract.LOGITS, contract.ENCODER_HIDDEN, contract.INPUT_FEATURES)
 TREE = np.array([ROOT, ROOT, 0, 0, 1], np.int64)  # parents of the five drafts that the second step verifies
-ROUNDINGS = 3  # times what rounding does by itself: what an integer graph may differ by, where that is beyond its limits
 AUDIO_S = 1  # seconds of noise for a front-end that takes any length
 
 
@@ -113,8 +111,8 @@ def _check_limits(name: str, found: Difference, target: Target[Any, Any], roundi
     which round alike are as far from each other as from the floats.
     """
     precision = target.precisions[name]
-    limits, integers = LIMITS[precision], precision in ("int8_per_row", "int4")
-    if found.within(limits) or (integers and found.within(_multiple(rounding(), limits))):
+    limits, integers = LIMITS[precision], precision in INTEGERS
+    if found.within(limits) or (integers and found.within(limits.widened(rounding()))):
         return
     raise EngineError(
         f"The graph {name} lowered for {target.device} differs from the canonical one by {found.largest:.1e} of its range "
@@ -122,10 +120,6 @@ def _check_limits(name: str, found: Difference, target: Target[Any, Any], roundi
         f"{', or by what rounding the activations does to the canonical graph' if integers else ''}. This is a defect of a "
         f"lowering pass. Fix: decode {target.bundle.path} without building it, and report this."
     )
-
-
-def _multiple(rounding: Difference, limits: Limits) -> Limits:
-    return dataclasses.replace(limits, largest=ROUNDINGS * rounding.largest, median=ROUNDINGS * rounding.median)
 
 
 class Inputs:

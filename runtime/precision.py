@@ -4,6 +4,7 @@ The bounds are declared here and never taken from the engine under test. They ar
 logit minus its smallest), so that they hold for any scale of logits.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,16 @@ class Limits:
     tie: float
     why: str
 
+    def widened(self, rounding: "Difference") -> "Limits":
+        """ROUNDINGS times what rounding by itself does, where that is more."""
+        largest, median = (ROUNDINGS * value for value in (rounding.largest, rounding.median))
+        return dataclasses.replace(
+            self, largest=max(self.largest, largest), median=max(self.median, median), tie=max(self.tie, median)
+        )
 
+
+ROUNDINGS = 3  # times what rounding activations does by itself: what an integer graph may differ by
+INTEGERS = ("int8_per_row", "int4")  # rows of LIMITS with rounded activations
 LIMITS = {
     "float32": Limits(3e-4, 5e-5, 5e-5, "only the order of summation differs"),
     "float16": Limits(2e-2, 1e-2, 1e-2, "11 bits of mantissa in weights, activations and caches"),

@@ -49,7 +49,7 @@ def _vocabularies(engine: Engine, text: Text) -> Iterator[Sequence[int]]:
 
 def check_trees(engine: Engine, reference: Reference, texts: Sequence[Text], precision: str) -> LogitCheck:
     """Each row of random trees after short and longer histories."""
-    comparison = Comparison("trees", reference.name, precision)
+    comparison = Comparison("trees", reference.name, precision, reference.limits(precision))
     generator = np.random.default_rng(0)
     for text in texts:
         for length in {min(length, len(text.token_ids)) for length in HISTORIES}:
@@ -66,7 +66,7 @@ def check_trees(engine: Engine, reference: Reference, texts: Sequence[Text], pre
 
 def check_commits(engine: Engine, reference: Reference, texts: Sequence[Text], precision: str) -> LogitCheck:
     """Rounds of trees of which one path is kept: what follows reads the slots that the commit moved."""
-    comparison = Comparison("commits", reference.name, precision)
+    comparison = Comparison("commits", reference.name, precision, reference.limits(precision))
     generator = np.random.default_rng(1)
     for text in texts:
         for tokens in _vocabularies(engine, text):
@@ -95,7 +95,7 @@ def partial_path(generator: np.random.Generator, tree: DraftTree) -> list[int]:
 
 def check_chunks(engine: Engine, reference: Reference, texts: Sequence[Text], precision: str) -> LogitCheck:
     """Prefill in chunks of several sizes, every row."""
-    comparison = Comparison("chunked prefill", reference.name, precision)
+    comparison = Comparison("chunked prefill", reference.name, precision, reference.limits(precision))
     for text in texts:
         theirs = reference.logits(text)
         for chunk in CHUNKS:
@@ -105,7 +105,7 @@ def check_chunks(engine: Engine, reference: Reference, texts: Sequence[Text], pr
 
 def check_batch(engine: Engine, reference: Reference, texts: Sequence[Text], precision: str, batch: int) -> LogitCheck:
     """Sequences of unequal lengths, trees and commits, decoded together; each against itself alone."""
-    comparison = Comparison("batch", reference.name, precision)
+    comparison = Comparison("batch", reference.name, precision, reference.limits(precision))
     generator = np.random.default_rng(2)
     for text in texts:
         decoding = Decoding(engine, batch, SLOTS, text.source)

@@ -16,7 +16,6 @@ from headstart.exporter.comparison import greedy_tokens
 from headstart.exporter.golden import Texts
 from headstart.runtime.graph import Engine
 from headstart.runtime.model import Model, Prompt
-from headstart.runtime.precision import LIMITS
 from headstart.runtime.results import Result
 from headstart.runtime.sampling import LogitRules, SamplingOptions
 
@@ -100,7 +99,7 @@ def check_recorded(
     engine: Engine, reference: Reference, golden: Mapping[str, NDArray[Any]], precision: str
 ) -> list[GreedyCheck]:
     """The engine's plain greedy tokens against those that the checkpoint itself gave, without end tokens or rules."""
-    bound = LIMITS[precision].tie
+    bound = reference.limits(precision).tie
     judge, rules = Judge(reference, bound), LogitRules(SamplingOptions())
     differences, faults, tokens = [], [], 0
     pairs = Texts(golden["input_ids"], golden.get("sources")).pairs()
@@ -120,7 +119,7 @@ def check_greedy(
     """Each prompt decoded plainly and with every drafter; continuations go on past end tokens, answers end of themselves."""
     ignore_end = not model.answers
     requests = [request_of(model, prompt, max_new_tokens=max_new_tokens, ignore_end=ignore_end) for prompt in prompts]
-    judge = Judge(reference, LIMITS[precision].tie)
+    judge = Judge(reference, reference.limits(precision).tie)
     checks: list[GreedyCheck] = []
     plain: list[Result] = []
     for name in ("none", *model.drafters):
@@ -129,7 +128,7 @@ def check_greedy(
             results.append(model.generate(prompt, drafter=name, max_new_tokens=max_new_tokens, ignore_end=ignore_end))
             progress("plain" if name == "none" else name, done + 1, len(prompts))
         plain = plain or results
-        checks.append(_check(name, judge, requests, plain, results, LIMITS[precision].tie))
+        checks.append(_check(name, judge, requests, plain, results, reference.limits(precision).tie))
     return checks
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from headstart.exporter.golden import Texts
 from headstart.runtime.errors import OptionError, missing_extra
 from headstart.runtime.graph import Engine
-from headstart.runtime.precision import LIMITS
+from headstart.runtime.precision import LIMITS, Limits
 
 from .outcome import LogitCheck
 from .passes import Logits, causal_logits
@@ -20,11 +20,12 @@ from .reference import spread_of
 
 @dataclass
 class Comparison:
-    """Rows compared so far, by text."""
+    """Rows compared so far, by text. `limits`: None are those declared for the precision."""
 
     subject: str
     reference: str
     precision: str
+    limits: Limits | None = None
     texts: list[NDArray[np.float32]] = field(default_factory=list)  # [rows] relative differences of each
     problem: str = ""
 
@@ -39,7 +40,7 @@ class Comparison:
             self.texts.append(np.abs(ours - theirs).max(axis=-1) / spread)
 
     def result(self) -> LogitCheck:
-        limits = LIMITS[self.precision]
+        limits = self.limits or LIMITS[self.precision]
         rows = np.concatenate(self.texts) if self.texts else np.zeros(0, np.float32)
         bounds = (limits.largest, limits.median)
         if self.problem or not len(rows):
@@ -51,9 +52,15 @@ class Comparison:
         return LogitCheck(self.subject, self.reference, self.precision, len(rows), *sizes, *bounds, *worst)
 
 
-def check_golden(engine: Engine, golden: Mapping[str, NDArray[Any]], precision: str, subject: str = "engine") -> LogitCheck:
+def check_golden(
+    engine: Engine,
+    golden: Mapping[str, NDArray[Any]],
+    precision: str,
+    subject: str = "engine",
+    limits: Limits | None = None,
+) -> LogitCheck:
     """The recorded top logits of all rows of the golden inputs."""
-    comparison = Comparison(subject, "golden outputs", precision)
+    comparison = Comparison(subject, "golden outputs", precision, limits)
     texts = Texts(golden["input_ids"], golden.get("sources"))
     recorded = zip(golden["top_ids"], golden["top_logits"], golden["spread"], strict=True)
     for (ids, source), (top_ids, top_logits, spread) in zip(texts.pairs(), recorded, strict=True):
@@ -81,9 +88,16 @@ def check_checkpoint(engine: Engine, checkpoint: str | Path, texts: Texts, preci
     return compared("engine", str(checkpoint), precision, ours, list(reference))
 
 
-def compared(subject: str, reference: str, precision: str, ours: Sequence[Logits], theirs: Sequence[Logits]) -> LogitCheck:
+def compared(
+    subject: str,
+    reference: str,
+    precision: str,
+    ours: Sequence[Logits],
+    theirs: Sequence[Logits],
+    limits: Limits | None = None,
+) -> LogitCheck:
     """Text by text."""
-    comparison = Comparison(subject, reference, precision)
+    comparison = Comparison(subject, reference, precision, limits)
     for one, other in zip(ours, theirs, strict=True):
         comparison.add(one, other)
     return comparison.result()

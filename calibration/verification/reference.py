@@ -12,7 +12,7 @@ from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_session import AS_WRITTEN, RESTS, Provider
 from headstart.runtime.graph import Engine
-from headstart.runtime.precision import precision_of
+from headstart.runtime.precision import LIMITS, Difference, Limits, precision_of
 from headstart.runtime.tree import DraftTree
 
 from .passes import Logits, Source, causal_logits, tree_logits
@@ -27,12 +27,20 @@ class Text:
 
 
 class Reference:
-    """Logits of texts, by the canonical graph."""
+    """Logits of texts, by the canonical graph.
+
+    Attributes:
+        noise: what rounding activations does to this graph, where the engine under test rounds them.
+    """
 
     name = "canonical graph"
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, noise: Difference | None = None) -> None:
+        self.engine, self.noise = engine, noise
+
+    def limits(self, precision: str) -> Limits:
+        """Of an engine in that precision."""
+        return LIMITS[precision] if self.noise is None else LIMITS[precision].widened(self.noise)
 
     @classmethod
     def open(cls, bundle: Bundle, threads: int | None = None) -> "Reference":

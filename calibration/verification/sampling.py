@@ -19,12 +19,14 @@ from headstart.runtime.errors import OptionError
 from headstart.runtime.graph import MAX_ROWS
 from headstart.runtime.model import Model, Prompt
 from headstart.runtime.options import GenerateOptions
+from headstart.runtime.precision import LIMITS
 from headstart.runtime.tree import ROOT, DraftTree, empty_tree
 
 from .chi_square import POWER, SIGNIFICANCE, combined, detectable_bias, pool, tail
 from .decisions import Request, request_of
 from .outcome import SamplingCheck
 from .passes import Decoding
+from .reference import engine_precision
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 Tokens = tuple[int, ...]
@@ -41,11 +43,20 @@ LONGEST = 64  # characters of a prefix
 
 @dataclass(frozen=True)
 class Prefix:
-    """A text to continue, and the exact probability of each continuation."""
+    """A text to continue, and the exact probability of each continuation.
+
+    Attributes:
+        ties: beginnings of others that rounding may let in: their last token is as good as one that may be drawn, within what
+            the engine's precision calls a tie, and a pass of another number of rows may choose it.
+    """
 
     request: Request
     options: GenerateOptions
     probabilities: dict[Tokens, float]
+    ties: frozenset[Tokens] = frozenset()
+
+    def is_possible(self, tokens: Tokens) -> bool:
+        return tokens in self.probabilities or any(tokens[:length] in self.ties for length in range(1, len(tokens) + 1))
 
 
 @dataclass
@@ -98,7 +109,7 @@ def judge(drafter: str, rule: str, prefixes: Sequence[Prefix], drawn: Sequence[D
     """All prefixes' tests as one."""
     pooled, impossible = [], 0
     for prefix, one in zip(prefixes, drawn, strict=True):
-        impossible += sum(count for tokens, count in one.counts.items() if tokens not in prefix.probabilities)
+        impossible += sum(count for tokens, count in one.counts.items() if not prefix.is_possible(tokens))
         counts = np.array([one.counts[tokens] for tokens in prefix.probabilities])
         pooled.append(pool(np.array(list(prefix.probabilities.values())), counts))
     statistic, degrees = combined(pooled)
@@ -182,11 +193,13 @@ def exact(model: Model, prompt: Prompt, decoder_prompt: Tokens) -> Prefix | None
     temperature = round(max(float(best[0] - best[SUPPORT - 1]) / SHARPNESS, 1e-3), 6)
     options: GenerateOptions = {"max_new_tokens": NEW_TOKENS, "ignore_end": True, "temperature": temperature, "top_k": SUPPORT}
     sampled = request_of(model, prompt, decoder_prompt, **options)
-    return Prefix(sampled, options, _continuations(decoding, sampled))
+    tie = LIMITS[engine_precision(model.engine)].tie
+    return Prefix(sampled, options, *_continuations(decoding, sampled, tie))
 
 
-def _continuations(decoding: Decoding, request: Request) -> dict[Tokens, float]:
-    """Level by level: every continuation of NEW_TOKENS tokens that can be drawn, with its probability."""
+def _continuations(decoding: Decoding, request: Request, tie: float) -> tuple[dict[Tokens, float], frozenset[Tokens]]:
+    """(every continuation of NEW_TOKENS tokens that can be drawn, with its probability; ties, see Prefix), level by level."""
+    ties: set[Tokens] = set()
     nodes: list[tuple[Tokens, float]] = [((), 1.0)]  # of the level above the one that is drawn
     tree = empty_tree()
     rows: dict[Tokens, int] = {(): 0}
@@ -194,11 +207,14 @@ def _continuations(decoding: Decoding, request: Request) -> dict[Tokens, float]:
         logits = decoding.verify([request.start[-1]], [tree])[0]
         below: list[tuple[Tokens, float]] = []
         for tokens, probability in nodes:
-            law = request.probabilities(tokens, logits[rows[tokens]])
+            row = logits[rows[tokens]]
+            law = request.probabilities(tokens, row)
+            level = row[law > 0].min() - tie * np.ptp(row)
+            ties |= {(*tokens, int(token)) for token in np.flatnonzero((row >= level) & (law == 0))}
             below += [((*tokens, int(token)), probability * float(law[token])) for token in np.flatnonzero(law)]
         nodes = below
         tree, rows = _extended(tree, rows, [tokens for tokens, _ in nodes])
-    return dict(nodes)
+    return dict(nodes), frozenset(ties)
 
 
 def _extended(tree: DraftTree, rows: dict[Tokens, int], level: Sequence[Tokens]) -> tuple[DraftTree, dict[Tokens, int]]:

@@ -15,6 +15,9 @@ from realistic import realistic_model
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.rotation import rotate_layers
+from headstart.calibration.verification.reference import Reference, Text
+from headstart.calibration.verification.rounding_noise import rounding_noise
+from headstart.calibration.verify import verify
 from headstart.exporter.build import build
 from headstart.exporter.comparison import all_logits
 from headstart.exporter.export import export
@@ -143,6 +146,13 @@ def test_large_channels_cost_no_precision(tmp_path: Path) -> None:
         found = all_logits(load(made.path).engine, ids)
         errors[rotation] = float(np.sqrt(np.mean((found - wanted) ** 2)) / np.std(wanted))
     assert errors[True] < errors[False] / 3
+    noise = {
+        rotation: rounding_noise(Reference.open(Bundle.load(tmp_path / str(rotation))), [Text(tuple(ids))])
+        for rotation in errors
+    }
+    assert noise[True].median < noise[False].median / 3
+    report = verify(tmp_path / "True", ["what a few channels hold"], 8, samples=0)
+    assert report.ok, report
 
 
 def test_heads_read_a_rotated_lm_head(pycode: Bundle, tmp_path: Path) -> None:

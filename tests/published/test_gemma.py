@@ -41,15 +41,14 @@ def test_greedy_text_is_that_of_transformers(gemma: Bundles, prompts: list[dict[
 def test_int8_keeps_the_quality(gemma: Bundles, tmp_path: Path) -> None:
     text = tmp_path / "prose.txt"
     text.write_text("\n".join(topics[name] for name in sorted(topics)[::2]), "utf-8")
-    float32, int8 = compare([gemma.float32, gemma.int8], text, max_tokens=2048).schemes
-    assert int8.perplexity < 1.012 * float32.perplexity  # 1.006 over 8,192 tokens; without the rotation 1.045
+    float32, int8 = compare([gemma.float32, gemma.int8], text, max_tokens=1024).schemes
+    assert int8.perplexity < 1.015 * float32.perplexity  # 1.006 over 8,192 tokens; without the rotation 1.045
     assert int8.kl < 0.008 and int8.agreement > 0.94  # without: 0.05 and 88 %
     assert int8.disk_mb < 0.28 * float32.disk_mb
 
 
-@pytest.mark.parametrize("weights", ["float32", "int8"])
-def test_nothing_is_found_by_verify(weights: str, gemma: Bundles, prompts: list[dict[str, str]]) -> None:
-    report = verify(getattr(gemma, weights), [one["prompt"] for one in prompts[:2]], 24, samples=50)
+def test_nothing_is_found_by_verify(gemma: Bundles, prompts: list[dict[str, str]]) -> None:
+    report = verify(gemma.int8, [one["prompt"] for one in prompts[:2]], 24, samples=50)
     assert report.ok, report
 
 

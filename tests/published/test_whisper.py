@@ -37,4 +37,4 @@ def test_silence_has_no_text(whisper: Bundles) -> None:
     """The checkpoints invent some: "you", "Thank you."."""
     model = headstart.load(whisper.int8)
     silence = 1e-4 * np.random.default_rng(0).standard_normal(16_000 * 8).astype(np.float32)
-    assert model.transcribe(silence, "en", voice_activity=True).text == ""
+    assert model.transcribe(silence, voice_activity=True).text == ""
