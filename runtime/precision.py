@@ -42,7 +42,7 @@ ROUNDINGS = 3  # times what rounding activations does by itself: what an integer
 INTEGERS = ("int8_per_row", "int4")  # rows of LIMITS with rounded activations
 LIMITS = {
     "float32": Limits(3e-4, 5e-5, 5e-5, "only the order of summation differs"),
-    "float16": Limits(2e-2, 1e-2, 1e-2, "11 bits of mantissa in weights, activations and caches"),
+    "float16": Limits(2e-2, 5e-3, 1e-2, "11 bits of mantissa in weights, activations and caches"),
     "bfloat16": Limits(8e-2, 2e-2, 4e-2, "8 bits of mantissa in weights, activations and caches"),
     "int8_per_row": Limits(0.3, 0.04, 0.06, "int8 weights per output channel, activations rounded to 8 bits per row"),
     "int4": Limits(0.3, 0.04, 0.06, "int4 weights widened to int8 per output channel, activations rounded to 8 bits per row"),

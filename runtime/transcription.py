@@ -102,6 +102,7 @@ class Transcriber:
         self.language = self._language(speech.language)
         self._task = self._task_ids(speech.task)
         self._previous = self._initial_prompt(speech.initial_prompt)
+        self._window: tuple[Samples, NDArray[np.float32]] | None = None  # the last one, and its features
 
     @property
     def sampling_rate(self) -> int:
@@ -227,11 +228,13 @@ class Transcriber:
         return bool(probabilities[known[0]] / probabilities.sum() > fallback.no_speech)
 
     def _features(self, samples: Samples) -> NDArray[np.float32]:
-        """What the encoder reads: one window, filled up with silence."""
-        if self.window is not None:
-            samples = np.pad(samples, (0, self.window - len(samples)))
-        with self._generator.exclusive() as engine:
-            return engine.features(samples)
+        """What the encoder reads: one window, filled up with silence. A window that is read again is the same array, by which
+        the engine knows that it is encoded already."""
+        if self._window is None or self._window[0] is not samples:
+            padded = samples if self.window is None else np.pad(samples, (0, self.window - len(samples)))
+            with self._generator.exclusive() as engine:
+                self._window = samples, engine.features(padded)
+        return self._window[1]
 
     def _first_logits(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """[V] after the start token alone."""

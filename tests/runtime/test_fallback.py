@@ -83,6 +83,15 @@ def test_nothing_is_decoded_again_where_it_is_not_wanted(model: Model) -> None:
     assert len(whole.windows[0].token_ids) <= 4
 
 
+def test_a_window_is_encoded_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is decoded, and though its language and its silence are asked for, too."""
+    engine, runs = model.engine, []
+    original = engine._encode  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine, "_encode", lambda source: runs.append(1) or original(source))
+    model.transcribe(recording(3, 11), drafter="none", max_new_tokens=10)
+    assert len(runs) == 1
+
+
 def test_retries_are_repeatable(model: Model) -> None:
     """A random model's text is doubtful at every temperature."""
     first, again = (model.transcribe(recording(4), drafter="none", max_new_tokens=20) for _ in range(2))
