@@ -67,6 +67,12 @@ def local_folder(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.is_file():
+        raise CheckpointError(
+            f"{path} is a GGUF file; export reads Hugging Face folders. Fix: the checkpoint that it was made of; or load it "
+            f"with transformers (AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r})), "
+            "delete its quantization_config, and save model and tokenizer to a folder."
+        )
     if path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1 or path.exists():
         raise CheckpointError(
             f"{source} is not a folder. A checkpoint is a folder with config.json and weights, or a hub name."

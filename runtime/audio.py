@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import AudioError, missing_extra
 
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000  # Hz: below telephones, and the highest that converters offer
 SAMPLING_RATE = 16_000  # Hz, of every published speech model so far
 Samples = NDArray[np.float32]
 
@@ -77,6 +78,11 @@ def read_file(path: Path) -> Audio:
             )
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path} cannot be read as sound ({error.error_string}). Fix: a WAV or FLAC file.") from error
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise AudioError(
+            f"{path} says that it has {rate} samples a second, and sound has {LOWEST_RATE} to {HIGHEST_RATE}: its header is "
+            "damaged. Fix: record or convert it again."
+        )
     if len(samples) < promised:
         raise _truncated(path, promised, len(samples), "frames")
     notes = ["8-bit samples: expect noise"] if subtype in ("PCM_U8", "PCM_S8", "ULAW", "ALAW") else []

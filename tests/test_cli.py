@@ -191,6 +191,12 @@ def test_output_and_option_mistakes(tmp_path: Path, bundle_of: BundleOf, checkpo
     assert "vocabulary" in refused("generate", bundle, "abc", "--draft-model", _other_vocabulary(tmp_path))
 
 
+def test_a_gguf_is_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    message = refused("export", tmp_path / "model.gguf", "-o", tmp_path / "out")
+    assert "is a GGUF file" in message and "gguf_file='model.gguf'" in message and not (tmp_path / "out").exists()
+
+
 def _other_vocabulary(folder: Path) -> Path:
     from architectures import ARCHITECTURES, save_checkpoint
     from transformers import LlamaConfig, LlamaForCausalLM

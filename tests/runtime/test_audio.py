@@ -80,6 +80,16 @@ def test_a_wav_from_a_pipe_states_no_size(tmp_path: Path) -> None:
     assert len(load_audio(file).samples) == 8000
 
 
+@pytest.mark.parametrize("rate", [1_092_676, 12])
+def test_a_header_with_an_impossible_rate(tmp_path: Path, rate: int) -> None:
+    file = written(tmp_path / "a.wav", tone(16_000), 16_000)
+    content = bytearray(file.read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    file.write_bytes(content)
+    with pytest.raises(AudioError, match=rf"a\.wav says that it has {rate} samples a second.* Fix: "):
+        load_audio(file)
+
+
 def test_no_sound_at_all(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("half past seven\n" * 100)
     with pytest.raises(AudioError, match=r"notes\.txt cannot be read as sound"):
