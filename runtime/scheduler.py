@@ -317,8 +317,19 @@ def _log_probs(wanted: int | None, tokens: list[int], rows: list[int], scores: S
 
 
 def _token_log_probs(token: int, logits: NDArray[np.float32], count: int) -> TokenLogProbs:
-    scores = logits.astype(np.float64)
-    normalised = scores - scores.max()
-    normalised -= np.log(np.exp(normalised).sum())
-    best = np.argsort(-normalised, kind="stable")[:count]
-    return TokenLogProbs(token, float(normalised[token]), tuple((int(i), float(normalised[i])) for i in best))
+    normalised = logits - logits.max()
+    total = np.log(
+        np.exp(normalised).sum(dtype=np.float64)
+    )  # a sum over a whole vocabulary; the exponentials need no more bits
+    best = _largest(normalised, count)
+    top = tuple((int(i), float(normalised[i] - total)) for i in best)
+    return TokenLogProbs(token, float(normalised[token] - total), top)
+
+
+def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Places of the largest, best first; of equal ones the first. Without sorting a whole vocabulary for a few."""
+    if count <= 0:
+        return np.zeros(0, np.int64)
+    least = np.partition(values, -count)[-count] if count < len(values) else values.min()
+    found = np.flatnonzero(values >= least)
+    return found[np.argsort(-values[found], kind="stable")][:count]
