@@ -60,8 +60,11 @@ def decomposed(program: ExportedProgram, registry: ONNXRegistry) -> ExportedProg
     """The program in operators that torch can translate.
 
     torch traces each program a second time for that, symbolic shapes and all, which is half of an export's time. Models of
-    transformers hold casts and nothing else that has to be decomposed, mostly: then rewriting those will do.
+    transformers hold casts and nothing else that has to be decomposed, mostly: then rewriting those will do. Where something is
+    written in place, a cast may be the copy that keeps its input from being written to.
     """
+    if any(_writes(node) for node in program.graph.nodes):
+        return decompose_all(program, registry)
     rewrite_casts(program.graph_module)
     if all(_translatable(node, registry) for node in program.graph.nodes):
         return program
@@ -91,17 +94,26 @@ def _rewrite_cast(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
 
 
 def _bypass(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """A node that changes nothing goes; one that is an output stays, for the program's signature names it."""
+    if any(user.op == "output" for user in node.users):
+        node.target, node.args, node.kwargs = aten.clone.default, (node.args[0],), {}
+        return
     node.replace_all_uses_with(node.args[0])
     graph.erase_node(node)
 
 
 def _translatable(node: torch.fx.Node, registry: ONNXRegistry) -> bool:
-    """As it stands. Operators that write to their inputs, and those that call graphs, are not."""
+    """As it stands. Operators that call graphs are not."""
     if node.op != "call_function":
         return True
     if not isinstance(node.target, torch._ops.OpOverload):  # arithmetic of sizes
         return not isinstance(node.target, torch._ops.HigherOrderOperator)
-    return bool(registry.is_registered(node.target)) and not node.target._schema.is_mutable
+    return bool(registry.is_registered(node.target))
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    """To one of its inputs."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.target not in NOTHING
 
 
 @functools.cache

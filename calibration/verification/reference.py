@@ -46,7 +46,8 @@ class Reference:
     def open(cls, bundle: Bundle, threads: int | None = None) -> "Reference":
         """Its threads rest after each pass, for the engine compared with it runs in turn with it.
 
-        Raises MissingExtraError without ONNX Runtime, EngineError when its CPU provider cannot run the graph."""
+        Raises MissingExtraError without ONNX Runtime, EngineError when its CPU provider cannot run the graph.
+        """
         return cls(OnnxRuntimeEngine(bundle, threads, provider=Provider(entries=AS_WRITTEN | RESTS)))
 
     def logits(self, text: Text, first: int = 0) -> Logits:

@@ -12,12 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
-from headstart.runtime.engines.ort_session import AS_WRITTEN, RESTS, Provider
 from headstart.runtime.errors import missing_extra
 from headstart.runtime.precision import Difference
 
-from .passes import causal_logits
 from .reference import Reference, Text, spread_of
 
 
@@ -25,12 +22,11 @@ def rounding_noise(reference: Reference, texts: Sequence[Text]) -> Difference:
     """Over all rows of the texts. Raises MissingExtraError without the export extra."""
     bundle = reference.engine.bundle
     with tempfile.TemporaryDirectory(prefix="headstart-verify-") as folder:
-        rounded = OnnxRuntimeEngine(_rounded(bundle, Path(folder)), provider=Provider(entries=AS_WRITTEN | RESTS))
+        rounded = Reference.open(_rounded(bundle, Path(folder)))
         rows = []
         for text in texts:
             wanted = reference.logits(text)
-            found = causal_logits(rounded, [text.token_ids], text.source)[0]
-            rows.append(np.abs(found - wanted).max(axis=-1) / spread_of(wanted))
+            rows.append(np.abs(rounded.logits(text) - wanted).max(axis=-1) / spread_of(wanted))
     relative = np.concatenate(rows)
     return Difference(float(relative.max()), float(np.median(relative)))
 

@@ -35,6 +35,7 @@ NEW_TOKENS = 4  # the first follows from the prompt; then up to two drafted ones
 SUPPORT = 3  # tokens that may be drawn at each step
 SHARPNESS = 1.5  # nats between the first and the last of them, after the prefix
 LOSSLESS = [rule.name for rule in RULES.values() if rule.lossless and not rule.greedy]
+TIED = 0.1  # of the samples: more ties than that are no rounding
 PREFIXES = 2  # tested with each drafter, those of the candidates at which most drafts are accepted
 CANDIDATES = 6
 PILOT = 8  # samples of each candidate to choose by
@@ -55,8 +56,8 @@ class Prefix:
     probabilities: dict[Tokens, float]
     ties: frozenset[Tokens] = frozenset()
 
-    def is_possible(self, tokens: Tokens) -> bool:
-        return tokens in self.probabilities or any(tokens[:length] in self.ties for length in range(1, len(tokens) + 1))
+    def is_tied(self, tokens: Tokens) -> bool:
+        return any(tokens[:length] in self.ties for length in range(1, len(tokens) + 1))
 
 
 @dataclass
@@ -109,7 +110,9 @@ def judge(drafter: str, rule: str, prefixes: Sequence[Prefix], drawn: Sequence[D
     """All prefixes' tests as one."""
     pooled, impossible = [], 0
     for prefix, one in zip(prefixes, drawn, strict=True):
-        impossible += sum(count for tokens, count in one.counts.items() if not prefix.is_possible(tokens))
+        others = {tokens: count for tokens, count in one.counts.items() if tokens not in prefix.probabilities}
+        tied = sum(count for tokens, count in others.items() if prefix.is_tied(tokens))
+        impossible += sum(others.values()) - (tied if tied <= TIED * one.counts.total() else 0)
         counts = np.array([one.counts[tokens] for tokens in prefix.probabilities])
         pooled.append(pool(np.array(list(prefix.probabilities.values())), counts))
     statistic, degrees = combined(pooled)

@@ -1,5 +1,8 @@
 """The chi-square test: its tail, and that it finds the bias it claims to find and nothing where there is none."""
 
+from collections import Counter
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -13,6 +16,7 @@ from headstart.calibration.verification.chi_square import (
     pool,
     tail,
 )
+from headstart.calibration.verification.sampling import Drawn, Prefix, judge
 
 
 @pytest.mark.parametrize(("statistic", "degrees", "expected"), [(18.307, 10, 0.05), (37.566, 20, 0.01), (5.991, 2, 0.05)])
@@ -63,3 +67,13 @@ def test_the_stated_bias_is_found_and_an_unbiased_sampler_passes() -> None:
 def test_nothing_is_found_without_samples_or_choice() -> None:
     assert detectable_bias(0, 8) == detectable_bias(1000, 0) == 1.0
     assert detectable_bias(4000, 8) < detectable_bias(1000, 8) < detectable_bias(1000, 32)
+
+
+@pytest.mark.parametrize(("tied", "stray", "impossible"), [(10, 0, 0), (11, 0, 11), (0, 1, 1), (5, 2, 2)])
+def test_few_ties_are_rounding_and_many_are_a_fault(tied: int, stray: int, impossible: int) -> None:
+    """Beginnings that tie with what may be drawn: a tenth of 100 samples at most."""
+    request: Any = None  # only drawing reads it
+    prefix = Prefix(request, {}, {(1, 1): 0.5, (2, 2): 0.5}, frozenset({(3,)}))
+    rest = 100 - tied - stray
+    drawn = Drawn(Counter({(1, 1): rest // 2, (2, 2): rest - rest // 2, (3, 9): tied, (4, 4): stray}))
+    assert judge("none", "default", [prefix], [drawn]).impossible == impossible

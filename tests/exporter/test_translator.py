@@ -53,6 +53,17 @@ def written_in_place(values: Tensor) -> Tensor:
     return result
 
 
+def written_to_a_copy(values: Tensor) -> Tensor:
+    """The cast is what keeps the values as they are."""
+    copy = values.to(values.dtype, copy=True)
+    copy.add_(1)
+    return copy * values
+
+
+def returned(values: Tensor) -> Tensor:
+    return values.to(values.dtype).detach()
+
+
 def without_translation(values: Tensor) -> Tensor:
     return torch.nn.functional.huber_loss(values, values * 2, reduction="none") + torch.addr(values, values[:, 0], values[0])
 
@@ -74,7 +85,16 @@ def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("function", "decomposes"),
-    [(casts, 0), (truths, 0), (integers, 0), (promotion, 0), (written_in_place, 1), (without_translation, 1)],
+    [
+        (casts, 0),
+        (truths, 0),
+        (integers, 0),
+        (promotion, 0),
+        (written_in_place, 1),
+        (written_to_a_copy, 1),
+        (returned, 0),
+        (without_translation, 1),
+    ],
 )
 def test_a_graph_computes_what_its_module_does(
     function: Callable[[Tensor], Tensor], decomposes: int, decompositions: list[Any]

@@ -51,3 +51,12 @@ def test_the_precision_of_an_engine() -> None:
     assert precision_of("float32", integer_products=False, weights="int8") == "float32"
     assert precision_of("float32", integer_products=True, weights="int8") == "int8_per_row"
     assert precision_of("float32", integer_products=True, weights="int4, groups of 32") == "int4"
+
+
+def test_limits_follow_what_rounding_does_where_that_is_more() -> None:
+    limits = LIMITS["int8_per_row"]
+    assert limits.widened(Difference(0.001, 0.001)) == limits
+    wider = limits.widened(Difference(0.2, 0.05))
+    assert (wider.largest, wider.median, wider.tie) == pytest.approx((0.6, 0.15, 0.15))
+    assert Difference(0.5, 0.1).within(wider) and not Difference(0.7, 0.1).within(wider)
+    assert not Difference(0.5, 0.1).within(limits)
