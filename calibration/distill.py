@@ -3,11 +3,14 @@
 Heads must predict what the base will say, so the base itself writes the text (self-distillation): prompts are cut from
 the user's files and continued, half of them greedily and half sampled. The base is frozen, so its hidden states are
 computed once and a training step costs the heads alone.
+
+Every batch is a piece of its own, seeded by its number: an interrupted run goes on at the next one.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headstart.runtime.errors import OptionError
+
+from .work_folder import Keep, Tensors, made_anew
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 IGNORED = -100  # stands behind the end of a text that is shorter than others
@@ -75,29 +80,43 @@ def read_tokens(tokenizer: Any, files: list[Path]) -> NDArray[np.int64]:
     return np.concatenate(pieces)
 
 
-def cut(tokens: NDArray[np.int64], length: int, count: int, seed: int) -> Tensor:
-    """[count, length] windows at random places."""
+def cut(tokens: NDArray[np.int64], opening: Sequence[int], length: int, count: int, seed: int) -> Tensor:
+    """[count, length] windows at random places, each with the special tokens that open a text."""
     if len(tokens) < 4 * length:
         raise OptionError(f"The training files hold {len(tokens)} tokens; at least {4 * length} are needed. Fix: more files.")
     if count == 0:
         return torch.empty(0, length, dtype=torch.int64)
-    starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
-    return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]))
+    size = length - len(opening)
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - size, count)
+    return torch.from_numpy(np.stack([[*opening, *tokens[start : start + size]] for start in starts]))
 
 
-def distill(model: Any, tokens: NDArray[np.int64], options: DistillOptions, seed: int, progress: Progress) -> HiddenData:
-    """Let the base continue prompts cut from `tokens`, add original text, and record hidden states over all of it."""
-    written = torch.cat(list(_continuations(model, tokens, options, seed, progress)))
+def distill(
+    model: Any,
+    tokens: NDArray[np.int64],
+    options: DistillOptions,
+    seed: int,
+    progress: Progress,
+    opening: Sequence[int] = (),
+    keep: Keep = made_anew,
+) -> HiddenData:
+    """Let the base continue prompts cut from `tokens`, add original text, and record hidden states over all of it.
+
+    Args:
+        opening: the special tokens that a text begins with.
+    """
+    prompts = cut(tokens, opening, options.prompt_tokens, options.sequences, seed).split(options.batch)
     length = options.prompt_tokens + options.new_tokens
-    original = cut(tokens, length, int(options.sequences * options.original), seed + 1)
-    token_ids = torch.cat([written, original])
-    hidden = torch.empty(*token_ids.shape, hidden_size(model), dtype=torch.float16)
-    batches = range(0, len(token_ids), options.batch)
-    for done, start in enumerate(batches):
-        rows = slice(start, start + options.batch)
-        hidden[rows] = hidden_states(model, {"input_ids": token_ids[rows]})
-        progress("hidden states", done + 1, len(batches))
-    return HiddenData(token_ids, hidden)
+    original = cut(tokens, opening, length, int(options.sequences * options.original), seed + 1).split(options.batch)
+    pieces = []
+    for index, batch in enumerate(prompts):
+        pieces.append(keep(f"continued-{index}", partial(_continued, model, batch, options, seed, index)))
+        progress("self-distillation", index + 1, len(prompts))
+    for index, batch in enumerate(original):
+        if len(batch):
+            pieces.append(keep(f"original-{index}", partial(_read, model, batch)))
+            progress("hidden states", index + 1, len(original))
+    return HiddenData(torch.cat([piece["token_ids"] for piece in pieces]), torch.cat([piece["hidden"] for piece in pieces]))
 
 
 def hidden_size(model: Any) -> int:
@@ -127,40 +146,53 @@ def _free_memory_bytes() -> int:
     return sys.maxsize if kibibytes is None else 1024 * int(kibibytes)
 
 
-def _continuations(
-    model: Any, tokens: NDArray[np.int64], options: DistillOptions, seed: int, progress: Progress
-) -> Iterator[Tensor]:
-    prompts = cut(tokens, options.prompt_tokens, options.sequences, seed)
-    torch.manual_seed(seed)
-    batches = prompts.split(options.batch)
-    for done, batch in enumerate(batches):
-        yield _continue(model, batch, options, sampled=done % 2 == 1)
-        progress("self-distillation", done + 1, len(batches))
-
-
 @torch.no_grad()
-def _continue(model: Any, prompts: Tensor, options: DistillOptions, sampled: bool) -> Tensor:
-    """[B, prompt + new] tokens: a plain loop over the model's cache, which no end token cuts short."""
-    out = model(input_ids=prompts, use_cache=True)
-    tokens = [prompts]
-    for _ in range(options.new_tokens):
-        logits = out.logits[:, -1]
-        if sampled:
-            token = torch.multinomial(torch.softmax(logits / options.temperature, -1), 1)
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        tokens.append(token)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-    return torch.cat(tokens, dim=1)
+def _continued(model: Any, prompts: Tensor, options: DistillOptions, seed: int, index: int) -> Tensors:
+    """[B, prompt + new] tokens and the states over them: a plain loop over the model's cache, which no end token cuts short."""
+    torch.manual_seed(seed + index)
+    tokens, states = [prompts], []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: states.append(args[0].half()))
+    try:
+        out = model(input_ids=prompts, use_cache=True)
+        for _ in range(options.new_tokens):
+            tokens.append(_next_token(out.logits[:, -1], options.temperature if index % 2 else None))
+            out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
+    finally:
+        hook.remove()
+    return {"token_ids": torch.cat(tokens, dim=1), "hidden": torch.cat(states, dim=1)}
+
+
+def _next_token(logits: Tensor, temperature: float | None) -> Tensor:
+    """[B, V] to [B, 1]: sampled, or the best one without a temperature."""
+    if temperature is None:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial(torch.softmax(logits / temperature, -1), 1)
+
+
+def _read(model: Any, token_ids: Tensor) -> Tensors:
+    return {"token_ids": token_ids, "hidden": hidden_states(model, {"input_ids": token_ids}).half()}
+
+
+class _ReachedLmHeadError(Exception):
+    """Its argument is the state that the LM head was about to read."""
+
+
+def _stop(module: Any, arguments: tuple[Tensor, ...]) -> None:
+    raise _ReachedLmHeadError(arguments[0])
 
 
 @torch.no_grad()
 def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """[B, T, H]: what the output embedding reads, after the final norm; `inputs` as the model's forward takes them."""
-    captured: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    """[B, T, H]: what the output embedding reads, after the final norm; `inputs` as the model's forward takes them.
+
+    The model stops there: with a large vocabulary the LM head is most of the work.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(_stop)
     try:
         model(**inputs, use_cache=False)
+    except _ReachedLmHeadError as reached:
+        states: Tensor = reached.args[0]
+        return states
     finally:
         hook.remove()
-    return captured[0]
+    raise AssertionError("the model computed logits without its output embedding")

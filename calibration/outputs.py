@@ -6,6 +6,7 @@ writes its greedy output, which ends of itself, so that texts differ in length.
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from headstart.runtime.errors import OptionError
 from headstart.runtime.prompts import read_prompts
 
 from .distill import IGNORED, DistillOptions, HiddenData, Progress, hidden_states
+from .work_folder import Keep, Tensors, made_anew
 
 LONGEST_SOURCE = 512  # tokens, where neither tokenizer nor model names a limit
 Inputs = Mapping[str, Tensor]  # of the model's encoder: [B, …] each
@@ -37,19 +39,27 @@ def text_inputs(model: Any, tokenizer: Any, files: Sequence[Path], options: Dist
     return [dict(tokenizer.pad({"input_ids": rows}, return_tensors="pt")) for rows in batches]
 
 
-def distill_outputs(model: Any, batches: Sequence[Inputs], options: DistillOptions, progress: Progress) -> HiddenData:
+def distill_outputs(
+    model: Any, batches: Sequence[Inputs], options: DistillOptions, progress: Progress, keep: Keep = made_anew
+) -> HiddenData:
     """The base's outputs for `batches` and the hidden states over them; "decoder_input_ids" may say how an output begins."""
-    token_ids, hidden = [], []
-    for done, inputs in enumerate(batches):
-        written = write(model, inputs, options.new_tokens)
-        token_ids.append(ended(written, _end_ids(model)))
-        hidden.append(hidden_states(model, {**inputs, "decoder_input_ids": written}).half())
-        progress("self-distillation", done + 1, len(batches))
-    longest = max(rows.shape[1] for rows in token_ids)
+    pieces = []
+    for index in range(len(batches)):
+        pieces.append(keep(f"outputs-{index}", partial(_output, model, batches, index, options)))
+        progress("self-distillation", index + 1, len(batches))
+    longest = max(piece["token_ids"].shape[1] for piece in pieces)
     return HiddenData(
-        torch.cat([_longer(rows, longest, IGNORED) for rows in token_ids]),
-        torch.cat([_longer(rows, longest, 0) for rows in hidden]),
+        torch.cat([_longer(piece["token_ids"], longest, IGNORED) for piece in pieces]),
+        torch.cat([_longer(piece["hidden"], longest, 0) for piece in pieces]),
     )
+
+
+def _output(model: Any, batches: Sequence[Inputs], index: int, options: DistillOptions) -> Tensors:
+    """Of one batch, whose features may be computed on access."""
+    inputs = batches[index]
+    written = write(model, inputs, options.new_tokens)
+    states = hidden_states(model, {**inputs, "decoder_input_ids": written})
+    return {"token_ids": ended(written, _end_ids(model)), "hidden": states.half()}
 
 
 def write(model: Any, inputs: Inputs, new_tokens: int) -> Tensor:

@@ -6,7 +6,9 @@ is the only way in; blockwise heads were published in none, and have names of th
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import shutil
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,18 @@ from torch import Tensor, nn
 
 from headstart.exporter.checkpoint import Checkpoint, load_checkpoint
 from headstart.runtime.errors import OptionError
-from headstart.runtime.output import new_folder
+from headstart.runtime.output import hash_files, new_folder, sha256_of
 
 from .distill import IGNORED, DistillOptions, HiddenData, Progress, check_memory, distill, read_tokens
 from .files import training_files
+from .head_modules import FAMILIES, Head
 from .outputs import Inputs, distill_outputs, text_inputs
 from .recordings import AudioInputs
+from .work_folder import Keep, WorkFolder
 
+OUTSIDE = -101  # stands for a token that is not drafted
+SAVE_SECONDS = 60.0  # between two states of the training on disk
 RANKS = 10  # reported accuracies: is the right token among the best 1, …, 10
-FEED_FORWARD = 4  # times the hidden size is the width of a feed-forward block, as in the Transformer itself
 HEAD_DECAY = 0.8  # weight of head i in the loss: 0.8 ** i, since a later head only counts when the earlier are right
 
 
@@ -42,6 +47,8 @@ class TrainOptions:
         learning_rate: peak, after 5 % of warm-up, then a cosine to zero.
         held_out: share of the text that is only measured.
         family: "medusa", or "blockwise", whose blocks are feed-forward networks: eight times the work of a Medusa block.
+        draft_vocab: so many tokens, the most frequent in the base's own text, are drafted; 0 drafts all. With a large
+            vocabulary the projection is most of a head's work (FR-Spec, arXiv 2502.14856; VocabTrim, arXiv 2506.22694).
     """
 
     heads: int = 4
@@ -54,6 +61,7 @@ class TrainOptions:
     seed: int = 0
     distill: DistillOptions = field(default_factory=DistillOptions)
     family: str = "medusa"
+    draft_vocab: int = 0
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -61,72 +69,13 @@ class TrainOptions:
         for name in ("heads", "layers", "epochs", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.draft_vocab and self.draft_vocab < RANKS:
+            raise OptionError(f"draft_vocab must be 0, for all tokens, or at least {RANKS}, got {self.draft_vocab}.")
         if not 0 < self.held_out < 1:
             raise OptionError(f"held_out must lie between 0 and 1, got {self.held_out}.")
         length = self.distill.prompt_tokens + self.distill.new_tokens
         if length < self.heads + 2:
             raise OptionError(f"{self.heads} heads need texts of at least {self.heads + 2} tokens, got {length}.")
-
-
-class MedusaBlock(nn.Module):
-    """x + SiLU(A x + b), from A = 0 and b = 0."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden, hidden)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + nn.functional.silu(self.linear(hidden))
-
-
-class FeedForwardBlock(nn.Module):
-    """x + wo(ReLU(wi(x))), from wo = 0: the block of blockwise parallel decoding (arXiv 1811.03115)."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.wi = nn.Linear(hidden, FEED_FORWARD * hidden)
-        self.wo = nn.Linear(FEED_FORWARD * hidden, hidden)
-        nn.init.zeros_(self.wo.weight)
-        nn.init.zeros_(self.wo.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.wo(nn.functional.relu(self.wi(hidden)))
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the heads of a family are made of, and under which names they are saved."""
-
-    block: Callable[[int], nn.Module]
-    prefix: str
-    file: str
-
-
-FAMILIES = {
-    "medusa": Family(MedusaBlock, "", "medusa_lm_head.safetensors"),
-    "blockwise": Family(FeedForwardBlock, "blockwise_heads.", "blockwise_heads.safetensors"),
-}
-
-
-class Head(nn.Module):
-    """Residual blocks and, when not shared, a projection. Starts as the base's own LM head: blocks that add 0, W = W_base."""
-
-    def __init__(self, base: Tensor, layers: int, own_projection: bool, family: str = "medusa") -> None:
-        super().__init__()
-        vocab_size, hidden = base.shape
-        self.blocks = nn.Sequential(*(FAMILIES[family].block(hidden) for _ in range(layers)))
-        self.projection = nn.Linear(hidden, vocab_size, bias=False) if own_projection else None
-        if self.projection is not None:
-            self.projection.weight.data.copy_(base)
-        else:
-            self.base = base  # not a parameter: frozen
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[N, H] to logits [N, V]."""
-        state = self.blocks(hidden)
-        return self.projection(state) if self.projection is not None else state @ self.base.T
 
 
 def train_medusa(
@@ -136,31 +85,59 @@ def train_medusa(
     options: TrainOptions | None = None,
     force: bool = False,
     progress: Progress = lambda what, done, of: None,
+    work: Path | None = None,
 ) -> dict[str, Any]:
     """Train heads on the base's own continuations of `files`, or folders of such; write them and `report.json` to `output`.
 
     An encoder-decoder writes no continuations: it reads each line (or JSON object's "prompt") as a source of its own; one for
     speech reads recordings.
 
+    Args:
+        work: where text and training state are kept from minute to minute, so that the same call goes on after an interrupt;
+            by default next to `output`, as `<output>.work`, until the heads are written.
+
     Returns the report: options, and held-out accuracy per head and rank.
 
     Raises CheckpointError, OptionError, OutputError; nothing is left at `output` then.
     """
-    options = options or TrainOptions()
-    with new_folder(Path(output), force) as folder:
+    options, output = options or TrainOptions(), Path(output)
+    kept = output.with_name(f"{output.name}.work") if work is None else work
+    with new_folder(output, force) as folder:
         base = load_checkpoint(checkpoint)
         check_memory(base.model, options.distill)
         sound = base.config.is_encoder_decoder and base.model.get_encoder().main_input_name != "input_ids"
         files = training_files(files, sound)
-        return train_on(base.model, _own_text(base, files, options, progress), folder, Path(checkpoint).name, options, progress)
+        pieces = WorkFolder(kept, _text_settings(base, files, options))
+        data = _own_text(base, files, options, progress, pieces.keep)
+        report = train_on(base.model, data, folder, Path(checkpoint).name, options, progress, pieces)
+    if work is None:
+        shutil.rmtree(kept, ignore_errors=True)
+    return report
 
 
-def _own_text(base: Checkpoint, files: list[Path], options: TrainOptions, progress: Progress) -> HiddenData:
+def _text_settings(base: Checkpoint, files: Sequence[Path], options: TrainOptions) -> dict[str, Any]:
+    """Everything that the base's own text depends on."""
+    return {
+        "checkpoint": hash_files(base.path, lambda file: file.suffix in (".safetensors", ".bin", ".json")),
+        "files": [sha256_of(file) for file in files if file.is_file()],
+        "distill": asdict(options.distill),
+        "seed": options.seed,
+    }
+
+
+def _own_text(base: Checkpoint, files: list[Path], options: TrainOptions, progress: Progress, keep: Keep) -> HiddenData:
     if base.config.is_encoder_decoder:
-        return distill_outputs(base.model, _sources(base, files, options), options.distill, progress)
+        return distill_outputs(base.model, _sources(base, files, options), options.distill, progress, keep)
     tokenizer = _tokenizer(base.path)
     tokenizer.model_max_length = int(1e30)  # whole files are tokenized and cut afterwards; no warning is due
-    return distill(base.model, read_tokens(tokenizer, files), options.distill, options.seed, progress)
+    tokens = read_tokens(tokenizer, files)
+    return distill(base.model, tokens, options.distill, options.seed, progress, _opening(tokenizer), keep)
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The special tokens before a text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    return list(encoded["input_ids"][: encoded["special_tokens_mask"].index(0)])
 
 
 def _sources(base: Checkpoint, files: list[Path], options: TrainOptions) -> Sequence[Inputs]:
@@ -179,10 +156,11 @@ def train_on(
     name: str,
     options: TrainOptions,
     progress: Progress = lambda what, done, of: None,
+    work: WorkFolder | None = None,
 ) -> dict[str, Any]:
     """Train heads for `model`, called `name`, on text that is there already; write them and their report to `folder`.
 
-    Raises OptionError when the text is too short for as many heads.
+    `work` keeps the state of the training. Raises OptionError when the text is too short for as many heads.
     """
     if data.token_ids.shape[1] < options.heads + 2:
         raise OptionError(
@@ -190,10 +168,13 @@ def train_on(
             f"{data.token_ids.shape[1]} at most. Fix: fewer --heads, or sources with longer outputs."
         )
     lm_head = model.get_output_embeddings().weight.detach().clone()
+    token_map = drafted_tokens(data, len(lm_head), options.draft_vocab) if options.draft_vocab else None
+    if token_map is not None:
+        data, lm_head = in_rows(data, token_map, len(lm_head)), lm_head[token_map]
     kind = (options.layers, options.own_projection, options.family)
     heads = nn.ModuleList(Head(lm_head, *kind) for _ in range(options.heads))
     held_out, training = _split(data, options.held_out)
-    final_loss = _train(heads, training, options, progress)
+    final_loss = _train(heads, training, options, progress, work.with_settings(asdict(options)) if work else None)
     report = {
         "options": asdict(options),
         "training_tokens": _count(training),
@@ -201,8 +182,26 @@ def train_on(
         "final_loss": round(final_loss, 4),
         "held_out_accuracy": accuracy(heads, held_out),
     }
-    _save(heads, folder, name, options, report)
+    if token_map is not None:
+        report["drafted_tokens"] = len(token_map)
+        report["held_out_covered"] = round(float((held_out.token_ids >= 0).sum()) / _count(held_out), 4)
+    _save(heads, folder, name, options, report, token_map)
     return report
+
+
+def drafted_tokens(data: HiddenData, vocab_size: int, count: int) -> Tensor:
+    """[≤ count] the text's most frequent tokens, in rising order; those of equal frequency by their number."""
+    frequency = data.token_ids[data.token_ids != IGNORED].bincount(minlength=vocab_size)
+    seen = max(RANKS, int((frequency > 0).sum()))
+    return frequency.argsort(descending=True, stable=True)[: min(count, seen)].sort().values
+
+
+def in_rows(data: HiddenData, token_map: Tensor, vocab_size: int) -> HiddenData:
+    """The same text, each token as its row of the drafted vocabulary, or OUTSIDE."""
+    rows = torch.full((vocab_size,), OUTSIDE)
+    rows[token_map] = torch.arange(len(token_map))
+    there = data.token_ids != IGNORED
+    return HiddenData(torch.where(there, rows[data.token_ids.where(there, 0)], IGNORED), data.hidden)
 
 
 def _count(data: HiddenData) -> int:
@@ -225,30 +224,53 @@ def _split(data: HiddenData, share: float) -> tuple[HiddenData, HiddenData]:
     )
 
 
-def _train(heads: nn.ModuleList, data: HiddenData, options: TrainOptions, progress: Progress) -> float:
-    """AdamW over sequences in random order; returns the mean loss of the last tenth."""
-    per_step = max(1, options.batch_tokens // data.token_ids.shape[1])
-    steps = options.epochs * math.ceil(len(data) / per_step)
+def _train(heads: nn.ModuleList, data: HiddenData, options: TrainOptions, progress: Progress, work: WorkFolder | None) -> float:
+    """AdamW over sequences in random order, from where `work` left off; returns the mean loss of the last tenth."""
+    batches = _batches(len(data), max(1, options.batch_tokens // data.token_ids.shape[1]), options)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=options.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    generator = torch.Generator().manual_seed(options.seed)
-    losses: list[float] = []
-    for _ in range(options.epochs):
-        for rows in torch.randperm(len(data), generator=generator).split(per_step):
-            loss = loss_of(heads, data.token_ids[rows], data.hidden[rows].float())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise OptionError(
-                    f"Training diverged: the loss of step {len(losses)} is {losses[-1]}. "
-                    f"Fix: a learning rate below {options.learning_rate}."
-                )
-            progress("training", len(losses), steps)
-    last = losses[-max(1, len(losses) // 10) :]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
+    state = _TrainingState(heads, optimizer, schedule, work)
+    for rows in batches[len(state.losses) :]:
+        loss = loss_of(heads, data.token_ids[rows], data.hidden[rows].float())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if not math.isfinite(loss.item()):
+            raise OptionError(
+                f"Training diverged: the loss of step {len(state.losses) + 1} is {loss.item()}. "
+                f"Fix: a learning rate below {options.learning_rate}."
+            )
+        state.stepped(loss.item())
+        progress("training", len(state.losses), len(batches))
+    last = state.losses[-max(1, len(state.losses) // 10) :]
     return sum(last) / len(last)
+
+
+def _batches(sequences: int, size: int, options: TrainOptions) -> list[Tensor]:
+    """The sequences of every step of all epochs, each epoch in an order of its own."""
+    orders = (torch.Generator().manual_seed(options.seed + epoch) for epoch in range(options.epochs))
+    return [rows for order in orders for rows in torch.randperm(sequences, generator=order).split(size)]
+
+
+class _TrainingState:
+    """What a step changes, on disk once a minute."""
+
+    def __init__(self, heads: nn.Module, optimizer: Any, schedule: Any, work: WorkFolder | None) -> None:
+        self._parts = {"heads": heads, "optimizer": optimizer, "schedule": schedule}
+        self._work, self._saved = work, time.monotonic()
+        found = work.load("training") if work is not None else None
+        self.losses: list[float] = found["losses"] if found else []
+        for name, part in self._parts.items():
+            if found:
+                part.load_state_dict(found[name])
+
+    def stepped(self, loss: float) -> None:
+        self.losses.append(loss)
+        if self._work is not None and time.monotonic() - self._saved > SAVE_SECONDS:
+            state = {name: part.state_dict() for name, part in self._parts.items()}
+            self._work.save("training", {"losses": self.losses, **state})
+            self._saved = time.monotonic()
 
 
 def _rate(step: int, steps: int) -> float:
@@ -259,17 +281,17 @@ def _rate(step: int, steps: int) -> float:
 
 
 def loss_of(heads: nn.ModuleList, token_ids: Tensor, hidden: Tensor) -> Tensor:
-    """Σ_i 0.8^i · CE of head i at position t against token t + 2 + i, over the sum of the weights."""
+    """Σ_i 0.8^i · CE of head i at position t against token t + 2 + i, over the sum of the weights; of drafted tokens only."""
     total = hidden.new_zeros(())
     for i, head in enumerate(heads):
         states, labels = labelled(i, token_ids, hidden)
-        loss = nn.functional.cross_entropy(head(states), labels, reduction="sum") / max(1, len(labels))
-        total = total + HEAD_DECAY**i * loss
+        loss = nn.functional.cross_entropy(head(states[labels >= 0]), labels[labels >= 0], reduction="sum")
+        total = total + HEAD_DECAY**i * loss / max(1, int((labels >= 0).sum()))
     return total / sum(HEAD_DECAY**i for i in range(len(heads)))
 
 
 def labelled(head: int, token_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """([P, H] states, [P] tokens that head number `head` should propose there): every position that has such a token."""
+    """([P, H] states, [P] what head number `head` should propose there): every position that has such a token."""
     labels = token_ids[:, 2 + head :]
     there = labels != IGNORED
     return hidden[:, : labels.shape[1]][there], labels[there]
@@ -290,9 +312,10 @@ def accuracy(heads: nn.ModuleList, data: HiddenData) -> list[list[float]]:
     return table
 
 
-def _save(heads: nn.ModuleList, folder: Path, base: str, options: TrainOptions, report: dict[str, Any]) -> None:
+def _save(
+    heads: nn.ModuleList, folder: Path, base: str, options: TrainOptions, report: dict[str, Any], token_map: Tensor | None
+) -> None:
     """config.json and the weights (float16), of Medusa heads as published; report.json beside them."""
-    import transformers
     from safetensors.torch import save_file
 
     family = FAMILIES[options.family]
@@ -302,8 +325,17 @@ def _save(heads: nn.ModuleList, folder: Path, base: str, options: TrainOptions, 
             tensors |= {f"{family.prefix}{i}.{j}.{name}": tensor.half() for name, tensor in block.state_dict().items()}
         if head.projection is not None:
             tensors[f"{family.prefix}{i}.{options.layers}.weight"] = head.projection.weight.detach().half()
+    if token_map is not None:
+        tensors[f"{family.prefix}token_map"] = token_map
     save_file(tensors, folder / family.file)
     (folder / family.file).chmod(0o644)  # the library makes it private
+    (folder / "config.json").write_text(json.dumps(_config(base, options, token_map), indent=2) + "\n", "utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def _config(base: str, options: TrainOptions, token_map: Tensor | None) -> dict[str, Any]:
+    import transformers
+
     config: dict[str, Any] = {
         "base_model_name_or_path": base,
         "medusa_num_heads": options.heads,
@@ -312,5 +344,6 @@ def _save(heads: nn.ModuleList, folder: Path, base: str, options: TrainOptions, 
     }
     if not options.own_projection:
         config["version"] = "2"  # residual blocks only: the base's LM head projects
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    if token_map is not None:
+        config["truncated_vocab_size"] = len(token_map)  # as vLLM calls it
+    return config

@@ -548,22 +548,37 @@ def heads_train(
     heads: Annotated[int, typer.Option(help="Future tokens, one head each.")] = 4,
     layers: Annotated[int, typer.Option(help="Residual blocks per head.")] = 1,
     share_lm_head: Annotated[bool, typer.Option("--share-lm-head", help="Project with the base's LM head.")] = False,
+    draft_vocab: Annotated[int, typer.Option(help="Draft only so many tokens, the base's most frequent; 0 for all.")] = 0,
     sequences: Annotated[int, typer.Option(help="Texts the base writes to train on.")] = 1024,
     epochs: Annotated[int, typer.Option(help="Passes over them.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Peak rate.")] = 1e-3,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep text and training state there; by default in OUTPUT.work until it is done.")
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Train draft heads on the base's own continuations of your text, or its outputs for your sources, one a line."""
+    """Train draft heads on the base's own continuations of your text, or its outputs for your sources, one a line.
+
+    The same command goes on where an interrupted one stopped.
+    """
     from headstart.calibration.distill import DistillOptions
     from headstart.calibration.train import TrainOptions, train_medusa
 
     from .screen import counted, show_accuracy
 
     distill = DistillOptions(sequences=sequences)
-    rate = learning_rate
-    options = TrainOptions(heads, layers, not share_lm_head, epochs, learning_rate=rate, distill=distill, family=family)
+    options = TrainOptions(
+        heads=heads,
+        layers=layers,
+        own_projection=not share_lm_head,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        distill=distill,
+        family=family,
+        draft_vocab=draft_vocab,
+    )
     with counted() as progress:
-        report = train_medusa(checkpoint, data, output, options, force, progress)
+        report = train_medusa(checkpoint, data, output, options, force, progress, work)
     show_accuracy(report)
 
 

@@ -74,19 +74,28 @@ def aux_layers(heads: Iterable[RecognisedHead], layers: int) -> tuple[int, ...]:
     return tuple(sorted({index for head in heads for index in head.reads(layers).aux_layers}))
 
 
-def add_head(bundle: Path, manifest: Manifest, head: RecognisedHead, name: str | None = None, top_k: int = TOP_K) -> Manifest:
+def add_head(
+    bundle: Path,
+    manifest: Manifest,
+    head: RecognisedHead,
+    name: str | None = None,
+    top_k: int = TOP_K,
+    target: Path | None = None,
+) -> Manifest:
     """Write `heads/<name>/` into a bundle folder; returns the manifest that names it. Does not write the manifest.
+
+    `target` is the bundle that holds the target's weights, where that is another folder.
 
     Raises HeadError when the head does not fit the target, or reads what the target's graph does not return.
     """
     name = default_name(manifest, head.family) if name is None else name
     check_name(name)
     check_reads(head, manifest.model, manifest.weights)
-    target = bundle / "heads" / name
-    target.mkdir(parents=True)
-    installation = Installation(target, name, manifest.model, manifest.weights, top_k)
+    folder = bundle / "heads" / name
+    folder.mkdir(parents=True)
+    installation = Installation(folder, name, manifest.model, manifest.weights, target or bundle, top_k)
     info = FAMILIES[head.family].to_graphs(head.folder, head.dialect, installation)
-    (target / "head.json").write_text(to_json(dataclasses.replace(info, family=head.family)), "utf-8")
+    (folder / "head.json").write_text(to_json(dataclasses.replace(info, family=head.family)), "utf-8")
     return dataclasses.replace(manifest, heads=(*manifest.heads, name))
 
 

@@ -45,6 +45,7 @@ class Installation:
         folder: an empty folder for `head.onnx` and its weights; `name` is the head's in the bundle.
         model: the target; its `aux_layers` contain those that the head reads, in the order of the target's `aux_hidden`.
         weights: of the target, that the head's graphs may share ("lm_head", and "lm_head.scale" in quantized bundles).
+        target: the target's bundle, in whose files those weights lie.
         top_k: candidates per proposed token, at most.
     """
 
@@ -52,6 +53,7 @@ class Installation:
     name: str
     model: ModelInfo
     weights: Mapping[str, WeightInfo]
+    target: Path
     top_k: int
 
     def file(self, graph: str) -> str:

@@ -41,7 +41,7 @@ def import_head(
     _check_free(opened, name, force)
     others = dataclasses.replace(opened.manifest, heads=tuple(h for h in opened.manifest.heads if h != name))
     with _workplace(opened.path) as workplace:
-        manifest = add_head(workplace, others, head, name, top_k)
+        manifest = add_head(workplace, others, head, name, top_k, opened.path)
         _swap_in(workplace, opened.path, name, manifest)
     return Bundle(opened.path, manifest).head(name)
 

@@ -25,7 +25,7 @@ from headstart.runtime.errors import HeadError
 from .family import Family, Installation, Reads
 from .folder import HeadFolder, Tensors
 from .medusa_dialects import DIALECTS, recognise
-from .storage import reference, save_head
+from .storage import LmHeadRows, lm_head_rows, reference, save_head
 
 Array = NDArray[np.float32]
 Blocks = dict[tuple[int, int, str], Array]
@@ -58,7 +58,8 @@ class MedusaWeights:
         block_biases: [K, L, F]; zeros where the dialect has none.
         projections: [K, V, H]; [1, V, H] when all heads have one of their own; None when it is the target's LM head.
         outputs: second matrices [K, L, H, F] and biases [K, L, H] of blocks that have them.
-        token_map: [V'] the target's ids of the projections' rows, when these cover only a part of the vocabulary.
+        token_map: [V'] the target's ids of the projections' rows, when these cover only a part of the vocabulary. Without
+            projections, the rows of the target's LM head.
     """
 
     block_weights: Array
@@ -86,10 +87,11 @@ def medusa_from_checkpoint(checkpoint: HeadCheckpoint, model: ModelInfo) -> Medu
     weights, biases = _stacked(checkpoint, blocks, (heads, layers), (inner, hidden))
     outputs = _stacked(checkpoint, seconds, (heads, layers), (hidden, inner)) if seconds else None
     projections = _projections(checkpoint, heads, layers)
-    if projections is None:
-        return MedusaWeights(weights, biases, None, outputs=outputs)
-    projections, token_map = _truncated(checkpoint, projections, model.vocab_size)
-    _check_projections(checkpoint, projections, token_map, model)
+    token_map = _token_map(checkpoint, None if projections is None else projections.shape[1], model.vocab_size)
+    if projections is not None:
+        if token_map is not None and projections.shape[1] == model.vocab_size:
+            projections = projections[:, token_map]
+        _check_projections(checkpoint, projections, token_map, model)
     return MedusaWeights(weights, biases, projections, token_map, outputs)
 
 
@@ -176,16 +178,19 @@ def _projection_per_head(checkpoint: HeadCheckpoint, layers: int) -> dict[int, A
     return found
 
 
-def _truncated(checkpoint: HeadCheckpoint, projections: Array, vocab_size: int) -> tuple[Array, NDArray[np.int64] | None]:
-    """Projections and the target's ids of their rows, where vLLM's form covers the most frequent tokens only."""
+def _token_map(checkpoint: HeadCheckpoint, rows: int | None, vocab_size: int) -> NDArray[np.int64] | None:
+    """The target's ids of the tokens that are drafted, where these are the most frequent only.
+
+    `rows`: of the projections; None where these are the target's LM head.
+    """
     stored = next((t for name, t in checkpoint.tensors.items() if name.endswith("token_map")), None)
-    rows, size = projections.shape[1], checkpoint.config.get("truncated_vocab_size") or vocab_size
+    size = checkpoint.config.get("truncated_vocab_size") or vocab_size
     if stored is None or (rows == vocab_size and size >= vocab_size):
-        return projections, None
+        return None
     token_map = stored.astype(np.int64)  # exact: float32 holds every integer below 2 ** 24
     if token_map.ndim != 1 or len(np.unique(token_map)) != token_map.size or not _within(token_map, vocab_size):
         raise HeadError(f"{checkpoint.path}: token_map must list different tokens below {vocab_size}, the target's vocabulary.")
-    return (projections[:, token_map] if rows == vocab_size else projections), token_map
+    return token_map
 
 
 def _within(token_map: NDArray[np.int64], vocab_size: int) -> bool:
@@ -209,8 +214,15 @@ def to_graphs(folder: HeadFolder, dialect: str, target: Installation) -> HeadInf
     """One graph: `hidden` to each head's best candidates. Raises HeadError when the heads do not fit the target."""
     model = target.model
     weights = medusa_from_checkpoint(read_checkpoint(folder, dialect), model)
-    shared = _shared_projection(weights, target.weights, folder.path)
+    if weights.projections is None:
+        _check_lm_head(target.weights, folder.path)
+    shared, rows = {}, None
+    if weights.projections is None and weights.token_map is not None:
+        rows = lm_head_rows(target.target, target.weights, model.hidden_size, weights.token_map)
+    elif weights.projections is None:
+        shared = {name: info for name, info in target.weights.items() if name in LM_HEAD}
     candidates = min(target.top_k, model.vocab_size if weights.token_map is None else len(weights.token_map))
+    graph = write_graph(weights, shared, rows, target.folder / "head.onnx", target.file("head.onnx"), candidates)
     return HeadInfo(
         name=target.name,
         family="medusa",
@@ -219,23 +231,25 @@ def to_graphs(folder: HeadFolder, dialect: str, target: Installation) -> HeadInf
         vocab_size=model.vocab_size,
         heads=weights.heads,
         top_k=candidates,
-        graph=write_graph(weights, shared, target.folder / "head.onnx", target.file("head.onnx"), candidates),
+        graph=graph,
         shared=shared,
     )
 
 
-def _shared_projection(weights: MedusaWeights, shareable: Mapping[str, WeightInfo], folder: Path) -> dict[str, WeightInfo]:
-    if weights.projections is not None:
-        return {}
+def _check_lm_head(shareable: Mapping[str, WeightInfo], folder: Path) -> None:
     if "lm_head" not in shareable:
         raise HeadError(
             f"{folder} projects with the target's LM head, and this target's graph does not show which weight that is."
         )
-    return {name: info for name, info in shareable.items() if name in LM_HEAD}
 
 
-def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Path, name: str, top_k: int) -> GraphInfo:
-    """`hidden` [B, 1, H] to `topk_ids` [B, K, k] int64 and `topk_log_probs` [B, K, k] float32."""
+def write_graph(
+    weights: MedusaWeights, shared: dict[str, WeightInfo], rows: LmHeadRows | None, file: Path, name: str, top_k: int
+) -> GraphInfo:
+    """`hidden` [B, 1, H] to `topk_ids` [B, K, k] int64 and `topk_log_probs` [B, K, k] float32.
+
+    Without projections of their own, the heads project with the target's LM head: `shared`, or a copy of its `rows`.
+    """
     heads, layers, _, hidden = weights.block_weights.shape
     graph = GraphBuilder()
     source = ir.val("hidden", ir.DataType.FLOAT, ("batch", 1, hidden))
@@ -243,9 +257,10 @@ def write_graph(weights: MedusaWeights, shared: dict[str, WeightInfo], file: Pat
     for layer in range(layers):
         inner = _first_block(graph, weights, source) if layer == 0 else _later_block(graph, weights, state, layer)
         state = graph.node("Add", [state, _activated(graph, weights, inner, layer)])  # [K, B, H]
-    if shared and (block := shared["lm_head"].rotation):
+    if block := rows.rotation if rows is not None else shared["lm_head"].rotation if shared else 0:
         state = rotate(graph, state, 3, hidden, block)
-    logits = graph.node("MatMul", [state, _projection(graph, weights, shared)])  # [K, B, V]
+    projection = _projection(graph, weights, shared) if rows is None else _copied(graph, rows)
+    logits = graph.node("MatMul", [state, projection])  # [K, B, V]
     log_probs = graph.node("LogSoftmax", [graph.node("Transpose", [logits], perm=[1, 0, 2])], axis=-1)
     values, ids = graph.nodes("TopK", [log_probs, graph.ints("k", [top_k])], 2, axis=-1, largest=1, sorted=1)
     if weights.token_map is not None:
@@ -297,9 +312,15 @@ def _projection(graph: GraphBuilder, weights: MedusaWeights, shared: dict[str, W
         value = graph.node("DequantizeLinear", [value, scale], axis=0 if vocabulary_first else 1)
     elif info.dtype != "float32":
         value = graph.node("Cast", [value], to=ir.DataType.FLOAT)
-    if vocabulary_first:
-        value = graph.node("Transpose", [value], perm=[1, 0])
-    return value
+    return graph.node("Transpose", [value], perm=[1, 0]) if vocabulary_first else value
+
+
+def _copied(graph: GraphBuilder, rows: LmHeadRows) -> Any:
+    """[H, V'], stored as the target stores its LM head: whole numbers stay whole numbers."""
+    if rows.scales is None:
+        return graph.constant("projection.weight", np.ascontiguousarray(rows.values.T))
+    values, scales = graph.constant("projection.weight", rows.values), graph.constant("projection.scale", rows.scales)
+    return graph.node("Transpose", [graph.node("DequantizeLinear", [values, scales], axis=0)], perm=[1, 0])
 
 
 def _output(value: Any, name: str, dtype: ir.DataType, heads: int, top_k: int) -> Any:

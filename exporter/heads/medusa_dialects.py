@@ -32,7 +32,9 @@ class Dialect:
 
 
 DIALECTS = {
-    "medusa-1": Dialect(r"(\d+)\.(\d+)\.linear\.(weight|bias)", r"(\d+)\.(\d+)\.weight"),
+    "medusa-1": Dialect(  # token_map: calibration/train.py
+        r"(\d+)\.(\d+)\.linear\.(weight|bias)", r"(\d+)\.(\d+)\.weight", r"(token_map)"
+    ),
     "medusa-2": Dialect(r"medusa_head\.(\d+)\.(\d+)\.linear\.(weight|bias)", r"medusa_head\.(\d+)\.(\d+)\.weight"),
     "modelopt": Dialect(r"medusa_heads\.(\d+)\.(\d+)\.linear\.(weight|bias)", r"medusa_heads\.(\d+)\.(\d+)\.weight"),
     "vllm": Dialect(  # vllm/model_executor/models/medusa.py, load_weights
@@ -43,6 +45,7 @@ DIALECTS = {
     "blockwise": Dialect(  # calibration/train.py
         r"blockwise_heads\.(\d+)\.(\d+)\.wi\.(weight|bias)",
         r"blockwise_heads\.(\d+)\.(\d+)\.weight",
+        r"blockwise_heads\.(token_map)",
         output=r"blockwise_heads\.(\d+)\.(\d+)\.wo\.(weight|bias)",
     ),
     # Named as ModelOpt's, next to the fine-tuned Whisper, whose LM head projects; head 0 replaces the target's own next token.

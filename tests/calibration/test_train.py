@@ -4,14 +4,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from headstart.calibration import distill as distill_module
-from headstart.calibration.distill import DistillOptions, HiddenData
-from headstart.calibration.train import Head, TrainOptions, accuracy, loss_of, train_medusa
+from headstart.calibration import train as train_module
+from headstart.calibration.distill import IGNORED, DistillOptions, HiddenData, cut
+from headstart.calibration.distill import _continued as continued
+from headstart.calibration.head_modules import Head
+from headstart.calibration.train import OUTSIDE, TrainOptions, accuracy, drafted_tokens, in_rows, loss_of, train_medusa
 from headstart.exporter.heads.install import import_head
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError
@@ -65,6 +71,101 @@ def test_heads_learn_what_the_base_says(
     )
 
 
+@pytest.mark.parametrize("family", ["medusa", "blockwise"])
+def test_heads_for_the_most_frequent_tokens(
+    family: str, text: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], bundle_of: Callable[[str], Bundle]
+) -> None:
+    """The weights stay small, what is drafted is one of those tokens, and the output does not change."""
+    options = TrainOptions(heads=2, own_projection=False, epochs=2, held_out=0.2, distill=SMALL, draft_vocab=12, family=family)
+    report = train_medusa(checkpoint_of("llama"), [text], tmp_path / "heads", options)
+    assert report["drafted_tokens"] == 12 and 0 < report["held_out_covered"] < 1
+    stored = sum(file.stat().st_size for file in (tmp_path / "heads").glob("*.safetensors"))
+    inner = {"medusa": 64, "blockwise": 2 * 256}[family]
+    assert stored < 2 * 2 * 64 * (inner + 16) + 2000
+    bundle = Path(shutil.copytree(bundle_of("llama").path, tmp_path / "bundle"))
+    assert not import_head(bundle, tmp_path / "heads").shared
+    model = load(bundle)
+    texts = [model.generate("fox", max_new_tokens=16, drafter=drafter).text for drafter in ("medusa", "none")]
+    assert texts[0] == texts[1]
+
+
+def test_drafted_tokens_are_those_of_the_text() -> None:
+    tokens = torch.tensor([[7, 7, 3, 3, 5, IGNORED], [7, 9, 1, 3, 7, 2]])
+    data = HiddenData(tokens, torch.zeros(2, 6, 4))
+    assert drafted_tokens(data, 40, 3).tolist() == [1, 3, 7]  # of equal frequency the lowest
+    assert drafted_tokens(data, 40, 30).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]  # as many as are ranked, seen or not
+    rows = in_rows(data, torch.tensor([1, 3, 7]), 12).token_ids
+    assert rows.tolist() == [[2, 2, 1, 1, OUTSIDE, IGNORED], [2, OUTSIDE, 0, 1, 2, OUTSIDE]]
+
+
+def test_tokens_that_are_not_drafted_teach_nothing_and_count_as_misses() -> None:
+    heads = nn.ModuleList([Head(torch.eye(12) * 20, 1, False)])
+    token_ids = torch.tensor([[0, 1, 2, OUTSIDE, 0]])
+    ahead = nn.functional.one_hot(token_ids.clamp(min=0).roll(-2, 1), 12).float()
+    assert loss_of(heads, token_ids, ahead).item() < 1e-6
+    assert accuracy(heads, HiddenData(token_ids, ahead))[0][0] == pytest.approx(2 / 3, abs=1e-3)
+
+
+def test_an_interrupted_training_goes_on(
+    text: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the base writes, and again while the heads learn: the result is that of one run."""
+    monkeypatch.setattr(train_module, "SAVE_SECONDS", 0.0)
+    options = TrainOptions(heads=2, epochs=3, batch_tokens=256, held_out=0.2, distill=SMALL)
+
+    def run(name: str, stop: tuple[str, int] = ("", 0)) -> list[tuple[str, int]]:
+        seen: list[tuple[str, int]] = []
+
+        def progress(what: str, done: int, of: int) -> None:
+            seen.append((what, done))
+            if (what, done) == stop:
+                raise KeyboardInterrupt
+
+        try:
+            train_medusa(checkpoint_of("llama"), [text], tmp_path / name, options, progress=progress)
+        except KeyboardInterrupt:
+            assert stop[0] and not (tmp_path / name).exists()
+        return seen
+
+    whole = run("whole")
+    written = []
+    monkeypatch.setattr(distill_module, "_continued", lambda *arguments: written.append(1) or continued(*arguments))
+    run("parts", ("self-distillation", 1))
+    run("parts", ("training", 5))
+    last = run("parts")
+    assert len(written) == 2 and last[-1] == whole[-1]
+    assert last.index(("training", 6)) == len(last) - (whole[-1][1] - 5), "training began again"
+    weights = [load_file(tmp_path / name / "medusa_lm_head.safetensors") for name in ("whole", "parts")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_text_is_kept_for_other_heads(text: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path]) -> None:
+    """A work folder of one's own stays; a damaged piece of it is made again, and other text gets pieces of its own."""
+    work, distilled = tmp_path / "work", DistillOptions(prompt_tokens=8, new_tokens=24, sequences=24, batch=12, original=0.0)
+
+    def heads(name: str, count: int, **changed: Any) -> None:
+        options = TrainOptions(heads=count, epochs=1, distill=distilled, **changed)
+        train_medusa(checkpoint_of("llama"), [text], tmp_path / name, options, work=work)
+
+    heads("one", 1)
+    pieces = {file: file.stat().st_mtime_ns for file in work.iterdir()}
+    assert len(pieces) == 2
+    damaged = next(iter(pieces))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    heads("two", 2)
+    changed = {file for file in work.iterdir() if file.stat().st_mtime_ns != pieces.get(file)}
+    assert changed == {damaged}
+    heads("other", 1, seed=1)
+    assert len(list(work.iterdir())) == 4
+
+
+def test_prompts_open_as_the_tokenizer_opens_texts() -> None:
+    rows = cut(np.arange(10, 200), [2, 3], 8, 5, seed=0)
+    assert rows.shape == (5, 8) and (rows[:, :2] == torch.tensor([2, 3])).all()
+    assert (rows[:, 2:].diff() == 1).all() and rows[:, 2:].min() >= 10
+
+
 def test_labels_are_two_ahead_and_further() -> None:
     """A head that copies its input one-hot gets the loss of exactly the shifted labels."""
     base = torch.eye(12) * 20
@@ -97,6 +198,8 @@ def test_options_that_cannot_be() -> None:
         DistillOptions(temperature=0.0)
     with pytest.raises(OptionError, match="family must be medusa or blockwise, got 'eagle'"):
         TrainOptions(family="eagle")
+    with pytest.raises(OptionError, match="draft_vocab must be 0, for all tokens, or at least 10, got 5"):
+        TrainOptions(draft_vocab=5)
     with pytest.raises(OptionError, match="at least 34 tokens, got 32"):
         TrainOptions(heads=32, distill=SMALL)
 
@@ -117,4 +220,4 @@ def test_nothing_is_written_when_training_fails(
     with pytest.raises(OptionError, match="Training diverged"):
         options = TrainOptions(learning_rate=float("inf"), epochs=2, batch_tokens=64, distill=SMALL)
         train_medusa(checkpoint_of("llama"), [text], tmp_path / "heads", options)
-    assert not list(tmp_path.glob("*heads*"))
+    assert [file.name for file in tmp_path.glob("*heads*")] == ["heads.work"]  # the text is good for another rate

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from headstart.calibration.quantize import quantize
 from headstart.exporter.export import export
 from headstart.exporter.heads import families, install, medusa
 from headstart.exporter.heads.families import recognise
@@ -127,7 +129,7 @@ def test_every_dialect_gives_the_same_head(dialect: str, pickled: bool, bundle: 
 
 def test_blockwise_heads_are_those_that_were_trained(bundle: Path, tmp_path: Path) -> None:
     """The graph against the module whose weights were saved."""
-    from headstart.calibration.train import FeedForwardBlock
+    from headstart.calibration.head_modules import FeedForwardBlock
 
     torch.manual_seed(0)
     heads = [[FeedForwardBlock(HIDDEN) for _ in range(LAYERS)] for _ in range(HEADS)]
@@ -201,6 +203,34 @@ def test_truncated_vocabulary_proposes_the_target_s_ids(already_cut: bool, bundl
     wanted = reference(hidden[:, 0], blocks, [p.numpy()[token_map] for p in projections])
     assert (ids == token_map.numpy()[np.argsort(-wanted, axis=-1)[..., :10]]).all()
     np.testing.assert_allclose(log_probs, -np.sort(-wanted, axis=-1)[..., :10], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_drafted_tokens_take_their_rows_of_the_target_s_lm_head(
+    architecture: str, quantized: bool, bundle_of: BundleOf, tmp_path: Path
+) -> None:
+    """Also of an int8 bundle, whose LM head reads rotated states; the whole numbers are copied as they are."""
+    from architectures import tiny_model
+
+    blocks = random_blocks()
+    token_map = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(2))[:40].sort().values
+    bundle = tmp_path / "bundle"
+    if quantized:
+        quantize(bundle_of(architecture).path, bundle)
+    else:
+        shutil.copytree(bundle_of(architecture).path, bundle)
+    info = import_head(bundle, write_head(tmp_path / "head", {**tensors_of("medusa-1", blocks, []), "token_map": token_map}))
+    assert info.dialect == "medusa-1" and not info.shared
+    hidden = np.random.default_rng(0).standard_normal((1, 1, HIDDEN)).astype(np.float32)
+    ids, log_probs = proposals(Bundle.load(bundle), "medusa", hidden)
+    rows = tiny_model(architecture).get_output_embeddings().weight.detach().numpy()[token_map]
+    wanted = reference(hidden[:, 0], blocks, [rows] * HEADS)
+    best = token_map.numpy()[np.argsort(-wanted, axis=-1)[..., :10]]
+    assert (ids[..., 0] == best[..., 0]).all() and set(ids.ravel()) <= set(token_map.tolist())
+    np.testing.assert_allclose(log_probs, -np.sort(-wanted, axis=-1)[..., :10], atol=0.2 if quantized else 1e-4)
+    stored = ir.load(bundle / info.graph.file).graph.initializers["projection.weight"]
+    assert stored.dtype == (ir.DataType.INT8 if quantized else ir.DataType.FLOAT)
 
 
 def test_token_maps_that_cannot_be(bundle: Path, tmp_path: Path) -> None:
