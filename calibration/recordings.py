@@ -21,6 +21,8 @@ WINDOW_S = 30  # seconds, where the feature extractor names no window
 class AudioInputs(Sequence[Inputs]):
     """Batches of windows of the recordings, and the decoder's prompts; features are computed on access.
 
+    A model that writes times if it is not told otherwise writes them for every second batch.
+
     Raises OptionError without files, AudioError for one that cannot be read.
     """
 
@@ -49,7 +51,7 @@ class AudioInputs(Sequence[Inputs]):
         padding = "max_length" if hasattr(extractor, "n_samples") else "longest"  # a fixed window must be filled
         features = extractor(self._batches[index], sampling_rate=extractor.sampling_rate, return_tensors="pt", padding=padding)
         inputs = dict(features)
-        return {**inputs, "decoder_input_ids": decoder_prompts(self._model, inputs)}
+        return {**inputs, "decoder_input_ids": decoder_prompts(self._model, inputs, times=index % 2 == 1)}
 
 
 def _windows(extractor: Any, file: Path) -> list[Samples]:
@@ -58,8 +60,8 @@ def _windows(extractor: Any, file: Path) -> list[Samples]:
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
-def decoder_prompts(model: Any, inputs: Inputs) -> Tensor:
-    """[B, P] start token; then, of models that have them, the language heard, "transcribe" and "no timestamps"."""
+def decoder_prompts(model: Any, inputs: Inputs, times: bool = False) -> Tensor:
+    """[B, P] start token; then, of models that have them, the language heard, "transcribe", "no timestamps" if not `times`."""
     settings = model.generation_config
     batch = len(next(iter(inputs.values())))
     columns = [torch.full((batch,), decoder_start(model))]
@@ -69,7 +71,7 @@ def decoder_prompts(model: Any, inputs: Inputs) -> Tensor:
             logits = model(**inputs, decoder_input_ids=torch.stack(columns, dim=1), use_cache=False).logits[:, -1]
         columns.append(known[logits[:, known].argmax(-1)])
     task = (getattr(settings, "task_to_id", None) or {}).get("transcribe")
-    for token_id in (task, getattr(settings, "no_timestamps_token_id", None)):
+    for token_id in (task, None if times else getattr(settings, "no_timestamps_token_id", None)):
         if token_id is not None:
             columns.append(torch.full((batch,), token_id))
     return torch.stack(columns, dim=1)

@@ -60,5 +60,6 @@ def formatted(heard: "Transcript", form: str) -> str:
     if form == "json":
         segments = [{"start": one.start, "end": one.end, "text": one.text} for one in heard.segments]
         content = {"language": heard.language, "duration": heard.duration_s, "text": heard.text, "segments": segments}
+        content |= {"languages": heard.languages} if heard.languages else {}
         return json.dumps(content, ensure_ascii=False, indent=2)
     return {"srt": to_srt, "vtt": to_vtt}[form](heard.segments) if form != "text" else heard.text

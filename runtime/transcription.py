@@ -8,7 +8,7 @@ decodes.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .states import SLOT_STEP
 from .voice_activity import Stretches, detect_speech
 
 PREVIOUS, NO_SPEECH = "<|startofprev|>", ("<|nospeech|>", "<|nocaptions|>")  # Whisper's tokens
+ENGLISH = "en"
 LEAST_ADVANCE = 50  # steps of a window's timestamps: what hardly moves would be decoded for ever
 DISTRUSTED = 0.5  # text decoded at a higher temperature is no context for the next window
 Recording = str | Path | NDArray[Any]  # a sound file, or samples as `load_audio` takes them
@@ -41,6 +42,7 @@ class Transcript:
         text: all of it.
         segments: with times; one for the whole recording where the model writes no timestamps.
         language: the language's token without its brackets, "en"; empty where the model knows only one.
+        languages: probability of each language, the most probable first, where the first window was asked for it.
         duration_s: of the recording.
         notes: what had to be converted in the recording.
         windows: the decoding of each window, in order; its token ids hold the timestamps.
@@ -52,6 +54,7 @@ class Transcript:
     duration_s: float
     notes: tuple[str, ...]
     windows: tuple[Result, ...]
+    languages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Transcriber:
         self.speech = speech
         self.timestamps = has_times if speech.timestamps is None else speech.timestamps
         self.language = self._language(speech.language)
+        self.languages: dict[str, float] = {}
         self._task = self._task_ids(speech.task)
         self._previous = self._initial_prompt(speech.initial_prompt)
         self._window: tuple[Samples, NDArray[np.float32]] | None = None  # the last one, and its features
@@ -118,6 +122,8 @@ class Transcriber:
         known = self._rules.lang_to_id
         if language is None:
             return next(iter(known)) if len(known) == 1 else ""
+        if language == ENGLISH and not known and self._rules.no_timestamps_token_id is not None:
+            return ""  # a Whisper without languages is one for English
         token = language if language.startswith("<|") else f"<|{language}|>"
         if token not in known:
             names = ", ".join(sorted(name.strip("<|>") for name in known)) or "none to choose from"
@@ -245,8 +251,12 @@ class Transcriber:
         """Choose the most probable language token after the start token, once, where the user named none."""
         known = self._rules.lang_to_id
         if not self.language and known:
-            logits = self._first_logits(features)
-            self.language = max(known, key=lambda token: float(logits[known[token]]))
+            logits = self._first_logits(features)[list(known.values())].astype(np.float64)
+            shares = np.exp(logits - logits.max())
+            found = dict(zip(known, (shares / shares.sum()).tolist(), strict=True))
+            self.language = max(found, key=lambda token: found[token])
+            best_first = sorted(found, key=lambda token: -found[token])
+            self.languages = {token.strip("<|>"): round(found[token], 4) for token in best_first}
 
     def seek(self, samples: Samples) -> Iterator[tuple[list[Segment], Result]]:
         """Decode window by window with timestamps; each window's segments, times counted from the first sample."""
@@ -324,7 +334,7 @@ def _whole(transcriber: Transcriber, audio: Audio) -> Transcript:
 def _transcript(transcriber: Transcriber, audio: Audio, segments: Sequence[Segment], results: tuple[Result, ...]) -> Transcript:
     text = " ".join(segment.text for segment in segments)
     language = transcriber.language.strip("<|>")
-    return Transcript(text, tuple(segments), language, audio.duration_s, audio.notes, results)
+    return Transcript(text, tuple(segments), language, audio.duration_s, audio.notes, results, transcriber.languages)
 
 
 def live_captions(transcriber: Transcriber, chunks: Iterable[NDArray[Any]]) -> Iterator[Caption]:

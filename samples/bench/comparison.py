@@ -20,7 +20,7 @@ from measurement import Configuration, Prompt, Worker, WorkerError, available_mb
 from preparation import PreparationError, Workshop, fingerprint, say
 from rival_workers.protocol import Rival, Setup
 from table import Truth, as_json, markdown
-from task import InputError, Task, pythons_from
+from task import DRAFTING, InputError, Task, pythons_from
 
 SPINNING = 0.05  # of a core, by a worker that is not asked
 LOW_MEMORY_MB = 2000  # below this, workers are stopped after each pass instead of kept
@@ -58,6 +58,7 @@ def _run(task: Task, shop: Workshop, stations: list[Station], failed: list[Confi
     try:
         keep = _open(stations, task)
         rows = [row for station in stations for row in station.rows] + failed
+        _measure_perplexity(stations, task)
         for number in range(arguments.rounds):
             _round(number, arguments.rounds, stations, task, keep and not arguments.fresh)
             _write_json(arguments.json, task, rows, truth)  # an interrupted run keeps its rounds
@@ -113,8 +114,8 @@ def _add_station(
 
 def _setup(task: Task, shop: Workshop, rival: Rival, weights: str, modes: list[str]) -> Setup:
     model = shop.conversion(rival, task.checkpoint, weights)
-    drafts = rival.draft_weights if any(mode.startswith(("draft", "assistant")) for mode in modes) else None
-    draft = shop.conversion(rival, task.draft, drafts) if drafts else None
+    drafts = rival.draft_weights if any(mode.startswith(DRAFTING) for mode in modes) else None
+    draft = shop.conversion(rival, task.draft, drafts) if drafts and task.draft else None
     return Setup(str(model.resolve()), str(draft.resolve()) if draft else None, weights, task.threads, modes, task.ends)
 
 
@@ -158,6 +159,21 @@ def _discover(station: Station, task: Task) -> None:
     station.rows[:] = [Configuration(first.rival, first.program, first.weights, mode) for mode in modes]
     if station.rows:
         station.rows[0].notes += station.worker.ready["notes"]
+
+
+def _measure_perplexity(stations: list[Station], task: Task) -> None:
+    """Of each loaded model once, shown in all its rows: how well its numbers still represent the checkpoint."""
+    for station in stations if task.windows else ():
+        _start(station, task)
+        for row in station.rows[:1]:
+            _guarded(row, lambda row=row, worker=station.worker: _ask_perplexity(row, worker, task))
+        for row in station.rows:
+            row.perplexity = station.rows[0].perplexity
+
+
+def _ask_perplexity(row: Configuration, worker: Worker, task: Task) -> None:
+    say(f"perplexity of {worker.name}")
+    row.perplexity = worker.perplexity(list(task.windows))
 
 
 def _round(number: int, rounds: int, stations: list[Station], task: Task, keep: bool) -> None:
@@ -254,7 +270,7 @@ def _write_json(file: Path | None, task: Task, rows: list[Configuration], truth:
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": _machine(),
         "checkpoint": str(task.checkpoint),
-        "draft": str(task.draft),
+        "draft": str(task.draft) if task.draft else None,
         "prompts": [prompt.text for prompt in task.prompts],
         "new_tokens": task.new_tokens,
         "threads": task.threads,

@@ -29,11 +29,15 @@ class WorkerError(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is read. With a sound file in `audio`, `token_ids` is what the decoder starts from, and `text` a name."""
+    """What is read. With a sound file in `audio`, `token_ids` is what the decoder starts from, and `text` a name.
+
+    `kind` is the class of prompts it belongs to, empty where there is only one.
+    """
 
     text: str
     token_ids: list[int]
     audio: str | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Configuration:
     error: str | None = None
     notes: list[str] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)
+    perplexity: float | None = None
 
     @property
     def name(self) -> str:
@@ -106,6 +111,14 @@ class Worker:
         if made != new_tokens and not (self.ends and 0 < made < new_tokens):
             raise WorkerError(f"{made} tokens instead of {new_tokens}")
         return answer
+
+    def perplexity(self, windows: list[list[int]]) -> float | None:
+        """Of texts that are given; None where the program does not tell its logits."""
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"windows": windows}) + "\n")
+        self._process.stdin.flush()
+        found: float | None = self._read(REQUEST_TIMEOUT_S)["perplexity"]
+        return found
 
     def stop(self) -> None:
         """End the process; the answer to closing its input, or by force."""

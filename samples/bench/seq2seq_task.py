@@ -35,7 +35,6 @@ RIVALS = {
     TEXT: ("ctranslate2", "optimum_onnx", REFERENCE, "headstart_bundle"),
     SPEECH: ("faster_whisper", "ctranslate2", "optimum_onnx", REFERENCE, "headstart_bundle"),
 }
-DRAFTS = {TEXT: SAMPLES / "normalise", SPEECH: SAMPLES / "speech"}
 DATA = {TEXT: SAMPLES / "normalise" / "held_out.jsonl", SPEECH: SAMPLES / "speech" / "recordings" / "texts.jsonl"}
 QUALITIES = {TEXT: ("exact", exact_share), SPEECH: ("WER", word_error_rate)}
 
@@ -44,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="Time per item of one encoder-decoder in every program that runs it on a CPU.")
     add = made.add_argument
     add("checkpoint", type=Path, help="Hugging Face folder of a T5 or a Whisper")
-    add("--draft", type=Path, help="checkpoint of the draft model, same vocabulary (default: the sample of its kind)")
+    add("--draft", type=Path, help="checkpoint of the draft model, same vocabulary; without it no mode has one")
     add("--data", type=Path, metavar="FILE", help="JSON lines with prompt and target, or audio (16 bit, mono) and text")
     add("--items", type=int, default=10, help="so many of them, evenly spread (default: 10)")
     add("--new-tokens", type=int, default=128, help="at most so many for each item (default: 128, or what the model takes)")
@@ -55,10 +54,10 @@ def parser() -> argparse.ArgumentParser:
 def task_from_arguments(arguments: argparse.Namespace) -> Task:
     """Everything the user gave, checked."""
     kind = check_checkpoint(arguments.checkpoint, tuple(RIVALS))
-    draft = arguments.draft or DRAFTS[kind]
-    check_checkpoint(draft, (kind,))
+    if arguments.draft:
+        check_checkpoint(arguments.draft, (kind,))
     check_common_options(arguments)
-    config = same_vocabulary(arguments.checkpoint, draft)
+    config = same_vocabulary(arguments.checkpoint, arguments.draft)
     rivals = rivals_named(RIVALS[kind])
     check_patterns([*arguments.only, *arguments.skip], rivals)
     data = arguments.data or DATA[kind]
@@ -70,7 +69,7 @@ def task_from_arguments(arguments: argparse.Namespace) -> Task:
         reference=REFERENCE,
         columns=encoder_decoder(name),
         checkpoint=arguments.checkpoint,
-        draft=draft,
+        draft=arguments.draft,
         bundles=bundles(arguments.headstart, arguments.headstart_draft, arguments.checkpoint),
         prompts=prompts,
         new_tokens=_room(config, arguments.new_tokens, prompts),

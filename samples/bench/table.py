@@ -12,7 +12,7 @@ Rules:
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from statistics import mean, median
+from statistics import harmonic_mean, mean, median
 from typing import Any
 
 from measurement import Configuration
@@ -87,15 +87,31 @@ COST: Columns = {
     "load s": lambda row, _: _or_unknown(row.load_s, "{:.1f}"),
     "other CPU": lambda _, found: f"{found.others_share:.0%}" + (" !" if found.contaminated_rounds else ""),
 }
-DECODER: Columns = {
-    "prefill ms": lambda _, found: f"{found.prefill_ms:.0f}",
-    "decode tok/s": lambda _, found: f"{found.tokens_per_s:.1f}",
-    "min..max": lambda _, found: f"{found.tokens_per_s_min:.1f}..{found.tokens_per_s_max:.1f}",
-    "tok/forward": lambda _, found: _or_unknown(found.tokens_per_forward, "{:.2f}"),
-    "= own plain": lambda _, found: _yes_or_count(found.equal_prompts, found.prompts),
-    "= fp32": lambda _, found: _or_unknown(found.agreement, "{:.0%}"),
-    **COST,
-}
+
+
+def decoder(kinds: list[str], perplexity: bool) -> Columns:
+    """Of texts of equal length. `kinds`: the class of each prompt; each class gets a column where there are several."""
+    return {
+        "prefill ms": lambda _, found: f"{found.prefill_ms:.0f}",
+        "decode tok/s": lambda _, found: f"{found.tokens_per_s:.1f}",
+        "min..max": lambda _, found: f"{found.tokens_per_s_min:.1f}..{found.tokens_per_s_max:.1f}",
+        **({kind: _of_class(kinds, kind) for kind in dict.fromkeys(kinds)} if len(set(kinds)) > 1 else {}),
+        "tok/forward": lambda _, found: _or_unknown(found.tokens_per_forward, "{:.2f}"),
+        "= own plain": lambda _, found: _yes_or_count(found.equal_prompts, found.prompts),
+        "= fp32": lambda _, found: _or_unknown(found.agreement, "{:.0%}"),
+        **({"perplexity": lambda row, _: _or_unknown(row.perplexity, "{:.2f}")} if perplexity else {}),
+        **COST,
+    }
+
+
+def _of_class(kinds: list[str], kind: str) -> Callable[[Configuration, Figures], str]:
+    """Tokens per second over all prompts of a class: each has as many tokens, so the rates' harmonic mean."""
+
+    def cell(_: Configuration, found: Figures) -> str:
+        rates = [rate for rate, own in zip(found.tokens_per_s_prompts, kinds, strict=True) if own == kind]
+        return f"{harmonic_mean(rates):.1f}"
+
+    return cell
 
 
 def encoder_decoder(quality: str) -> Columns:

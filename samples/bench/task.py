@@ -13,12 +13,17 @@ from typing import Any
 from measurement import Prompt
 from quality import Quality
 from rival_workers.protocol import Rival
-from table import DECODER, Columns
+from table import Columns, decoder
 
 HERE = Path(__file__).parent
 WEIGHTS = "model.safetensors"
 PYCODE = HERE.parent / "checkpoints" / "pycode"
 RIVALS = ("onnxruntime_genai", "openvino_genai", "llama_cpp", "transformers_torch", "headstart_bundle")
+
+
+DRAFTING = ("draft", "assistant")  # how modes are called that draft with a model
+WINDOW = 256  # tokens of a window of the text whose perplexity is measured
+WINDOWS = 8
 
 
 class InputError(Exception):
@@ -33,14 +38,16 @@ class Task:
         rivals: workers by name.
         reference: the one whose plain fp32 decoding the others are compared with.
         ends: whether the end token ends a text; otherwise each has `new_tokens`.
+        draft: None where no mode drafts with a model.
         quality: where the prompts have targets.
+        windows: of token ids, whose perplexity is measured; none where texts have targets.
     """
 
     rivals: Mapping[str, Rival]
     reference: str
     columns: Columns
     checkpoint: Path
-    draft: Path
+    draft: Path | None
     bundles: dict[str, tuple[Path, Path | None]]
     prompts: list[Prompt]
     new_tokens: int
@@ -49,9 +56,12 @@ class Task:
     skip: list[str]
     ends: bool = False
     quality: Quality | None = None
+    windows: tuple[list[int], ...] = ()
 
     def wants(self, name: str) -> bool:
         """Whether "rival/weights/mode", or a beginning of it, is selected."""
+        if self.draft is None and name.split("/")[-1].startswith(DRAFTING):
+            return False
         chosen = not self.only or any(_matches(name, pattern) for pattern in self.only)
         return chosen and not any(fnmatch(name, pattern) or fnmatch(name, f"{pattern}/*") for pattern in self.skip)
 
@@ -60,10 +70,16 @@ def parser() -> argparse.ArgumentParser:
     """The options of rivals.py."""
     made = argparse.ArgumentParser(description="Decode speed of one checkpoint in every program that runs it on a CPU.")
     add = made.add_argument
-    add("checkpoint", type=Path, nargs="?", default=PYCODE, help="Llama-shaped Hugging Face folder (default: pycode)")
-    add("--draft", type=Path, default=PYCODE, help="checkpoint of the draft model, same vocabulary (default: pycode)")
-    add("--data", type=Path, default=PYCODE / "held_out_prompts.jsonl", help='JSON lines with a field "prompt"')
-    add("--prompts", type=int, default=8, help="so many of them, evenly spread (default: 8)")
+    add("checkpoint", type=Path, nargs="?", default=PYCODE, help="Hugging Face folder of a decoder (default: pycode)")
+    add("--draft", type=Path, help="checkpoint of the draft model, same vocabulary; without it no mode has one")
+    add(
+        "--data",
+        type=Path,
+        default=PYCODE / "held_out_prompts.jsonl",
+        help='JSON lines with "prompt", and "class" if they have it',
+    )
+    add("--prompts", type=int, default=8, help="so many of each class, evenly spread (default: 8)")
+    add("--text", type=Path, metavar="FILE", help="text whose perplexity each program is asked for, where it tells logits")
     add("--new-tokens", type=int, default=128, help="exactly so many for each prompt (default: 128)")
     add_common_options(made)
     return made
@@ -92,8 +108,8 @@ def rivals_named(names: tuple[str, ...]) -> dict[str, Rival]:
 
 def task_from_arguments(arguments: argparse.Namespace) -> Task:
     """Everything the user of rivals.py gave, checked."""
-    for checkpoint in (arguments.checkpoint, arguments.draft):
-        check_checkpoint(checkpoint, ("LlamaForCausalLM",))
+    for checkpoint in (arguments.checkpoint, *([arguments.draft] if arguments.draft else [])):
+        check_checkpoint(checkpoint, ("*ForCausalLM",))
     check_common_options(arguments)
     config = same_vocabulary(arguments.checkpoint, arguments.draft)
     prompts = _prompts(arguments.data, arguments.prompts, arguments.checkpoint)
@@ -105,7 +121,7 @@ def task_from_arguments(arguments: argparse.Namespace) -> Task:
     return Task(
         rivals=rivals,
         reference="transformers_torch",
-        columns=DECODER,
+        columns=decoder([prompt.kind for prompt in prompts], bool(arguments.text)),
         checkpoint=arguments.checkpoint,
         draft=arguments.draft,
         bundles=bundles(arguments.headstart, arguments.headstart_draft, arguments.checkpoint),
@@ -114,6 +130,7 @@ def task_from_arguments(arguments: argparse.Namespace) -> Task:
         threads=arguments.threads,
         only=arguments.only,
         skip=arguments.skip,
+        windows=_windows(arguments.text, arguments.checkpoint) if arguments.text else (),
     )
 
 
@@ -125,39 +142,57 @@ def check_common_options(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.json.parent} is no folder to write a report to")
 
 
-def same_vocabulary(checkpoint: Path, draft: Path) -> dict[str, Any]:
+def same_vocabulary(checkpoint: Path, draft: Path | None) -> dict[str, Any]:
     """The checkpoint's configuration, once the draft model is known to have as many tokens."""
-    config, drafts = (json.loads((folder / "config.json").read_text("utf-8")) for folder in (checkpoint, draft))
+    config, drafts = (json.loads((folder / "config.json").read_text("utf-8")) for folder in (checkpoint, draft or checkpoint))
     if config["vocab_size"] != drafts["vocab_size"]:
         raise InputError(f"{draft} has {drafts['vocab_size']} tokens, the checkpoint {config['vocab_size']}")
     return dict(config)
 
 
 def check_checkpoint(folder: Path, architectures: tuple[str, ...]) -> str:
-    """Which of the architectures it is."""
+    """Its architecture, which one of the patterns must name."""
     for name in ("config.json", "tokenizer.json", WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}: give a Hugging Face checkpoint with its weights in one file")
     family = json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or ["nothing it says"]
-    if family[0] not in architectures:
+    if not any(fnmatch(family[0], pattern) for pattern in architectures):
         raise InputError(f"{folder} is {family[0]}: this comparison is for {', '.join(architectures)}")
     return str(family[0])
 
 
 def _prompts(file: Path, count: int, checkpoint: Path) -> list[Prompt]:
-    """So many prompts, evenly spread over the file."""
+    """So many prompts of each class, evenly spread over the file."""
     tokenizer = tokenizer_of(checkpoint)
-    texts = [line["prompt"] for line in spread(lines_with(file, "prompt"), count, "--prompts", file)]
-    return [Prompt(text, tokenizer.encode(text).ids) for text in texts]
+    lines = lines_with(file, "prompt", optional="class")
+    kinds = dict.fromkeys(line["class"] for line in lines)
+    chosen = [line for kind in kinds for line in spread([x for x in lines if x["class"] == kind], count, "--prompts", file)]
+    return [Prompt(line["prompt"], tokenizer.encode(line["prompt"]).ids, kind=line["class"]) for line in chosen]
 
 
-def lines_with(file: Path, *fields: str) -> list[dict[str, Any]]:
-    """JSON lines that have those fields."""
+def _windows(file: Path, checkpoint: Path) -> tuple[list[int], ...]:
+    """Consecutive windows from the beginning of the text, each opened as the tokenizer opens a text."""
+    try:
+        encoded = tokenizer_of(checkpoint).encode(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as UTF-8 text ({error})") from error
+    special = encoded.special_tokens_mask
+    opening = encoded.ids[: special.index(0)]
+    tokens = [token for token, added in zip(encoded.ids, special, strict=True) if not added]
+    size = WINDOW - len(opening)
+    if len(tokens) < WINDOWS * size:
+        raise InputError(f"{file} has {len(tokens)} tokens; {WINDOWS * size} are needed")
+    return tuple([*opening, *tokens[i * size : (i + 1) * size]] for i in range(WINDOWS))
+
+
+def lines_with(file: Path, *fields: str, optional: str = "") -> list[dict[str, Any]]:
+    """JSON lines that have those fields, and one that is empty where it is missing."""
     if not file.is_file():
         raise InputError(f"{file} is not there")
     try:
         lines = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
-        return [{field: line[field] for field in fields} for line in lines]
+        also = [{optional: str(line.get(optional, ""))} if optional else {} for line in lines]
+        return [{field: line[field] for field in fields} | more for line, more in zip(lines, also, strict=True)]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is not JSON lines with {' and '.join(fields)} ({error!r})") from error
 

@@ -1,10 +1,11 @@
 """Speech to train a Whisper's draft heads on: passages of your texts, read by flite and espeak-ng, half of them with noise.
 
-    python samples/published/make_speech.py TEXTS SPEECH --recordings 1200
+    python samples/published/make_speech.py TEXTS SPEECH --recordings 600
 
-TEXTS is a folder of .txt files in English; both programs must be installed (apt-get install flite espeak-ng). Heads learn what
-the model writes, not what was said, so a voice that it sometimes mishears does no harm. Recordings that are there already are
-kept: the same command goes on after an interrupt.
+TEXTS is a folder of .txt files in English; both programs must be installed (apt-get install flite espeak-ng). Each recording
+fills most of a window of 30 s with passages by different voices. Heads learn what the model writes, not what was said, so a
+voice that it sometimes mishears does no harm. Recordings that are there already are kept: the same command goes on after an
+interrupt.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import soxr
 from numpy.typing import NDArray
 
 SAMPLING_RATE = 16_000  # Hz
-LONGEST_S = 29.0  # a window is 30 s
+LONGEST_S = 28.5  # a window is 30 s
+PAUSE_S = (0.2, 1.0)  # after a passage
 CHARACTERS = (60, 420)  # of a passage: 4 to 28 s
 FLITE = ("slt", "rms", "awb", "kal16")
 ESPEAK = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland")
@@ -38,13 +40,14 @@ class Passage:
     command: tuple[str, ...]  # that writes its speech to the file that is appended
 
 
-def passages(texts: Path, seed: int) -> Iterator[Passage]:
+def read_texts(folder: Path) -> list[list[str]]:
+    """The sentences of each file that has some."""
+    found = [sentences(file.read_text("utf-8", errors="replace")) for file in sorted(folder.rglob("*.txt"))]
+    return [each for each in found if len(each) > 1] or sys.exit(f"{folder} has no .txt file with sentences")
+
+
+def passages(files: list[list[str]], rng: np.random.Generator) -> Iterator[Passage]:
     """Without end: consecutive sentences from random places, in random voices."""
-    found = [sentences(file.read_text("utf-8", errors="replace")) for file in sorted(texts.rglob("*.txt"))]
-    files = [each for each in found if len(each) > 1]
-    if not files:
-        sys.exit(f"{texts} has no .txt file with sentences")
-    rng = np.random.default_rng(seed)
     weights = np.array([len(each) for each in files], np.float64)
     while True:
         chosen = files[int(rng.choice(len(files), p=weights / weights.sum()))]
@@ -60,7 +63,8 @@ def passages(texts: Path, seed: int) -> Iterator[Passage]:
 
 def sentences(text: str) -> list[str]:
     found = re.split(r"(?<=[.!?;])\s+", " ".join(text.split()))
-    return [sentence for sentence in found if re.search(r"[a-z]", sentence) and len(sentence) > 20]
+    spoken = (sentence.lstrip("-–— ") for sentence in found)  # what begins with a dash would be an option to the programs
+    return [sentence for sentence in spoken if re.search(r"[a-z]", sentence) and len(sentence) > 20]
 
 
 def voice(rng: np.random.Generator, text: str) -> tuple[str, ...]:
@@ -90,23 +94,35 @@ def noisy(wave: Wave, rng: np.random.Generator) -> Wave:
     return (level * wave).astype(np.float32)
 
 
+def recording(source: Iterator[Passage], rng: np.random.Generator) -> Wave:
+    """Passages until the next one would not fit; that one is left out."""
+    parts: list[Wave] = []
+    for passage in source:
+        wave = noisy(spoken(passage), rng)[: int(LONGEST_S * SAMPLING_RATE)]
+        if sum(map(len, parts)) + len(wave) > LONGEST_S * SAMPLING_RATE:
+            break
+        parts += [wave, np.zeros(int(rng.uniform(*PAUSE_S) * SAMPLING_RATE), np.float32)]
+    return np.concatenate(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("texts", type=Path)
     parser.add_argument("speech", type=Path)
-    parser.add_argument("--recordings", type=int, default=1200)
+    parser.add_argument("--recordings", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for program in ("flite", "espeak-ng"):
         if shutil.which(program) is None:
             sys.exit(f"{program} is not installed. Fix: apt-get install flite espeak-ng")
     args.speech.mkdir(parents=True, exist_ok=True)
-    for number, passage in zip(range(args.recordings), passages(args.texts, args.seed), strict=False):
+    texts = read_texts(args.texts)
+    for number in range(args.recordings):
         file = args.speech / f"{number:05}.wav"
         if not file.is_file():
-            wave = noisy(spoken(passage), np.random.default_rng([args.seed, number]))
+            rng = np.random.default_rng([args.seed, number])
             partial = file.with_suffix(".partial")
-            soundfile.write(partial, wave[: int(LONGEST_S * SAMPLING_RATE)], SAMPLING_RATE, "PCM_16", format="WAV")
+            soundfile.write(partial, recording(passages(texts, rng), rng), SAMPLING_RATE, "PCM_16", format="WAV")
             partial.rename(file)
         if number % 100 == 99:
             print(f"{number + 1} of {args.recordings}", flush=True)

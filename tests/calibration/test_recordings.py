@@ -44,6 +44,7 @@ def test_every_window_is_a_source(checkpoint: Path, files: list[Path]) -> None:
     for start, language, *rest in inputs[0]["decoder_input_ids"].tolist():
         assert [start, *rest] == prompt
         assert language in settings.lang_to_id.values()
+    assert inputs[1]["decoder_input_ids"][0, 2:].tolist() == prompt[1:2]  # every second batch is written with times
 
 
 def test_from_recordings_to_heads(checkpoint: Path, files: list[Path], tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ The model is random, the shipped speech sample's tokenizer, front-end and genera
 """
 
 import itertools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,30 @@ def test_a_sound_file_is_a_prompt(model: Model) -> None:
 def test_tokens_the_model_lacks(model: Model, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         model.transcribe(recording(1), **options)
+
+
+def test_languages_and_their_probabilities(speech_bundle: Bundle) -> None:
+    model = headstart.load(speech_bundle.path)
+    brief: dict[str, Any] = {"max_new_tokens": 4, "fallback": None}
+    heard = model.transcribe(recording(2), **brief)
+    assert len(heard.languages) > 1 and heard.language == next(iter(heard.languages))
+    assert sum(heard.languages.values()) == pytest.approx(1, abs=1e-3)
+    assert list(heard.languages.values()) == sorted(heard.languages.values(), reverse=True)
+    assert not model.transcribe(recording(2), language=heard.language, **brief).languages  # not asked
+
+
+def test_english_may_be_named_where_there_is_no_other(speech_bundle: Bundle, tmp_path: Path) -> None:
+    """As callers of multilingual models do; Whisper's English checkpoints have no language tokens."""
+    folder = Path(shutil.copytree(speech_bundle.path, tmp_path / "english"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["generation"] |= {"lang_to_id": {}, "task_to_id": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    model = headstart.load(folder)
+    brief: dict[str, Any] = {"max_new_tokens": 4, "fallback": None}
+    heard = model.transcribe(recording(2), language="en", **brief)
+    assert heard.windows[0].token_ids == model.transcribe(recording(2), **brief).windows[0].token_ids
+    with pytest.raises(OptionError, match="language 'de' is unknown to this model"):
+        model.transcribe(recording(2), language="de", **brief)
 
 
 def test_long_recordings_need_timestamps(model: Model) -> None:

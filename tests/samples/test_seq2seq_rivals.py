@@ -20,7 +20,7 @@ from rival_workers.protocol import Setup, with_end
 from rival_workers.recording import filled, samples_of
 from rival_workers.transformers_seq2seq import without_start
 from seq2seq_task import parser, task_from_arguments
-from table import DECODER, Truth, encoder_decoder, figures, markdown
+from table import Truth, decoder, encoder_decoder, figures, markdown
 from task import InputError, Task
 
 from headstart.calibration.answers import exact_share
@@ -170,7 +170,7 @@ def test_a_plain_mode_beside_one_that_failed_is_its_own_measure() -> None:
     assert figures(row, [failed, row], Truth(None)).equal_prompts == 1
 
 
-@pytest.mark.parametrize("columns", [DECODER, encoder_decoder("WER")])
+@pytest.mark.parametrize("columns", [decoder(["", ""], perplexity=False), encoder_decoder("WER")])
 def test_every_line_of_the_table_has_as_many_cells(columns: Any) -> None:
     rows = [row_of("plain", [[5, 0]]), Configuration("rival", "Program", "int8", "draft", error="a | b")]
     lines = markdown(rows, Truth(None), columns).splitlines()

@@ -7,6 +7,8 @@ no round of decoding counts as prefill: encoding the text, and making the cache.
 import time
 from typing import Any
 
+import numpy as np
+
 from .protocol import Answer, Rival, Served, Setup, main, version_of
 from .recording import filled, samples_of
 
@@ -23,7 +25,13 @@ def load(setup: Setup) -> Served:
         return _generate(model, request, setup.ends)
 
     version = version_of("headstart", "onnxruntime")
-    return Served(version, ["plain", *model.drafters, "auto"], generate, _notes(model))
+
+    def logits(token_ids: list[int]) -> Any:
+        from headstart.exporter.comparison import all_logits
+
+        return all_logits(model.engine, np.array(token_ids))
+
+    return Served(version, ["plain", *model.drafters, "auto"], generate, _notes(model), logits)
 
 
 def _notes(model: Any) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .protocol import Answer, Rival, Served, Setup, main, run_converter, split_by_length, version_of
+from .protocol import Answer, Logits, Rival, Served, Setup, main, run_converter, split_by_length, version_of
 
 DRAFTED_TOKENS = 5  # of its samples for both prompt lookup and draft models
 LOOKUP_NGRAM = 3
@@ -51,7 +51,29 @@ def load(setup: Setup) -> Served:
     def generate(request: dict[str, Any]) -> Answer:
         return _generate(pipeline, config, request)
 
-    return Served(version_of("openvino-genai"), setup.modes, generate)
+    return Served(version_of("openvino-genai"), setup.modes, generate, logits=_logits(setup, mode))
+
+
+def _logits(setup: Setup, mode: str) -> Logits:
+    """The pipeline tells no logits: its model, compiled once more when it is asked."""
+
+    def logits(token_ids: list[int]) -> Any:
+        import numpy as np
+        import openvino
+
+        exact = EXACT if "exact" in mode else {}
+        compiled = openvino.Core().compile_model(f"{setup.model}/openvino_model.xml", "CPU", dict(exact))
+        row = np.array([token_ids], np.int64)
+        given = {
+            "input_ids": row,
+            "attention_mask": np.ones_like(row),
+            "position_ids": np.arange(row.size)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        taken = {name for port in compiled.inputs for name in port.get_names()}
+        return compiled({name: value for name, value in given.items() if name in taken})["logits"][0]
+
+    return logits
 
 
 def _properties(openvino_genai: Any, setup: Setup, mode: str) -> dict[str, Any]:

@@ -7,13 +7,15 @@ file. It imports the rival's packages inside its functions: the comparison reads
     python -m rival_workers.X serve '{"model": FOLDER, "draft": FOLDER or null, "weights": ..., "threads": 2, "modes": []}'
 
 `serve` answers first with {"load_s", "version", "modes", "notes"}, then once per request
-{"mode", "prompt", "prompt_ids", "audio", "new_tokens"} with {"token_ids", "prefill_s", "decode_s", "forwards"}.
+{"mode", "prompt", "prompt_ids", "audio", "new_tokens"} with {"token_ids", "prefill_s", "decode_s", "forwards"}; and
+{"windows": [token ids, …]} with {"perplexity"}, null where the program does not tell its logits.
 An encoder-decoder takes the prompt as its source; or a sound file, and then `prompt_ids` is what its decoder starts from.
 It does not know how many rounds there are, nor what the others do.
 """
 
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -88,16 +90,18 @@ class Answer:
 
 
 Generate = Callable[[dict[str, Any]], Answer]
+Logits = Callable[[list[int]], Any]  # token ids to [T, V] logits, as numpy has them
 
 
 @dataclass(frozen=True)
 class Served:
-    """A loaded model: its modes, how to call it, and what is worth saying about it."""
+    """A loaded model: its modes, how to call it, what is worth saying about it, and its logits where it tells them."""
 
     version: str
     modes: list[str]
     generate: Generate
     notes: list[str] = field(default_factory=list)
+    logits: Logits | None = None
 
 
 def main(convert: Callable[[Path, str, Path], None] | None, load: Callable[[Setup], Served]) -> None:
@@ -157,14 +161,29 @@ def _serve(setup: Setup, load: Callable[[Setup], Served], answers: TextIO) -> No
     ready = {"load_s": time.perf_counter() - start, "version": served.version, "modes": served.modes}
     _say(answers, {**ready, "notes": served.notes})
     for line in sys.stdin:
-        _say(answers, _answer(served.generate, json.loads(line)))
+        _say(answers, _answer(served, json.loads(line)))
 
 
-def _answer(generate: Generate, request: dict[str, Any]) -> dict[str, Any]:
+def _answer(served: Served, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return asdict(generate(request))
+        if "windows" in request:
+            return {"perplexity": _perplexity(served.logits, request["windows"]) if served.logits else None}
+        return asdict(served.generate(request))
     except Exception as error:  # one mode that fails must not end the worker's other modes
         return {"error": _one_line(error)}
+
+
+def _perplexity(logits: Logits, windows: list[list[int]]) -> float:
+    """Of every token after the first of its window."""
+    import numpy as np
+
+    losses: list[float] = []
+    for window in windows:
+        scores = np.asarray(logits(window), np.float32)[:-1]
+        highest = scores.max(-1)
+        total = highest + np.log(np.exp(scores - highest[:, None]).sum(-1))
+        losses += (total - scores[np.arange(len(scores)), window[1:]]).tolist()
+    return math.exp(sum(losses) / len(losses))
 
 
 def _one_line(error: Exception) -> str:

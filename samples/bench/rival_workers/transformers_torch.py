@@ -41,7 +41,11 @@ def load(setup: Setup) -> Served:
         }[request["mode"]]
         return _generate(target, speculation, request, forwards)
 
-    return Served(version_of("transformers", "torch"), setup.modes, generate)
+    def logits(token_ids: list[int]) -> Any:
+        with torch.inference_mode():
+            return target(torch.tensor([token_ids])).logits[0].float().numpy()
+
+    return Served(version_of("transformers", "torch"), setup.modes, generate, logits=logits)
 
 
 def _model(folder: str, weights: str) -> Any:
