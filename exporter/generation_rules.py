@@ -89,6 +89,7 @@ def generation_rules(model: Any, vocab_size: int) -> GenerationRules:
         no_timestamps_token_id=stated("no_timestamps_token_id"),
         max_initial_timestamp_index=stated("max_initial_timestamp_index"),
         prev_sot_token_id=stated("prev_sot_token_id"),
+        alignment_heads=tuple((int(layer), int(head)) for layer, head in stated("alignment_heads", ())),
     )
 
 

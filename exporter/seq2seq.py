@@ -164,6 +164,7 @@ class CrossDecoderGraph(torch.nn.Module):
         super().__init__()
         self.model = model
         self.aux_layers = aux_layers
+        self.alignment_heads = alignment_heads(model)
 
     def forward(
         self,
@@ -178,6 +179,7 @@ class CrossDecoderGraph(torch.nn.Module):
     ) -> tuple[Tensor, ...]:
         step = Step(position_ids, write_index, list(caches))
         step.cross_mask = encoder_mask[:, None, None, :].expand(-1, -1, input_ids.shape[1], -1)
+        step.cross_queries = [] if self.alignment_heads else None
         layers = _Layers(cross)
         states = encoder_mask[:, :, None].to(self.model.dtype)  # stands for the encoder's states, which nothing reads
         with (
@@ -197,7 +199,32 @@ class CrossDecoderGraph(torch.nn.Module):
         if len(layers.read) != len(layers):
             raise CheckpointError(not_through_us(self.model, len(layers.read), len(layers)))
         aux = [torch.cat([out.decoder_hidden_states[i] for i in self.aux_layers], dim=-1)] if self.aux_layers else []
-        return (out.logits, captured[0], *aux, *step.caches)
+        return (out.logits, captured[0], *aux, *_alignment(step, self.alignment_heads), *step.caches)
+
+
+def alignment_heads(model: Any) -> tuple[tuple[int, int], ...]:
+    """(layer, head) of the cross-attention heads that follow the source in time, as the checkpoint names them; often none.
+
+    Raises CheckpointError for a head that the decoder does not have.
+    """
+    named = getattr(model.generation_config, "alignment_heads", None) or ()
+    config = model.get_decoder().config
+    heads = tuple((int(layer), int(head)) for layer, head in named)
+    for layer, head in heads:
+        if not (0 <= layer < config.decoder_layers and 0 <= head < config.decoder_attention_heads):
+            raise CheckpointError(
+                f"generation_config.json: alignment_heads names head {head} of layer {layer}; the decoder has "
+                f"{config.decoder_layers} layers of {config.decoder_attention_heads} heads. Fix: this checkpoint's own file."
+            )
+    return heads
+
+
+def _alignment(step: Step, heads: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """[B, T, n · D] queries of those heads, as one output; no output without any."""
+    if step.cross_queries is None:
+        return []
+    queries = [step.cross_queries[layer][:, head] for layer, head in heads]
+    return [torch.stack(queries, dim=2).flatten(2)]
 
 
 @contextlib.contextmanager
@@ -299,8 +326,8 @@ def trace_decoder(
     program = to_onnx(CrossDecoderGraph(model, aux_layers), inputs, axes)
     own, source = _names(caches), _names(cross_caches)
     rename(program.model.graph.inputs, [*contract.STEP_INPUTS, *own, *source, contract.ENCODER_MASK])
-    aux = [contract.AUX_HIDDEN] if aux_layers else []
-    rename(program.model.graph.outputs, [contract.LOGITS, contract.HIDDEN, *aux, *map(contract.updated, own)])
+    more = [contract.AUX_HIDDEN] * bool(aux_layers) + [contract.ALIGNMENT] * bool(alignment_heads(model))
+    rename(program.model.graph.outputs, [contract.LOGITS, contract.HIDDEN, *more, *map(contract.updated, own)])
     return program.model
 
 

@@ -60,6 +60,8 @@ def attention(
         if position_bias is not None and mask is not None:
             mask = torch.where(mask, position_bias, torch.finfo(query.dtype).min)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if step.cross_queries is not None and mask is not None and mask is step.cross_mask:
+        step.cross_queries.append(query if scale == 1 else query * scale)
     if softcap is not None or not torch.onnx.is_in_onnx_export():
         # Spelled out: whether every runtime's operator caps before it masks, as the checkpoints do, was not checked.
         result = _attention_from_primitives(query, key, value, mask, scale, softcap)

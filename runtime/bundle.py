@@ -148,7 +148,7 @@ class GenerationRules:
     """What the checkpoint's generation_config says; names and meanings are those of transformers.
 
     Lengths count the decoder's tokens, its first included. The last block is Whisper's: tokens by language ("<|en|>") and
-    task ("transcribe"), and what its timestamps need.
+    task ("transcribe"), what its timestamps need, and (layer, head) of the cross-attention heads that tell words' times.
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -176,6 +176,7 @@ class GenerationRules:
     no_timestamps_token_id: int | None = None
     max_initial_timestamp_index: int | None = None
     prev_sot_token_id: int | None = None
+    alignment_heads: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ OUTPUT_ROWS = "output_rows"  # [B, R] int64
 LOGITS = "logits"  # [B, R, V]
 HIDDEN = "hidden"  # [B, T, H]
 AUX_HIDDEN = "aux_hidden"  # [B, T, n * H]
+ALIGNMENT = "alignment_queries"  # [B, T, n * D], scaled, of the n cross-attention heads that follow the source in time
 
 # Of draft heads with K independent heads and k candidates each.
 TOPK_IDS = "topk_ids"  # [B, K, k] int64

@@ -15,6 +15,7 @@ from .engines.ort_engine import DRAFT_THREADS
 from .engines.registry import device_kind, open_engine
 from .errors import OptionError
 from .graph import Engine
+from .memory import give_back_freed_memory
 from .model import Model
 from .tokenizer import Tokenizer
 from .tuning import DrafterTuning, Tuning, read_tuning
@@ -45,13 +46,15 @@ def load(
     """
     device_kind(device)  # refuse an unknown device before anything is read
     bundle = Bundle.load(path, check_hashes=False)  # the engine checks what it reads
+    tokenizer = Tokenizer.load(bundle.path / "tokenizer")
+    give_back_freed_memory()  # before the weights come: the two peaks do not add up
     engine = open_engine(bundle, device, threads)
     _warn_if_slow(engine)
     built = engine.built[0] if engine.built else None
     tuning = read_tuning(bundle, device, built, engine.threads) if tuned else None
     draft_engine = None if draft_model is None else _draft_engine(draft_model, bundle)
     drafters = _drafters(engine, draft_engine, tuning)
-    return Model(bundle, engine, Tokenizer.load(bundle.path / "tokenizer"), drafters, tuning)
+    return Model(bundle, engine, tokenizer, drafters, tuning)
 
 
 def _warn_if_slow(engine: Engine) -> None:

@@ -1,6 +1,8 @@
 """The memory of this process."""
 
+import ctypes
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,3 +24,13 @@ def peak_memory_mb() -> float:
 def resident_memory_mb() -> float:
     """What this process holds now, in MB."""
     return float(psutil.Process().memory_info().rss) / 1e6
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc return what was freed; a no-op with other C libraries.
+
+    After many small allocations, glibc keeps freed memory: 190 MB after a tokenizer of 262,144 tokens was read.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # musl has no such function
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -191,6 +191,7 @@ class Model:
         conditioned: bool = False,
         fallback: Fallback | None = Fallback(),  # noqa: B008  (frozen)
         voice_activity: bool = False,
+        words: bool = False,
         **options: Unpack[DecodeOptions],
     ) -> Transcript:
         """What is said in a recording of any length.
@@ -204,6 +205,7 @@ class Model:
             conditioned: each window reads the text before it, too; names stay the same, and a loop may go on.
             fallback: when a window is decoded again, and when it is silence; None for never.
             voice_activity: leave silence out first (models of 16 kHz; extra vad).
+            words: when each word was said, from the checkpoint's alignment heads.
             options: see DecodeOptions.
 
         Raises:
@@ -212,7 +214,7 @@ class Model:
             OptionError: the model reads no audio, or lacks the language, the task, timestamps or a place for a prompt.
             PromptError: the recording is longer than a model without timestamps reads at once.
         """
-        speech = SpeechOptions(language, task, timestamps, initial_prompt, conditioned, fallback, voice_activity)
+        speech = SpeechOptions(language, task, timestamps, initial_prompt, conditioned, fallback, voice_activity, words)
         return transcribe(Transcriber(self.generator, speech, options), recording)
 
     def stream_audio(

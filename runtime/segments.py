@@ -9,17 +9,23 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .word_times import Word
+
 STEP_S = 0.02  # between two timestamp tokens
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of speech. Times in seconds from the recording's beginning; `token_ids` without timestamps."""
+    """A stretch of speech. Times in seconds from the recording's beginning; `token_ids` without timestamps.
+
+    `words` only where they were asked for.
+    """
 
     start: float
     end: float
     text: str
     token_ids: tuple[int, ...] = ()
+    words: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class SpeechOptions:
     conditioned: bool = False
     fallback: Fallback | None = Fallback()
     voice_activity: bool = False
+    words: bool = False
 
 
 def compression_ratio(text: str) -> float:

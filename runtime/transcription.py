@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,14 @@ from .segments import STEP_S, Segment, Span, split_window
 from .speech_options import Fallback, SpeechOptions, mean_log_prob
 from .states import SLOT_STEP
 from .voice_activity import Stretches, detect_speech
+from .word_alignment import check_alignment, words_of
+from .word_times import Word
 
 PREVIOUS, NO_SPEECH = "<|startofprev|>", ("<|nospeech|>", "<|nocaptions|>")  # Whisper's tokens
 ENGLISH = "en"
 LEAST_ADVANCE = 50  # steps of a window's timestamps: what hardly moves would be decoded for ever
 DISTRUSTED = 0.5  # text decoded at a higher temperature is no context for the next window
+Timed = TypeVar("Timed", Segment, Word)
 Recording = str | Path | NDArray[Any]  # a sound file, or samples as `load_audio` takes them
 
 
@@ -106,6 +109,8 @@ class Transcriber:
         self.languages: dict[str, float] = {}
         self._task = self._task_ids(speech.task)
         self._previous = self._initial_prompt(speech.initial_prompt)
+        if speech.words:
+            check_alignment(generator.engine)
         self._window: tuple[Samples, NDArray[np.float32]] | None = None  # the last one, and its features
 
     @property
@@ -269,7 +274,8 @@ class Transcriber:
                 at += len(window)
                 continue
             spans, advance = self.spans(result.token_ids, len(window))
-            yield self.segments(spans, at, len(samples)), result
+            words = self._words(window, spans) if self.speech.words else None
+            yield self.segments(spans, at, len(samples), words), result
             at += max(advance, LEAST_ADVANCE * step)
 
     @property
@@ -284,16 +290,43 @@ class Transcriber:
         spans, advance = split_window(text, no_times + 1, samples // self.samples_per_step)
         return spans, advance * self.samples_per_step
 
-    def segments(self, spans: Sequence[Span], begin: int, end: int) -> list[Segment]:
-        """The spans that hold text, of a window that begins at sample `begin` of a recording with `end` samples."""
+    def segments(
+        self, spans: Sequence[Span], begin: int, end: int, words: Sequence[Sequence[Word]] | None = None
+    ) -> list[Segment]:
+        """The spans that hold text, of a window that begins at sample `begin` of a recording with `end` samples.
+
+        `words`: of each span, their times counted from the window's beginning.
+        """
         begin_s, end_s = begin / self.sampling_rate, end / self.sampling_rate
         found = []
-        for span in spans:
+        for index, span in enumerate(spans):
             text = self._generator.tokenizer.decode(span.token_ids).strip()
-            start, stop = (min(begin_s + steps * STEP_S, end_s) for steps in (span.start, span.end))
+            start, stop = (round(min(begin_s + steps * STEP_S, end_s), 2) for steps in (span.start, span.end))
+            own = () if words is None else tuple(_later(word, begin_s, end_s) for word in words[index])
             if text:
-                found.append(Segment(round(start, 2), round(stop, 2), text, span.token_ids))
+                found.append(Segment(start, stop, text, span.token_ids, own))
         return found
+
+    def _words(self, samples: Samples, spans: Sequence[Span]) -> list[list[Word]]:
+        features, frames = self._features(samples), -(-len(samples) // self.samples_per_step)
+        with self._generator.exclusive() as engine:
+            prompt, language = self._own_prompt(timestamps=False), self.language.strip("<|>")
+            return words_of(engine, self._generator.tokenizer, features, prompt, spans, frames, language)
+
+    def whole(self, audio: Audio, result: Result) -> Segment:
+        """One segment for a recording within a window, decoded without timestamps."""
+        ends = self._rules.eos_token_ids
+        text = tuple(token for token in result.token_ids if token not in ends)
+        span = Span(0, len(audio.samples) // self.samples_per_step, text)
+        words = self._words(audio.samples, [span])[0] if self.speech.words else []
+        own = tuple(_later(word, 0.0, audio.duration_s) for word in words)
+        return Segment(0.0, round(audio.duration_s, 2), result.text.strip(), tuple(result.token_ids), own)
+
+
+def _later(word: Word, begin_s: float, end_s: float) -> Word:
+    """Of a window that begins there, in a recording that ends there."""
+    start, end = (round(min(begin_s + seconds, end_s), 2) for seconds in (word.start, word.end))
+    return Word(start, end, word.text)
 
 
 def transcribe(transcriber: Transcriber, recording: Recording) -> Transcript:
@@ -307,10 +340,15 @@ def transcribe(transcriber: Transcriber, recording: Recording) -> Transcript:
         return _transcript(transcriber, audio, (), ())
     found = _whole(transcriber, dataclasses.replace(audio, samples=spoken))
     segments = [
-        dataclasses.replace(one, start=_moved(one.start, speech, rate), end=_moved(one.end, speech, rate))
+        dataclasses.replace(_put_back(one, speech, rate), words=tuple(_put_back(word, speech, rate) for word in one.words))
         for one in found.segments
     ]
     return _transcript(transcriber, audio, segments, found.windows)
+
+
+def _put_back(one: Timed, speech: Stretches, rate: int) -> Timed:
+    """With the times of the recording that silence was taken out of."""
+    return dataclasses.replace(one, start=_moved(one.start, speech, rate), end=_moved(one.end, speech, rate))
 
 
 def _moved(seconds: float, speech: Stretches, rate: int) -> float:
@@ -327,8 +365,7 @@ def _whole(transcriber: Transcriber, audio: Audio) -> Transcript:
     result = transcriber.hear(audio.samples, timestamps=False)
     if result is None:
         return _transcript(transcriber, audio, (), ())
-    whole = Segment(0.0, round(audio.duration_s, 2), result.text.strip(), tuple(result.token_ids))
-    return _transcript(transcriber, audio, [whole], (result,))
+    return _transcript(transcriber, audio, [transcriber.whole(audio, result)], (result,))
 
 
 def _transcript(transcriber: Transcriber, audio: Audio, segments: Sequence[Segment], results: tuple[Result, ...]) -> Transcript:

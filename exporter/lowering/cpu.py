@@ -14,6 +14,7 @@ from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.grouped_heads import fold_grouped_heads
 from headstart.exporter.passes.grouped_query_attention import fuse_attention, fused_layers
 from headstart.exporter.passes.linear import linears
+from headstart.exporter.passes.multi_head_attention import fuse_unmasked_attention
 from headstart.exporter.passes.normalization import fuse_normalization
 from headstart.exporter.passes.packed_linears import pack_linears
 from headstart.exporter.passes.per_row_int8 import Product, lower_linears
@@ -52,7 +53,7 @@ def lower_decoder(model: ir.Model, positions: int, product: Product) -> Lowered:
 
 def lower_graph(model: ir.Model, product: Product) -> ir.Model:
     """Lower a graph that keeps no cache: a draft head's, or an encoder's."""
-    for lowering in _common(product):
+    for lowering in (*_common(product), fuse_unmasked_attention):
         model, _ = lowering(model)
     return model
 

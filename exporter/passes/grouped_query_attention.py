@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from headstart.runtime import contract
 
+from .head_layout import flat, replace_heads
 from .rotary import Rotary, match_rotary, rotary_table
 from .surgery import MICROSOFT, Writer, clean, constant_of, in_order, producer, replace_value
-from .values import operand, shape_of, size_of, stated
+from .values import operand, size_of, stated
 
 Pair = tuple[ir.Value, ir.Value]
 TABLE_STEP = 8  # the operator takes rotary tables whose width is a multiple of this
-HEAD_NORMS = ("SimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization")
 MASKED = np.float32(-1e30)  # added to a masked score: its exponential is zero, and no sum overflows
 
 
@@ -142,8 +142,8 @@ def _rewrite(model: ir.Model, layer: _Layer, shared: _Shared) -> None:
     if rotary is not None:
         query, key = rotary
     write = Writer(model, layer.node)
-    flat = [_flat(write, v, n * size) for v, n in ((query, heads), (key, kv_heads), (layer.value, kv_heads))]
-    inputs = [*_packed(flat), layer.key_cache, layer.value_cache, shared.last, shared.total]
+    rows = [flat(write, v, n * size) for v, n in ((query, heads), (key, kv_heads), (layer.value, kv_heads))]
+    inputs = [*_packed(rows), layer.key_cache, layer.value_cache, shared.last, shared.total]
     inputs += [*(tables or (None, None)), shared.position_ids if tables else None, shared.bias(layer.mask, layer.node)]
     scale = layer.node.attributes.get("scale")
     integers: dict[str, Any] = {}
@@ -162,7 +162,7 @@ def _rewrite(model: ir.Model, layer: _Layer, shared: _Shared) -> None:
         **integers,
     )
     keys.shape, values.shape = layer.key_cache.shape, layer.value_cache.shape
-    _replace_output(write, layer.node.outputs[0], out, heads, size)
+    replace_heads(write, layer.node.outputs[0], out, heads, size)
     replace_value(layer.key_scatter.outputs[0], keys)
     replace_value(layer.value_scatter.outputs[0], values)
 
@@ -183,68 +183,12 @@ def _rotary(layer: _Layer, shared: _Shared) -> tuple[Pair | None, Pair | None]:
     return ((query.source, key.source), tables) if tables is not None else (None, None)
 
 
-def _flat(write: Writer, value: ir.Value, width: int) -> ir.Value:
-    """[B, T, heads · D] of a [B, heads, T, D] value: what it was reshaped from, when that is how it came about."""
-    rows_first = _rows_first(write, value)
-    reshaped = producer(rows_first, "Reshape")
-    source = reshaped.inputs[0] if reshaped is not None else None
-    if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
-        return source
-    return write.node("Reshape", [rows_first, write.ints([0, 0, width])])
-
-
-def _rows_first(write: Writer, value: ir.Value) -> ir.Value:
-    """[B, T, heads, D] of a [B, heads, T, D] value: what was transposed to it, or to the input of the norm that gave it."""
-    node = value.producer()
-    if node is not None and _is_transpose(node):
-        return operand(node, 0)
-    transpose = operand(node, 0).producer() if node is not None and _is_head_norm(node) else None
-    if node is None or transpose is None or not _is_transpose(transpose):
-        return write.node("Transpose", [value], perm=[0, 2, 1, 3])
-    inputs = [transpose.inputs[0], *node.inputs[1:]]
-    return write.node(node.op_type, inputs, node.domain, **node.attributes)
-
-
-def _is_transpose(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and list(node.attributes["perm"].value) == [0, 2, 1, 3]
-
-
-def _is_head_norm(node: ir.Node) -> bool:
-    """It normalises the last axis alone, so the order of the others does not matter to it."""
-    axis = node.attributes.get("axis")
-    return node.op_type in HEAD_NORMS and (axis is None or axis.value == -1)
-
-
 def _packed(flat: Sequence[ir.Value]) -> Sequence[ir.Value | None]:
     """[query-key-value, None, None] when the three are the parts of one split; else as they are."""
     split = producer(flat[0], "Split")
     if split is None or len(split.outputs) != 3 or any(a is not b for a, b in zip(flat, split.outputs, strict=True)):
         return flat
     return [split.inputs[0], None, None]
-
-
-def _replace_output(write: Writer, old: ir.Value, new: ir.Value, heads: int, size: int) -> None:
-    """Let readers of the portable [B, H, T, D] output read GroupQueryAttention's [B, T, H · D]."""
-    new.shape = ir.Shape([shape_of(old)[0], shape_of(old)[2], heads * size])
-    new.type = old.type
-    for node, _ in list(old.uses()):
-        flat = _flattened(node, heads * size)
-        if flat is not None:
-            replace_value(flat, new)
-    if old.uses():
-        split = write.node("Reshape", [new, write.ints([0, 0, heads, size])])
-        replace_value(old, write.node("Transpose", [split], perm=[0, 2, 1, 3]))
-
-
-def _flattened(transpose: ir.Node, width: int) -> ir.Value | None:
-    """The output of the Transpose and Reshape that turn an attention's output into [B, T, H · D]."""
-    if not _is_transpose(transpose):
-        return None
-    for node, _ in transpose.outputs[0].uses():
-        out = node.outputs[0]
-        if node.op_type == "Reshape" and out.shape is not None and len(out.shape) == 3 and out.shape[2] == width:
-            return out
-    return None
 
 
 def fused_layers(model: ir.Model) -> int:

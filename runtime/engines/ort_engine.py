@@ -199,7 +199,9 @@ def _stored(outputs: Any, name: str) -> NDArray[Any]:
 
 
 def _padded(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    """[1, …, E, D] arrays of unequal E as one [B, …, longest E, D], zeros after the shorter ones."""
+    """[1, …, E, D] arrays of unequal E as one [B, …, longest E, D], zeros after the shorter ones; a single one as it is."""
+    if len(arrays) == 1:
+        return arrays[0]
     longest = max(array.shape[-2] for array in arrays)
     result = np.zeros((len(arrays), *arrays[0].shape[1:-2], longest, arrays[0].shape[-1]), arrays[0].dtype)
     for row, array in zip(result, arrays, strict=True):

@@ -22,7 +22,7 @@ RIVAL = Rival(
         "openvino-genai==2026.4.1",
         "optimum-intel==2.2.0",
         "nncf==3.4.0",
-        "transformers==5.5.4",  # the newest that optimum-intel takes
+        "transformers==4.57.6",  # the newest that optimum-intel exports every architecture with
         "torch==2.13.0",
     ),
     weights=("int8", "int4"),
