@@ -17,7 +17,7 @@ from headstart.runtime.model import Model, Prompt
 from headstart.runtime.prompts import read_answers, text_of
 from headstart.runtime.speech_options import SpeechOptions
 from headstart.runtime.tokenizer import Tokenizer
-from headstart.runtime.transcription import Transcriber
+from headstart.runtime.transcriber import Transcriber
 
 WINDOW = 256  # tokens that attend to one another
 LEAST = 64  # tokens of targets: less would prove nothing

@@ -10,6 +10,7 @@ from published_bundles import Bundles
 import headstart
 from headstart.calibration.report import compare
 from headstart.calibration.verify import verify
+from headstart.runtime.audio import load_audio
 from headstart.runtime.prompts import read_inputs
 
 pytestmark = pytest.mark.published
@@ -31,6 +32,18 @@ def test_int8_keeps_the_quality(whisper: Bundles) -> None:
 def test_nothing_is_found_by_verify(whisper: Bundles) -> None:
     report = verify(whisper.int8, read_inputs(RECORDINGS)[:2], 24, samples=50)
     assert report.ok, report
+
+
+def test_no_word_is_said_in_a_pause(whisper: Bundles) -> None:
+    """Two recordings with three seconds of silence between them."""
+    parts = [load_audio(RECORDINGS.parent / f"sentences-{i}.wav", 16_000).samples for i in (1, 2)]
+    begin, end = len(parts[0]) / 16_000, len(parts[0]) / 16_000 + 3
+    joined = np.concatenate([parts[0], np.zeros(3 * 16_000, np.float32), parts[1]])
+    heard = headstart.load(whisper.int8).transcribe(joined, "en", words=True)
+    words = [word for segment in heard.segments for word in segment.words]
+    assert sum(word.end < begin + 0.5 for word in words) >= 2 <= sum(word.start > end - 0.5 for word in words)
+    assert not [word for word in words if begin + 0.5 < (word.start + word.end) / 2 < end - 0.5]
+    assert "".join(word.text for word in words).split() == heard.text.split()
 
 
 def test_silence_has_no_text(whisper: Bundles) -> None:

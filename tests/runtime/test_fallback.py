@@ -15,7 +15,7 @@ from headstart.runtime.model import Model
 from headstart.runtime.results import Result, Stats
 from headstart.runtime.sequence import TokenLogProbs
 from headstart.runtime.speech_options import Fallback, SpeechOptions, compression_ratio, mean_log_prob
-from headstart.runtime.transcription import Transcriber
+from headstart.runtime.transcriber import Transcriber
 
 FIRST = 777  # <|0.00|>
 STATS = Stats("none", 1, 1.0, 0, 0.0, 0.0, 0.0)

@@ -32,7 +32,7 @@ from headstart.runtime.errors import OptionError, PromptError
 from headstart.runtime.model import Model
 from headstart.runtime.prompts import read_inputs
 from headstart.runtime.segments import split_window
-from headstart.runtime.transcription import LEAST_ADVANCE
+from headstart.runtime.transcriber import LEAST_ADVANCE
 
 WINDOW_S = 6
 FIRST = 777  # <|0.00|>
