@@ -30,7 +30,6 @@ def transcribe(
     ] = True,
     voice_activity: Annotated[bool, typer.Option("--voice-activity", help="Leave silence out first (extra vad).")] = False,
     words: Annotated[bool, typer.Option("--words", help="When each word was said; with --format json.")] = False,
-    batch: Annotated[int, typer.Option(help="Windows decoded together, cut at pauses (extra vad).", min=1)] = 1,
     drafter: DrafterName = None,
     draft_model: DraftModel = None,
     device: BuiltFor = "cpu",
@@ -56,7 +55,6 @@ def transcribe(
         fallback=Fallback() if fallback else None,
         voice_activity=voice_activity,
         words=words,
-        batch=batch,
         drafter="auto" if drafter is None else drafter,
     )
     print_notes(heard.notes)

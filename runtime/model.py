@@ -193,7 +193,6 @@ class Model:
         fallback: Fallback | None = Fallback(),  # noqa: B008  (frozen)
         voice_activity: bool = False,
         words: bool = False,
-        batch: int = 1,
         **options: Unpack[DecodeOptions],
     ) -> Transcript:
         """What is said in a recording of any length.
@@ -208,18 +207,15 @@ class Model:
             fallback: when a window is decoded again, and when it is silence; None for never.
             voice_activity: leave silence out first (models of 16 kHz; extra vad).
             words: when each word was said, from the checkpoint's alignment heads.
-            batch: windows decoded together, cut at pauses (models of 16 kHz; extra vad); with 1, each begins where the one
-                before it ended.
             options: see DecodeOptions.
 
         Raises:
             AudioError: no such file, not a sound file, empty, or truncated.
-            MissingExtraError: a file was given and `headstart[audio]` is missing, or `headstart[vad]` for voice activity and
-                batches.
+            MissingExtraError: a file was given and `headstart[audio]` is missing, or `headstart[vad]` for voice activity.
             OptionError: the model reads no audio, or lacks the language, the task, timestamps or a place for a prompt.
             PromptError: the recording is longer than a model without timestamps reads at once.
         """
-        speech = SpeechOptions(language, task, timestamps, initial_prompt, conditioned, fallback, voice_activity, words, batch)
+        speech = SpeechOptions(language, task, timestamps, initial_prompt, conditioned, fallback, voice_activity, words)
         return transcribe(Transcriber(self.generator, speech, options), recording)
 
     def stream_audio(

@@ -57,14 +57,6 @@ def split_window(tokens: Sequence[int], first: int, length: int) -> tuple[list[S
     return spans, length if finished else spans[-1].end or length
 
 
-def split_all(tokens: Sequence[int], first: int, length: int) -> list[Span]:
-    """As `split_window`, of a window after which no other begins: what is unfinished ends with the window."""
-    spans, end = split_window(tokens, first, length)
-    pairs = [i + 1 for i in range(len(tokens) - 1) if tokens[i] >= first and tokens[i + 1] >= first]
-    rest = tokens[pairs[-1] :] if pairs and end < length else ()
-    return [*spans, _span(rest, first, end, length)] if any(token < first for token in rest) else spans
-
-
 def _timed(tokens: Sequence[int], first: int) -> Span:
     return _span(tokens, first, tokens[0] - first, tokens[-1] - first)
 

@@ -3,7 +3,6 @@
 import zlib
 from dataclasses import dataclass
 
-from .errors import OptionError
 from .results import Result
 
 
@@ -42,11 +41,6 @@ class SpeechOptions:
     fallback: Fallback | None = Fallback()
     voice_activity: bool = False
     words: bool = False
-    batch: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise OptionError(f"batch must be at least 1, got {self.batch}.")
 
 
 def compression_ratio(text: str) -> float:

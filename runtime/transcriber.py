@@ -17,7 +17,7 @@ from .generation import Generator, Input
 from .options import DecodeOptions, GenerateOptions
 from .prefill import last_logits, open_state, prefill
 from .results import Result
-from .segments import STEP_S, Segment, Span, split_all, split_window
+from .segments import STEP_S, Segment, Span, split_window
 from .speech_options import Fallback, SpeechOptions, mean_log_prob
 from .states import SLOT_STEP
 from .word_alignment import check_alignment, words_of
@@ -143,34 +143,23 @@ class Transcriber:
         """Decode one window, at most `window` samples, once. `options`: in place of the transcriber's own."""
         given, own = self._input(samples, timestamps), self._options if options is None else options
         asked: GenerateOptions = {**own, "timestamps": timestamps, "hypotheses": [hypothesis] if hypothesis else ()}
-        return self._decoded([given], asked)[0]
-
-    def _decoded(self, given: list[Input], asked: GenerateOptions) -> list[Result]:
         if asked.get("max_new_tokens") is None:
-            asked["max_new_tokens"] = self._generator.engine.model.max_cache - max(len(one.prompt_ids) for one in given)
-        generation = self._generator.start(given, asked)
+            asked["max_new_tokens"] = self._generator.engine.model.max_cache - len(given.prompt_ids)
+        generation = self._generator.start([given], asked)
         for _ in generation.pieces():
             pass
-        return generation.results()
+        return generation.results()[0]
 
-    def hear_all(self, windows: Sequence[Samples], timestamps: bool) -> list[Result | None]:
-        """Several windows decoded together; each whose text looks wrong again by itself, see `hear`."""
-        given = [self._input(window, timestamps) for window in windows]
-        fallback, options = self.speech.fallback, self._options
-        told: DecodeOptions = {} if fallback is None else {"logprobs": options.get("logprobs") or 0}
-        firsts = self._decoded(given, {**options, **told, "timestamps": timestamps, "hypotheses": ()})
-        return [self.hear(window, timestamps, first) for window, first in zip(windows, firsts, strict=True)]
-
-    def hear(self, samples: Samples, timestamps: bool, first: Result | None = None) -> Result | None:
-        """Decode one window until its text is good enough, see Fallback; None for silence. `first`: decoded already."""
+    def hear(self, samples: Samples, timestamps: bool) -> Result | None:
+        """Decode one window until its text is good enough, see Fallback; None for silence."""
         fallback, options = self.speech.fallback, self._options
         if fallback is None or options.get("temperature"):
-            return first or self.decode(samples, timestamps)
+            return self.decode(samples, timestamps)
         tried: list[Result] = []
         for temperature in fallback.temperatures:
             drawn: DecodeOptions = {} if not temperature else {"temperature": temperature, "seed": options.get("seed") or 0}
             told: DecodeOptions = {**options, **drawn, "logprobs": options.get("logprobs") or 0}
-            result = first if first and not tried else self.decode(samples, timestamps, options=told)
+            result = self.decode(samples, timestamps, options=told)
             if not fallback.repeats(result) and not fallback.improbable(result):
                 return self._remembered(result, temperature)
             if not tried and fallback.improbable(result) and self._is_silent(samples, fallback):
@@ -256,11 +245,6 @@ class Transcriber:
         no_times = self._rules.no_timestamps_token_id
         assert no_times is not None, "the model writes timestamps"
         return no_times + 1
-
-    def whole_window(self, samples: Samples, result: Result, begin: int, end: int) -> list[Segment]:
-        """All segments of a window after which no other begins; `begin` and `end` as for `segments`."""
-        spans = split_all(self._text(result.token_ids), self._first_time, len(samples) // self.samples_per_step)
-        return self.segments(spans, begin, end, self._words(samples, spans) if self.speech.words else None)
 
     def segments(
         self, spans: Sequence[Span], begin: int, end: int, words: Sequence[Sequence[Word]] | None = None

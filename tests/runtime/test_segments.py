@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import WhisperForConditionalGeneration
 
-from headstart.runtime.segments import STEP_S, Span, split_all, split_window
+from headstart.runtime.segments import STEP_S, Span, split_window
 
 FIRST = 100  # <|0.00|>
 LENGTH = 300  # steps: a window of 6 s
@@ -20,19 +20,6 @@ def time(seconds: float) -> int:
 def test_a_pair_ends_a_segment_and_what_follows_is_unfinished() -> None:
     tokens = [time(0), 1, 2, time(1.2), time(1.5), 3, 4]
     assert split_window(tokens, FIRST, LENGTH) == ([Span(0, 60, (1, 2))], 60)
-
-
-def test_nothing_is_left_for_a_window_that_will_not_come() -> None:
-    tokens = [time(0), 1, 2, time(1.2), time(1.5), 3, 4]
-    assert split_all(tokens, FIRST, LENGTH) == [Span(0, 60, (1, 2)), Span(60, LENGTH, (3, 4))]
-    for finished in (
-        [time(0), 1, time(3), time(3.2)],
-        [time(0.5), 1, time(1), time(1), 2, time(2)],
-        [time(0), 1, 2],
-        [1, 2],
-        [],
-    ):
-        assert split_all(finished, FIRST, LENGTH) == split_window(finished, FIRST, LENGTH)[0]
 
 
 def test_a_lone_timestamp_at_the_end_finishes_the_window() -> None:

@@ -5,16 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from speech import RATE, SPEECH, recording
+from speech import RATE, SPEECH
 
 import headstart
 from headstart.runtime.audio import load_audio
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import MissingExtraError, OptionError
-from headstart.runtime.results import Result
-from headstart.runtime.speech_options import Fallback, SpeechOptions
-from headstart.runtime.transcriber import Transcriber
-from headstart.runtime.voice_activity import BREATH_S, Stretches, detect_speech, stretches, windows
+from headstart.runtime.voice_activity import Stretches, detect_speech, stretches
 
 VOICE = SPEECH / "recordings" / "sentences-4.wav"
 
@@ -38,49 +35,6 @@ def test_places_are_those_of_the_recording() -> None:
     assert joined.tolist() == [*range(10, 20), *range(50, 55)]
     assert [found.original(at) for at in (0, 9, 10, 11, 15, 99)] == [10, 19, 20, 51, 55, 55]
     assert Stretches(()).joined(samples).size == 0 and Stretches(()).original(7) == 7
-
-
-def test_windows_hold_whole_stretches() -> None:
-    speech = Stretches(((0, 40), (50, 90), (100, 130), (200, 430)))
-    assert windows(speech, 100) == [(0, 90), (100, 130), (200, 276), (276, 353), (353, 430)]
-    assert windows(speech, 130) == [(0, 130), (200, 315), (315, 430)]
-    assert windows(Stretches(()), 100) == []
-
-
-def test_windows_decoded_together(speech_bundle: Bundle) -> None:
-    """Each as it is by itself, at its place in the recording; windows of 6 s."""
-    model = headstart.load(speech_bundle.path)
-    samples = load_audio(SPEECH / "recordings" / "long.wav", RATE).samples
-    options: dict[str, Any] = {"drafter": "none", "max_new_tokens": 30, "fallback": None}
-    heard = model.transcribe(samples, batch=3, **options)
-    bounds = windows(detect_speech(samples, RATE, BREATH_S), 6 * RATE)
-    assert len(bounds) == len(heard.windows) >= 2
-    alone = [model.transcribe(samples[begin:end], **options).windows[0].token_ids for begin, end in bounds]
-    assert [window.token_ids for window in heard.windows] == alone
-    assert all(0 <= at <= heard.duration_s for one in heard.segments for at in (one.start, one.end))
-    with pytest.raises(OptionError, match=r"without `conditioned`. Fix: batch=1"):
-        model.transcribe(samples, batch=2, conditioned=True)
-    with pytest.raises(OptionError, match="batch must be at least 1, got 0"):
-        model.transcribe(samples, batch=0)
-
-
-def test_a_doubtful_window_of_a_batch_is_decoded_again(speech_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = headstart.load(speech_bundle.path)
-    transcriber = Transcriber(model.generator, SpeechOptions(language="en"), {"max_new_tokens": 8})
-    monkeypatch.setattr(Fallback, "repeats", lambda self, result: False)
-    doubtful: list[list[int]] = []
-
-    def improbable(self: Fallback, result: Result) -> bool:
-        """The first that is asked for, once."""
-        doubtful.append(result.token_ids)
-        return len(doubtful) == 1
-
-    monkeypatch.setattr(Fallback, "improbable", improbable)
-    monkeypatch.setattr(Transcriber, "_is_silent", lambda *_: False)
-    found = transcriber.hear_all([recording(3, 1), recording(3, 2)], timestamps=True)
-    assert len(found) == 2 and len(doubtful) == 3
-    assert found[0] is not None and found[0].token_ids == doubtful[1]
-    assert found[1] is not None and found[1].token_ids == doubtful[2]
 
 
 def padded(seconds: float) -> Any:
