@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from .errors import OptionError
 from .rules import LogitRule, NoRepeatNGram, RepetitionPenalty, RuleState, SuppressedTokens, in_order, replaces
 
+BLOCK = 64  # scores of which only the best is looked at first
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -140,7 +142,7 @@ class LogitState:
             return result
         scores = scores / options.temperature
         if 0 < options.top_k < len(scores):
-            scores[scores < np.partition(scores, -options.top_k)[-options.top_k]] = -np.inf
+            scores[scores < _kth_best(scores, options.top_k)] = -np.inf
         if options.top_p < 1:
             scores[_outside_top_p(scores, options.top_p)] = -np.inf
         probabilities = _softmax(scores)
@@ -155,10 +157,24 @@ def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum())
 
 
-def _outside_top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Indices outside the smallest set of best tokens whose probability reaches top_p; the best token always stays."""
-    order = np.argsort(scores, kind="stable")  # rising, as transformers sorts
-    rising = np.cumsum(_softmax(scores)[order])
-    removed = rising <= 1 - top_p
-    removed[-1] = False
-    return order[removed]
+def _kth_best(scores: NDArray[np.float64], k: int) -> float:
+    """The k-th highest score. At least k scores reach the k-th highest of the best ones of blocks: few are left to order."""
+    blocks = scores[: len(scores) // BLOCK * BLOCK].reshape(-1, BLOCK).max(axis=1)
+    few = scores if len(blocks) < k else scores[scores >= np.partition(blocks, -k)[-k]]
+    return float(np.partition(few, -k)[-k])
+
+
+def _outside_top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.bool_]:
+    """[V], true outside the smallest set of best tokens whose probability reaches top_p; the best token always stays.
+
+    Tokens of (1 - top_p) / V or less are outside: even all of them together hold no more than 1 - top_p. Few are left to sort.
+    """
+    probabilities = _softmax(scores)
+    candidates = np.flatnonzero(probabilities > (1 - top_p) / len(scores))
+    rising = candidates[np.argsort(scores[candidates], kind="stable")]  # as transformers sorts
+    below = probabilities.sum() - probabilities[candidates].sum()
+    inside = below + np.cumsum(probabilities[rising]) > 1 - top_p
+    inside[-1] = True
+    outside = np.ones(len(scores), np.bool_)
+    outside[rising[inside]] = False
+    return outside

@@ -46,6 +46,25 @@ def test_probabilities_are_those_of_transformers(case: str, seed: int) -> None:
     np.testing.assert_allclose(ours, torch.softmax(scores, -1)[0].numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1003, 262_144])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 12.0])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 50}, {"top_k": 1000}, {"top_p": 0.95}, {"top_p": 0.01}, {"top_k": 20, "top_p": 0.5}]
+)
+def test_large_vocabularies(size: int, spread: float, options: dict[str, Any]) -> None:
+    """Flat and peaked, with ties: only few tokens are sorted, and the same ones are kept."""
+    logits = np.round(np.random.default_rng(0).standard_normal(size) * spread, 2).astype(np.float32)
+    scores = torch.from_numpy(logits.copy())[None].double()
+    if "top_k" in options:
+        scores = reference.TopKLogitsWarper(options["top_k"])(torch.tensor([CONTEXT]), scores)
+    if "top_p" in options:
+        scores = reference.TopPLogitsWarper(options["top_p"])(torch.tensor([CONTEXT]), scores)
+    ours = LogitRules(SamplingOptions(temperature=1.0, **options)).start(CONTEXT).probabilities(logits)
+    wanted = torch.softmax(scores, -1)[0].numpy()
+    assert abs(np.count_nonzero(ours) - np.count_nonzero(wanted)) <= 1  # of equal tokens at the edge, by rounding
+    np.testing.assert_allclose(np.sort(ours), np.sort(wanted), atol=1e-5)
+
+
 def test_logits_are_never_written_into() -> None:
     logits = np.arange(12, dtype=np.float32)
     options = SamplingOptions(temperature=0.5, top_k=3, repetition_penalty=2.0, no_repeat_ngram=2, suppress_tokens=(1,))
