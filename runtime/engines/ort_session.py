@@ -80,7 +80,9 @@ class Provider:
         return dataclasses.replace(self, options=kept)
 
 
-CPU = Provider()
+# ONNX Runtime would join residual additions and norms, which takes its CPU kernels longer; see passes/normalization.py.
+APART = {"optimization.disable_specified_optimizers": "SkipLayerNormFusion"}
+CPU = Provider(entries=APART)
 
 
 def cuda_provider(device: str, folder: Path) -> Provider:
