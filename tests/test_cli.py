@@ -114,6 +114,9 @@ def test_what_is_no_recording(speech_bundle: Bundle, bundle_of: BundleOf, tmp_pa
     assert "is not a file" in refused("generate", speech_bundle.path, "--audio", tmp_path / "b.wav")
     assert "cannot be read as sound" in refused("transcribe", speech_bundle.path, tmp_path / "a.wav")
     assert "reads text, not speech" in refused("transcribe", bundle_of("llama").path, tmp_path / "a.wav")
+    assert "--words has a place in JSON only" in refused("transcribe", speech_bundle.path, tmp_path / "a.wav", "--words")
+    words = ("transcribe", speech_bundle.path, tmp_path / "a.wav", "--words", "--format", "json")
+    assert "names no alignment_heads" in refused(*words)
     assert "reads text, not speech" in refused("generate", bundle_of("llama").path, "--audio", tmp_path / "a.wav")
 
 

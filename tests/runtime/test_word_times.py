@@ -15,9 +15,12 @@ import headstart
 from headstart.exporter.export import export
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import CheckpointError, OptionError
+from headstart.runtime.segments import Segment
 from headstart.runtime.tokenizer import Tokenizer
+from headstart.runtime.transcription import Transcript
 from headstart.runtime.word_alignment import _keys, _queries
 from headstart.runtime.word_times import Word, attended, split_words, token_starts, warped, with_punctuation
+from headstart.transcribe import formatted
 
 HEADS = [[0, 1], [1, 0], [1, 3]]
 PROMPT = [770, 772, 776]
@@ -134,6 +137,23 @@ def test_words_of_a_recording(bundle: Bundle, timestamps: bool) -> None:
     assert all(0 <= word.start <= word.end <= seconds for word in words)
     for segment in heard.segments:
         assert all(a.start <= b.start for a, b in itertools.pairwise(segment.words))
+
+
+def test_words_in_json() -> None:
+    said = (Word(0.1, 0.5, " Hello,"), Word(0.6, 0.9, " you."))
+    segment = Segment(0.1, 0.9, "Hello, you.", (1, 2), said)
+    heard = Transcript("Hello, you.", (segment, Segment(1, 2, "And?")), "en", 2.0, (), (), {"en": 0.9, "de": 0.1})
+    written = json.loads(formatted(heard, "json"))
+    assert written["languages"] == {"en": 0.9, "de": 0.1}
+    assert written["segments"] == [
+        {
+            "start": 0.1,
+            "end": 0.9,
+            "text": "Hello, you.",
+            "words": [{"start": 0.1, "end": 0.5, "text": " Hello,"}, {"start": 0.6, "end": 0.9, "text": " you."}],
+        },
+        {"start": 1, "end": 2, "text": "And?"},
+    ]
 
 
 def test_bundles_without_alignment_heads_say_so(speech_bundle: Bundle) -> None:
