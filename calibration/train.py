@@ -168,12 +168,13 @@ def train_on(
             f"{data.token_ids.shape[1]} at most. Fix: fewer --heads, or sources with longer outputs."
         )
     lm_head = model.get_output_embeddings().weight.detach().clone()
-    token_map = drafted_tokens(data, len(lm_head), options.draft_vocab) if options.draft_vocab else None
+    held_out, training = _split(data, options.held_out)
+    token_map = drafted_tokens(training, len(lm_head), options.draft_vocab) if options.draft_vocab else None
     if token_map is not None:
-        data, lm_head = in_rows(data, token_map, len(lm_head)), lm_head[token_map]
+        held_out, training = (in_rows(part, token_map, len(lm_head)) for part in (held_out, training))
+        lm_head = lm_head[token_map]
     kind = (options.layers, options.own_projection, options.family)
     heads = nn.ModuleList(Head(lm_head, *kind) for _ in range(options.heads))
-    held_out, training = _split(data, options.held_out)
     final_loss = _train(heads, training, options, progress, work.with_settings(asdict(options)) if work else None)
     report = {
         "options": asdict(options),
