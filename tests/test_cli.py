@@ -232,8 +232,9 @@ def test_interrupted_export_leaves_nothing(tmp_path: Path, checkpoint_of: Checkp
     while process.poll() is None:  # an interrupt that comes in a callback of torch's is lost there: users press again
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
-    assert process.returncode == 130
+            process.wait(timeout=20)
+    # Pressed again while Python ends, it ends by the signal itself, which a shell reports as 130, too.
+    assert process.returncode in (130, -signal.SIGINT)
     assert list(tmp_path.iterdir()) == []
 
 
