@@ -13,7 +13,7 @@ from .prefill import CHUNK, prompt_chunk
 from .segments import STEP_S, Span
 from .states import SLOT_STEP, CrossState
 from .tokenizer import Tokenizer
-from .word_times import Weights, Word, attended, split_words, token_starts, with_punctuation
+from .word_times import Weights, Word, attended, split_words, token_starts, with_punctuation, without_pauses
 
 Heads = tuple[tuple[int, ...], ...]  # (layer, head)
 
@@ -51,13 +51,14 @@ def words_of(
     sources = engine.encode([features])
     weights = attended(_queries(engine, sources, [*prompt, *tokens], len(heads)), _keys(sources, heads), frames)
     starts = token_starts(weights, len(tokens) + 1) * STEP_S  # the last is where the text ends
-    found, at = [], 0
+    found: list[list[Word]] = []
+    at = 0
     for span in spans:
         own = split_words(span.token_ids, tokenizer.decode, language)
         bounds = at + np.cumsum([0, *map(len, own)])
         times = zip(own, bounds[:-1], bounds[1:], strict=True)
         words = [Word(float(starts[begin]), float(starts[end]), tokenizer.decode(word)) for word, begin, end in times]
-        found.append(with_punctuation(words))
+        found.append(with_punctuation(without_pauses(words)))
         at += len(span.token_ids)
     return found
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MEDIAN = 7  # frames of the median filter, of every published Whisper
+USUAL_S = 0.7  # duration of a word at most, as openai/whisper limits the median
 BEFORE, AFTER = "\"'“¿([{-", "\"'.。,，!！?？:：”)]}、"  # punctuation of the next word, of the last one
 SPACELESS = frozenset({"zh", "ja", "th", "lo", "my", "yue"})  # languages that put no spaces between words
 REPLACEMENT = "\ufffd"  # what decoding writes for part of a character
@@ -116,6 +117,13 @@ def _whole_characters(tokens: Sequence[int], decode: Callable[[Sequence[int]], s
         if REPLACEMENT not in decode(parts[-1]):
             parts.append([])
     return [part for part in parts if part]
+
+
+def without_pauses(words: Sequence[Word]) -> list[Word]:
+    """A pause is counted to the word after it: no word begins more than twice the usual duration before it ends."""
+    durations = [word.end - word.start for word in words if word.end > word.start]
+    longest = 2 * min(USUAL_S, float(np.median(durations))) if durations else 0.0
+    return [Word(max(word.start, word.end - longest), word.end, word.text) for word in words]
 
 
 def with_punctuation(words: Sequence[Word]) -> list[Word]:

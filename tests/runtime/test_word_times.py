@@ -19,7 +19,7 @@ from headstart.runtime.segments import Segment
 from headstart.runtime.tokenizer import Tokenizer
 from headstart.runtime.transcription import Transcript
 from headstart.runtime.word_alignment import _keys, _queries
-from headstart.runtime.word_times import Word, attended, split_words, token_starts, warped, with_punctuation
+from headstart.runtime.word_times import Word, attended, split_words, token_starts, warped, with_punctuation, without_pauses
 from headstart.transcribe import formatted
 
 HEADS = [[0, 1], [1, 0], [1, 3]]
@@ -121,6 +121,25 @@ def test_punctuation_belongs_to_words() -> None:
     joined = with_punctuation([Word(i, i + 1, text) for i, text in enumerate(said)])
     assert [word.text for word in joined] == [" I", " said:", " “don't", " go.”"]
     assert [(word.start, word.end) for word in joined] == [(0, 1), (1, 2), (4, 5), (5, 6)]
+
+
+def test_a_pause_is_no_part_of_a_word() -> None:
+    words = [
+        Word(0.0, 3.4, " Send"),
+        Word(3.4, 3.6, " a"),
+        Word(3.6, 3.9, " note"),
+        Word(3.9, 3.9, " to"),
+        Word(3.9, 4.1, " me"),
+    ]
+    assert [(round(word.start, 2), word.end) for word in without_pauses(words)] == [
+        (2.9, 3.4),  # twice the median of 0.2, 0.2, 0.3 and 3.4
+        (3.4, 3.6),
+        (3.6, 3.9),
+        (3.9, 3.9),
+        (3.9, 4.1),
+    ]
+    assert without_pauses([Word(0, 9, " slow"), Word(9, 19, " words")])[1].start == pytest.approx(19 - 1.4)
+    assert without_pauses([]) == []
 
 
 @pytest.mark.parametrize("timestamps", [True, False])
