@@ -89,8 +89,14 @@ def generation_rules(model: Any, vocab_size: int) -> GenerationRules:
         no_timestamps_token_id=stated("no_timestamps_token_id"),
         max_initial_timestamp_index=stated("max_initial_timestamp_index"),
         prev_sot_token_id=stated("prev_sot_token_id"),
-        alignment_heads=tuple((int(layer), int(head)) for layer, head in stated("alignment_heads", ())),
+        alignment_heads=alignment_heads(model),
     )
+
+
+def alignment_heads(model: Any) -> tuple[tuple[int, int], ...]:
+    """(layer, head) of the cross-attention heads that follow the source in time, as the checkpoint names them; often none."""
+    named = getattr(model.generation_config, "alignment_heads", None) or ()
+    return tuple((int(layer), int(head)) for layer, head in named)
 
 
 def _token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from headstart.runtime.bundle import KeyValueInfo
 from headstart.runtime.errors import CheckpointError
 
 from .architectures import always_clamped, decoder_inputs, encoder_masks, refuse_sparse, require_inputs
+from .generation_rules import alignment_heads
 from .golden import encoder_states
 from .rope import ONE
 from .step import SlotCache, Step, during
@@ -164,7 +165,7 @@ class CrossDecoderGraph(torch.nn.Module):
         super().__init__()
         self.model = model
         self.aux_layers = aux_layers
-        self.alignment_heads = alignment_heads(model)
+        self.alignment_heads = _checked_alignment_heads(model)
 
     def forward(
         self,
@@ -202,14 +203,9 @@ class CrossDecoderGraph(torch.nn.Module):
         return (out.logits, captured[0], *aux, *_alignment(step, self.alignment_heads), *step.caches)
 
 
-def alignment_heads(model: Any) -> tuple[tuple[int, int], ...]:
-    """(layer, head) of the cross-attention heads that follow the source in time, as the checkpoint names them; often none.
-
-    Raises CheckpointError for a head that the decoder does not have.
-    """
-    named = getattr(model.generation_config, "alignment_heads", None) or ()
-    config = model.get_decoder().config
-    heads = tuple((int(layer), int(head)) for layer, head in named)
+def _checked_alignment_heads(model: Any) -> tuple[tuple[int, int], ...]:
+    """Raises CheckpointError for a head that the decoder does not have."""
+    heads, config = alignment_heads(model), model.get_decoder().config
     for layer, head in heads:
         if not (0 <= layer < config.decoder_layers and 0 <= head < config.decoder_attention_heads):
             raise CheckpointError(

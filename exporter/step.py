@@ -25,9 +25,7 @@ class Step:
     variants: int = 1  # of the model, run together; see `rope`. Their heads are joined in the caches
     windowed: bool = True  # sliding windows are put into the mask here; an encoder's masks hold theirs already
     attended: set[int] = field(default_factory=set)  # layers whose self-attention went through us
-    cross_queries: list[Tensor] | None = (
-        None  # [B, heads, T, D], scaled, of each layer's cross-attention, where they are wanted
-    )
+    cross_queries: list[Tensor] | None = None  # [B, heads, T, D] of each cross-attention, scaled; None keeps none
     slot_positions: Tensor | None = None  # [B, S], filled when a sliding window or a relative bias asks
 
 

@@ -7,11 +7,12 @@ processors. A verify pass applies all of them to every row it tests, so speculat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import OptionError
+from .errors import EngineError, OptionError
 from .rules import LogitRule, NoRepeatNGram, RepetitionPenalty, RuleState, SuppressedTokens, in_order, replaces
 
 BLOCK = 64  # scores of which only the best is looked at first
@@ -133,8 +134,13 @@ class LogitState:
         return logits
 
     def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
-        """[V] float64, the distribution the next token is drawn from; a one-hot of the best token when greedy."""
+        """[V] float64, the distribution the next token is drawn from; a one-hot of the best token when greedy.
+
+        Raises EngineError for NaN, and as `process`.
+        """
         scores = self.process(logits).astype(np.float64)
+        if np.isnan(scores.max()):
+            raise EngineError(f"After {self._tokens} tokens the model's logits hold NaN. Fix: headstart verify.")
         options = self.options
         if options.greedy:
             result = np.zeros_like(scores)
@@ -142,7 +148,7 @@ class LogitState:
             return result
         scores = scores / options.temperature
         if 0 < options.top_k < len(scores):
-            scores[scores < _kth_best(scores, options.top_k)] = -np.inf
+            scores[scores < kth_best(scores, options.top_k)] = -np.inf
         if options.top_p < 1:
             scores[_outside_top_p(scores, options.top_p)] = -np.inf
         probabilities = _softmax(scores)
@@ -157,10 +163,10 @@ def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum())
 
 
-def _kth_best(scores: NDArray[np.float64], k: int) -> float:
+def kth_best(scores: NDArray[Any], k: int) -> float:
     """The k-th highest score. At least k scores reach the k-th highest of the best ones of blocks: few are left to order."""
     blocks = scores[: len(scores) // BLOCK * BLOCK].reshape(-1, BLOCK).max(axis=1)
-    few = scores if len(blocks) < k else scores[scores >= np.partition(blocks, -k)[-k]]
+    few = scores if len(blocks) < k else scores[~(scores < np.partition(blocks, -k)[-k])]  # NaN stays, and is returned
     return float(np.partition(few, -k)[-k])
 
 

@@ -19,6 +19,7 @@ from .drafters.base import Drafter, DraftRequest, Target
 from .errors import HeadstartError
 from .graph import Engine, Outputs, Scores
 from .prefill import CHUNK, check_prompt, prompt_chunk, run_decoder
+from .sampling import kth_best
 from .sequence import FinishReason, Request, Sequence, TokenLogProbs
 from .slots import SlotTable, slots_of
 from .tree import DraftTree, empty_tree
@@ -318,9 +319,8 @@ def _log_probs(wanted: int | None, tokens: list[int], rows: list[int], scores: S
 
 def _token_log_probs(token: int, logits: NDArray[np.float32], count: int) -> TokenLogProbs:
     normalised = logits - logits.max()
-    total = np.log(
-        np.exp(normalised).sum(dtype=np.float64)
-    )  # a sum over a whole vocabulary; the exponentials need no more bits
+    # The sum over a whole vocabulary is in float64; the exponentials need no more bits than they have.
+    total = np.log(np.exp(normalised).sum(dtype=np.float64))
     best = _largest(normalised, count)
     top = tuple((int(i), float(normalised[i] - total)) for i in best)
     return TokenLogProbs(token, float(normalised[token] - total), top)
@@ -330,6 +330,5 @@ def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Places of the largest, best first; of equal ones the first. Without sorting a whole vocabulary for a few."""
     if count <= 0:
         return np.zeros(0, np.int64)
-    least = np.partition(values, -count)[-count] if count < len(values) else values.min()
-    found = np.flatnonzero(values >= least)
+    found = np.flatnonzero(values >= kth_best(values, min(count, len(values))))
     return found[np.argsort(-values[found], kind="stable")][:count]

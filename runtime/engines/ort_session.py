@@ -126,7 +126,9 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.enable_mem_pattern = awake  # plans memory for the shapes of the first pass, in a second block next to the first's
+    if not provider.location:
+        # Memory planned for the first pass's shapes is a second block next to that pass's: not for what runs once a source.
+        options.enable_mem_pattern = awake
     entries = (STAYS_AWAKE if awake else RESTS) | provider.entries | (AS_WRITTEN if as_written else {})
     for entry, value in entries.items():
         options.add_session_config_entry(entry, value)

@@ -16,6 +16,7 @@ from headstart.exporter.graph_builder import GraphBuilder
 from headstart.exporter.passes.multi_head_attention import fuse_unmasked_attention
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.info import engine_folder
+from headstart.runtime.engines.ort_session import CPU
 
 HEADS = 3
 
@@ -75,6 +76,28 @@ def test_encoders_of_speech_transpose_no_heads(
         for file in (folder / "graphs/encoder.onnx", engine_folder(Bundle.load(folder), "cpu") / "encoder.onnx")
     )
     assert built["MultiHeadAttention"] == canonical["Attention"] > 0 == built["Attention"]
+
+
+def test_norms_and_additions_stay_apart(tmp_path: Path) -> None:
+    """In the sessions of the CPU: without their entry, ONNX Runtime joins the two itself."""
+    graph = GraphBuilder()
+    x, y = (ir.val(name, ir.DataType.FLOAT, ("batch", 4, 64)) for name in "xy")
+    ones, zeros = graph.constant("gain", np.ones(64, np.float32)), graph.constant("bias", np.zeros(64, np.float32))
+    out = graph.node("LayerNormalization", [graph.node("Add", [x, y]), ones, zeros], axis=-1)
+    out.name, out.dtype, out.shape = "out", ir.DataType.FLOAT, ir.Shape(("batch", 4, 64))
+    model = ir.to_proto(graph.model([x, y], [out], "norm")).SerializeToString()
+
+    def operators(entries: dict[str, str]) -> set[str]:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        for entry, value in entries.items():
+            options.add_session_config_entry(entry, value)
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return {node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph}
+
+    assert operators(CPU.entries) == {"Add", "LayerNormalization"}
+    assert operators({}) == {"SkipLayerNormalization"}
 
 
 def built_copy(bundle: Bundle, folder: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as reference
 
-from headstart.runtime.errors import OptionError
-from headstart.runtime.sampling import LogitRules, SamplingOptions
+from headstart.runtime.errors import EngineError, OptionError
+from headstart.runtime.sampling import LogitRules, SamplingOptions, kth_best
 
 CONTEXT = [3, 7, 7, 1, 3, 7, 9, 3]
 
@@ -63,6 +63,21 @@ def test_large_vocabularies(size: int, spread: float, options: dict[str, Any]) -
     wanted = torch.softmax(scores, -1)[0].numpy()
     assert abs(np.count_nonzero(ours) - np.count_nonzero(wanted)) <= 1  # of equal tokens at the edge, by rounding
     np.testing.assert_allclose(np.sort(ours), np.sort(wanted), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_p": 0.9}]
+)
+def test_nan_is_one_clear_error(options: dict[str, Any]) -> None:
+    logits = np.zeros(2000, np.float32)
+    logits[::7] = np.nan
+    with pytest.raises(EngineError, match=r"After 8 tokens the model's logits hold NaN"):
+        LogitRules(SamplingOptions(**options)).start(CONTEXT).probabilities(logits)
+
+
+def test_the_kth_best_of_nan_is_nan() -> None:
+    """Log-probabilities ask for it, too: one bad row must not end the requests next to it."""
+    assert np.isnan(kth_best(np.full(2000, np.nan, np.float32), 5))
 
 
 def test_logits_are_never_written_into() -> None:
