@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
-from headstart.exporter.passes.rotation import block_of, rotate, rotated_rows
+from headstart.exporter.passes.rotation import block_of, rotate
 from headstart.exporter.passes.surgery import Writer, only_user, own_initializer, producer
 from headstart.exporter.passes.values import array_of, name_of, operand, shape_of, size_of
+from headstart.runtime.hadamard import rotated_rows
 
 
 def rotate_layers(model: Any, vocab_size: int, lm_head: bool, tables: Collection[str] = ()) -> set[str]:

@@ -76,7 +76,7 @@ def _checked(options: BuildOptions | None, row: type[Target[Any, Any]], device: 
 def _built(target: Target[Any, Any]) -> EngineInfo:
     """Lower, write and compare every graph."""
     bundle = target.bundle
-    for name in bundle.graphs:
+    for name in filter(target.runs, bundle.graphs):
         target.progress(f"lowering {name}")
         target.write(name, target.lower(name, canonical.load_graph(bundle, name)))
         gc.collect()  # a graph's nodes and values refer to each other, and would keep its weights in memory

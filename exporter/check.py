@@ -53,7 +53,7 @@ def check_graphs(bundle: Bundle, target: Target[Any, Any]) -> dict[str, Differen
     found: dict[str, Difference] = {}
     golden = read_golden(bundle)
     inputs = Inputs(bundle, golden["input_ids"][:1], golden["sources"][:1] if "sources" in golden else None)
-    for name in sorted(bundle.graphs, key=_order):
+    for name in sorted(filter(target.runs, bundle.graphs), key=_order):
         forms = target.forms(name)
         reference = [_finite(f"the canonical graph {name}", step) for step in inputs.reference(name)] if forms else []
         for form in forms:
@@ -153,7 +153,8 @@ class Inputs:
 
     def run(self, name: str, form: Form, steps: Sequence[Arrays] = ()) -> list[Arrays]:
         """Outputs of a lowered graph on the same inputs; `steps` of a cached graph in place of the prefill and the tree."""
-        return list(self._outputs(name, Runner(form.file), form.batch, steps or self._steps()))
+        runner = Runner(form.file, lm_head=form.lm_head)
+        return list(self._outputs(name, runner, form.batch, steps or self._steps()))
 
     def _steps(self) -> tuple[Arrays, ...]:
         slots = 2 * self.input_ids.shape[1]
@@ -248,8 +249,18 @@ class Tensor:
 class Runner:
     """One graph in ONNX Runtime on the CPU, its states updated in place as the engine does it."""
 
-    def __init__(self, file: Path, threads: int = 0, shared: Mapping[str, NDArray[Any]] | None = None) -> None:
-        """`shared`: weights that the file refers to elsewhere. Raises MissingExtraError without ONNX Runtime."""
+    def __init__(
+        self,
+        file: Path,
+        threads: int = 0,
+        shared: Mapping[str, NDArray[Any]] | None = None,
+        lm_head: Path | None = None,
+    ) -> None:
+        """`shared`: weights that the file refers to elsewhere; `lm_head`: the file of a decoder's LM head, where it has none.
+
+        Raises MissingExtraError without ONNX Runtime.
+        """
+        self._lm_head = None if lm_head is None else open_session(lm_head, threads, as_written=True)
         self._values = {name: _ort_value(array) for name, array in (shared or {}).items()}
         self._session = open_session(file, threads, self._values, as_written=True)
         self._inputs = [Tensor(node.name, TYPES[node.type], tuple(node.shape)) for node in self._session.get_inputs()]
@@ -265,6 +276,13 @@ class Runner:
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """Outputs by name, without the states; floats as float32."""
+        outputs = self._run(inputs)
+        if self._lm_head is not None:
+            rows = np.take_along_axis(outputs[contract.HIDDEN], inputs[contract.OUTPUT_ROWS][..., None], axis=1)
+            outputs[contract.LOGITS] = self._lm_head.run([contract.LOGITS], {contract.HIDDEN: rows})[0]
+        return outputs
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         binding = self._session.io_binding()
         for tensor in self._inputs:
             if tensor.name in self._states:

@@ -537,6 +537,30 @@ def heads_import(
     print(f"{bundle}/heads/{info.name}: {info.heads} heads, format {info.dialect}")
 
 
+@heads_app.command("shortlist")
+def heads_shortlist(
+    bundle: BundleArg,
+    data: Annotated[
+        Path | None, typer.Option(help="Text of the kind to be written, or JSONL; Python's own sources by default.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="To be listed.", min=16)] = 16384,
+    name: Annotated[str, typer.Option(help="What to call it.")] = "shortlist",
+    force: Force = False,
+) -> None:
+    """Let a bundle decide tokens with the part of its vocabulary that texts use most, and check several at once."""
+    from headstart.calibration.shortlist import make_shortlist
+
+    from .screen import stages
+
+    with stages() as progress:
+        progress("counting tokens")
+        made = make_shortlist(bundle, data, tokens, name, force)
+    print(
+        f"{bundle}/heads/{made.info.name}: {made.info.top_k} of {made.info.vocab_size} tokens, {made.coverage:.1%} of the "
+        f"text's. Next: headstart build {bundle} --device cpu --force"
+    )
+
+
 @heads_app.command("train")
 def heads_train(
     checkpoint: Annotated[str, typer.Argument(help="The base: a checkpoint folder or hub name.", show_default=False)],

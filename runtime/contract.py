@@ -24,6 +24,10 @@ ALIGNMENT = "alignment_queries"  # [B, T, n * D], scaled, of the n cross-attenti
 TOPK_IDS = "topk_ids"  # [B, K, k] int64
 TOPK_LOG_PROBS = "topk_log_probs"  # [B, K, k] float32
 
+# Of short lists of K tokens.
+SHORT_LOGITS = "short_logits"  # [B, R, K] float32, of hidden states [B, R, H]
+SHORT_IDS = "short_ids"  # [K] int64, rising
+
 AUDIO = "audio"  # [B, samples] float32, into the front-end's graph
 INPUT_FEATURES = "input_features"  # out of it; [B, bands, frames], or as the encoder's graph takes it
 ENCODER_MASK = "encoder_mask"  # [B, E] bool, which source rows exist; the encoder's graph takes it for text

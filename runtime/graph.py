@@ -6,7 +6,7 @@ Knows nothing of trees, drafters or acceptance.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,24 @@ class Graph(Protocol):
         With a state, T rows per sequence are written after its committed tokens; nothing is committed. Without a row mask
         the rows are a causal chain. A graph whose states are some of another's (an early exit) runs with the other's state.
         """
+        ...
+
+
+@runtime_checkable
+class SplitDecoder(Protocol):
+    """A decoder `Graph` that can be run without its LM head, and the LM head later."""
+
+    def run_body(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        state: State | None = None,
+        row_mask: NDArray[np.bool_] | None = None,
+    ) -> Outputs:
+        """As `Graph.run`, without logits; `output_rows` are not read."""
+        ...
+
+    def score(self, hidden: NDArray[np.float32]) -> Scores:
+        """The logits of hidden states [R, H] of any passes; valid until the next call."""
         ...
 
 

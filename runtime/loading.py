@@ -11,10 +11,12 @@ from .drafters.cascade import Cascade
 from .drafters.draft_model import DraftModelDrafter
 from .drafters.families import load_head
 from .drafters.ngram import NGramDrafter
+from .drafters.shortlist import SHORTLIST, ShortlistDrafter
+from .drafters.text_index import TextIndexDrafter
 from .engines.ort_engine import DRAFT_THREADS
 from .engines.registry import device_kind, open_engine
 from .errors import OptionError
-from .graph import Engine
+from .graph import Engine, SplitDecoder
 from .memory import give_back_freed_memory
 from .model import Model
 from .tokenizer import Tokenizer
@@ -71,7 +73,9 @@ def _warn_if_slow(engine: Engine) -> None:
 def _drafters(engine: Engine, draft_engine: Engine | None, tuning: Tuning | None) -> dict[str, Drafter]:
     """The bundle's heads, text indices, the draft model, and the pairs that tuning measured, with their measured rates."""
     bundle = engine.bundle
-    drafters: dict[str, Drafter] = {name: load_head(engine, bundle.head(name)) for name in bundle.manifest.heads}
+    heads = [bundle.head(name) for name in bundle.manifest.heads]
+    can_wait = isinstance(engine.graph("decoder"), SplitDecoder)  # for the LM head, as a short list needs it
+    drafters = {head.name: load_head(engine, head) for head in heads if can_wait or head.family != SHORTLIST}
     drafters["ngram"] = NGramDrafter()
     if bundle.manifest.model.source == "text":
         drafters["source_copy"] = source_copy()
@@ -86,9 +90,15 @@ def _drafters(engine: Engine, draft_engine: Engine | None, tuning: Tuning | None
 def with_rates(drafters: Mapping[str, Drafter], name: str, tuned: DrafterTuning) -> Drafter:
     """The drafter of that name, or the pair that it names, using the measured rates."""
     parts = [drafters[part] for part in name.split("+")]
-    drafter = parts[0] if len(parts) == 1 else Cascade(parts[0], parts[1], tuned.enough)
+    drafter = parts[0] if len(parts) == 1 else _pair(parts[0], parts[1], tuned.enough)
     drafter.use_rates(tuned.rates)
     return drafter
+
+
+def _pair(first: Drafter, second: Drafter, enough: float) -> Drafter:
+    if isinstance(first, TextIndexDrafter) and isinstance(second, ShortlistDrafter):
+        return second.after(first)
+    return Cascade(first, second, enough)
 
 
 def _draft_engine(path: str | Path, target: Bundle) -> Engine:

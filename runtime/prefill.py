@@ -42,8 +42,14 @@ def run_decoder(
     output_rows: NDArray[np.int64],  # [B, R]
 ) -> Outputs:
     """One pass of the decoder over new rows; commits nothing."""
-    inputs = {contract.INPUT_IDS: token_ids, contract.POSITION_IDS: position_ids, contract.OUTPUT_ROWS: output_rows}
-    return engine.graph("decoder").run(inputs, state, row_mask)
+    return engine.graph("decoder").run(decoder_inputs(token_ids, position_ids, output_rows), state, row_mask)
+
+
+def decoder_inputs(
+    token_ids: NDArray[np.int64], position_ids: NDArray[np.int64], output_rows: NDArray[np.int64]
+) -> dict[str, NDArray[np.int64]]:
+    """What a pass of the decoder is given; shapes as for `run_decoder`."""
+    return {contract.INPUT_IDS: token_ids, contract.POSITION_IDS: position_ids, contract.OUTPUT_ROWS: output_rows}
 
 
 def prompt_chunk(engine: Engine, state: State, token_ids: Sequence[int]) -> Outputs:

@@ -1,7 +1,8 @@
 """The scheduler: requests join and leave between rounds, each with its own sampling, rules, stops, drafter, budget and seed.
 
 Knows tokens and positions; knows nothing of text. With an empty tree a round is a plain decoding step, so plain and
-speculative decoding are one code path. Nothing here is locked: a scheduler belongs to one thread at a time (see Model).
+speculative decoding are one code path. With a short list (drafters.shortlist) tokens are decided provisionally, round by round,
+and checked several at once. Nothing here is locked: a scheduler belongs to one thread at a time (see Model).
 """
 
 import itertools
@@ -11,18 +12,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from . import contract
 from .acceptance import Accepted, accept, prune
 from .budget import Draft, share
 from .drafters.base import Drafter, DraftRequest, Target
+from .drafters.shortlist import ShortlistDrafter
 from .errors import HeadstartError
-from .graph import Engine, Outputs, Scores
-from .prefill import CHUNK, check_prompt, prompt_chunk, run_decoder
-from .sampling import kth_best
+from .graph import Engine, Outputs, Scores, SplitDecoder
+from .log_probs import log_probs
+from .prefill import CHUNK, check_prompt, decoder_inputs, prompt_chunk
 from .sequence import FinishReason, Request, Sequence, TokenLogProbs
 from .slots import SlotTable, slots_of
-from .tree import DraftTree, empty_tree
+from .tree import DraftTree, chain, empty_tree
 from .verify_cost import CostModel, Curve, RunningCost
 
 MAX_BATCH = 16  # sequences decoded together; more gain little and wait longer for their tokens
@@ -55,6 +57,11 @@ class Scheduler:
         self._engine = engine
         self.cost: CostModel = cost or RunningCost()
         self._table = SlotTable(engine, max_batch)
+        self._decoder = engine.graph("decoder")
+        # Tokens are taken back by rewinding, which recurrent states do not keep enough for.
+        self._lm_head: SplitDecoder | None = None
+        if isinstance(self._decoder, SplitDecoder) and not self._decoder.info.recurrent:
+            self._lm_head = self._decoder
         self._waiting: deque[Sequence] = deque()
         self._filling: Sequence | None = None  # the one whose prompt is being read; its row is the last
         self._sequences: dict[int, Sequence] = {}
@@ -135,6 +142,7 @@ class Scheduler:
         self._waiting = deque(s for s in self._waiting if s.finish_reason is None)
         self._table.leave({sequence.id for sequence in ended}, self._filling)
         for sequence in ended:
+            sequence.take_back()
             if sequence.request.drafter is not None:
                 sequence.request.drafter.close(sequence.draft)
             self._report(sequence)
@@ -190,6 +198,17 @@ class Scheduler:
         return len(chunk)
 
     def _round(self, running: list[Sequence]) -> None:
+        shortlist = self._usable_shortlist(running)
+        if shortlist is not None:
+            self._provisional_round(running[0], shortlist)
+            return
+        for row, sequence in enumerate(running):
+            self._check(row, sequence)
+        if all(sequence.finish_reason is None for sequence in running):
+            self._whole_round(running)
+
+    def _whole_round(self, running: list[Sequence]) -> None:
+        """Every token is decided with the whole vocabulary at once."""
         started = time.perf_counter()
         curve = self.cost.curve(len(running), sum(len(s.token_ids) for s in running) // len(running))
         trees = self._draft(running, curve)
@@ -204,6 +223,66 @@ class Scheduler:
             sequence.clock.draft_s += drafted - started
             sequence.clock.verify_s += verified - drafted
             sequence.clock.decode_s += ended - started
+
+    def _usable_shortlist(self, running: list[Sequence]) -> ShortlistDrafter | None:
+        """Of a sequence that decodes alone and greedily: batches have rows enough, and samples may be any token."""
+        request, drafter = running[0].request, running[0].request.drafter
+        if len(running) > 1 or self._lm_head is None or not isinstance(drafter, ShortlistDrafter):
+            return None
+        wait = drafter.wait(running[0].draft)
+        if wait.resting:
+            wait.rested()
+            return None
+        fits = request.sampling.greedy and request.acceptance in (None, "greedy")
+        return drafter if fits and running[0].tokens_left > 0 else None
+
+    def _provisional_round(self, sequence: Sequence, drafter: ShortlistDrafter) -> None:
+        """Draft, run the decoder without its LM head, and accept what the short list says; check when enough has gathered."""
+        started = time.perf_counter()
+        curve = drafter.cost.curve(1, len(sequence.token_ids))
+        tree = self._draft([sequence], curve)[0]
+        drafted = time.perf_counter()
+        outputs = self._verify([sequence], [tree], scored=False)
+        hidden = outputs.rows(contract.HIDDEN, 0, range(1 + len(tree)))
+        scores = drafter.scores(sequence.draft, hidden)
+        verified = time.perf_counter()
+        drafter.cost.observe(1, 1 + len(tree), 1000 * (verified - drafted))
+        try:
+            path = accept(tree, scores, sequence.logits, sequence.rng, sequence.request.end_tokens)
+        except HeadstartError:  # the rules leave no token of the list
+            drafter.wait(sequence.draft).rest()
+            return
+        kept = [0, *(node + 1 for node in path.nodes)]
+        self._table.state.commit(0, kept)
+        sequence.append_provisionally(path.token_ids, hidden[kept])
+        self._count(sequence, tree, path, curve)
+        drafter.wait(sequence.draft).gathered(len(path.token_ids), 1000 * (time.perf_counter() - started))
+        sequence.clock.draft_s += drafted - started
+        sequence.clock.verify_s += verified - drafted
+        if sequence.waits_for_check(drafter.wait(sequence.draft).tokens):
+            self._check(0, sequence)
+        sequence.clock.decode_s += time.perf_counter() - started
+
+    def _check(self, row: int, sequence: Sequence) -> None:
+        """Let the whole LM head accept of a sequence's provisional tokens what it accepts of a chain that was drafted."""
+        provisional, drafter = sequence.take_back(), sequence.request.drafter
+        if provisional is None:
+            return
+        assert self._lm_head is not None and isinstance(drafter, ShortlistDrafter)
+        started, known = time.perf_counter(), len(sequence.token_ids)
+        scores = self._lm_head.score(np.stack(provisional.hidden))
+        seconds = time.perf_counter() - started
+        drafted = provisional.token_ids[:-1]
+        path = self._decide(sequence, chain(drafted, [0.0] * len(drafted)), scores)
+        if path is None:
+            return
+        missed = path.token_ids != provisional.token_ids
+        drafter.wait(sequence.draft).checked(len(provisional.token_ids), len(path.token_ids), missed, 1000 * seconds)
+        sequence.clock.verify_s += seconds
+        if sequence.finish_reason is None:
+            self._table.state.rewind(row, len(sequence.token_ids) - 1)
+            if missed:
+                drafter.taken_back(sequence.draft, known)
 
     def _draft(self, running: list[Sequence], curve: Curve) -> list[DraftTree]:
         """A tree per sequence, cut to what pays; empty where nothing can be proposed, or where the drafter rests."""
@@ -242,8 +321,11 @@ class Scheduler:
             nodes = request.drafter.default_nodes if request.budget is None else request.budget.max_nodes
         return DraftRequest(sequence.draft, sequence.logits, nodes, sequence.tokens_left - 1)
 
-    def _verify(self, running: list[Sequence], trees: list[DraftTree]) -> Outputs:
-        """One pass over every root and its tree; short trees are padded with rows that see only themselves."""
+    def _verify(self, running: list[Sequence], trees: list[DraftTree], scored: bool = True) -> Outputs:
+        """One pass over every root and its tree; short trees are padded with rows that see only themselves.
+
+        `scored`: with logits.
+        """
         rows = 1 + max(map(len, trees))
         token_ids = np.zeros((len(trees), rows), np.int64)
         depths = np.zeros((len(trees), rows), np.int64)
@@ -257,25 +339,32 @@ class Scheduler:
         lengths = self._table.state.lengths[: len(running), None]
         positions = np.minimum(lengths + depths, self._engine.model.max_cache - 1)
         chosen = np.broadcast_to(np.arange(rows), (len(trees), rows))
-        outputs = run_decoder(self._engine, self._table.state.first(len(running)), token_ids, positions, mask, chosen)
+        inputs, state = decoder_inputs(token_ids, positions, chosen), self._table.state.first(len(running))
+        run = self._decoder.run if scored or self._lm_head is None else self._lm_head.run_body
+        outputs = run(inputs, state, mask)
         outputs.wait()
         return outputs
 
     def _advance(self, sequence: Sequence, tree: DraftTree, outputs: Outputs, row: int, curve: Curve) -> None:
         """Accept, commit and append for one sequence of the round."""
-        budget = None if sequence.request.draft_nodes is not None else sequence.request.budget
-        drafted, root = budget is not None and not budget.resting, sequence.token_ids[-1]
+        root = sequence.token_ids[-1]
         path = self._decide(sequence, tree, outputs.scores(row))
         if path is None:
             return
         kept = [0, *(node + 1 for node in path.nodes)]
         self._table.state.commit(row, kept)
-        sequence.verify_calls += 1
-        sequence.drafted_tokens += len(tree)
-        if budget is not None:
-            budget.observe(len(path.token_ids), float(curve[1 + len(tree)]), float(curve[1]), drafted)
+        self._count(sequence, tree, path, curve)
         if sequence.finish_reason is None:
             self._observe(sequence, outputs, row, kept, [root, *path.token_ids[: len(path.nodes)]])
+
+    def _count(self, sequence: Sequence, tree: DraftTree, path: Accepted, curve: Curve) -> None:
+        """What a pass brought, for the statistics and the budget."""
+        sequence.verify_calls += 1
+        sequence.drafted_tokens += len(tree)
+        budget = None if sequence.request.draft_nodes is not None else sequence.request.budget
+        if budget is not None:
+            milliseconds, plain = float(curve[1 + len(tree)]), float(curve[1])
+            budget.observe(len(path.token_ids), milliseconds, plain, drafted=not budget.resting)
 
     def _decide(self, sequence: Sequence, tree: DraftTree, scores: Scores) -> Accepted | None:
         """Accept a path and append its tokens. None where the request's own rules leave no token: that ends it alone."""
@@ -288,7 +377,7 @@ class Scheduler:
             return None
         appended = sequence.append(path.token_ids)
         rows = [0, *(node + 1 for node in path.nodes)]
-        self._report(sequence, appended, _log_probs(request.logprobs, appended, rows, scores))
+        self._report(sequence, appended, log_probs(request.logprobs, appended, rows, scores))
         return path
 
     def _observe(self, sequence: Sequence, outputs: Outputs, row: int, rows: Iterable[int], tokens: list[int]) -> None:
@@ -308,27 +397,3 @@ def decode_alone(engine: Engine, request: Request, cost: CostModel | None = None
     if sequence.error is not None:
         raise sequence.error
     return sequence
-
-
-def _log_probs(wanted: int | None, tokens: list[int], rows: list[int], scores: Scores) -> list[TokenLogProbs]:
-    """Of each token, decided at the row of the same place."""
-    if wanted is None:
-        return []
-    return [_token_log_probs(token, scores[row], wanted) for token, row in zip(tokens, rows, strict=False)]
-
-
-def _token_log_probs(token: int, logits: NDArray[np.float32], count: int) -> TokenLogProbs:
-    normalised = logits - logits.max()
-    # The sum over a whole vocabulary is in float64; the exponentials need no more bits than they have.
-    total = np.log(np.exp(normalised).sum(dtype=np.float64))
-    best = _largest(normalised, count)
-    top = tuple((int(i), float(normalised[i] - total)) for i in best)
-    return TokenLogProbs(token, float(normalised[token] - total), top)
-
-
-def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Places of the largest, best first; of equal ones the first. Without sorting a whole vocabulary for a few."""
-    if count <= 0:
-        return np.zeros(0, np.int64)
-    found = np.flatnonzero(values >= kth_best(values, min(count, len(values))))
-    return found[np.argsort(-values[found], kind="stable")][:count]

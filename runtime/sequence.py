@@ -89,6 +89,20 @@ class TokenLogProbs:
 
 
 @dataclass
+class Provisional:
+    """Tokens that a short list decided, which the whole vocabulary has yet to check.
+
+    Attributes:
+        logits: the state of the logit rules before them.
+        token_ids, hidden: each token and the hidden state [H] it was decided from.
+    """
+
+    logits: LogitState
+    token_ids: list[int] = field(default_factory=list)
+    hidden: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+@dataclass
 class Clock:
     """Seconds of the rounds that a sequence took part in; rounds are shared with the other sequences of the batch."""
 
@@ -101,7 +115,8 @@ class Clock:
 class Sequence:
     """One text being decoded.
 
-    Invariant: its state holds all its tokens but the last. The last, the root, is decided but not yet verified.
+    Invariant: its state holds all its tokens but the last. The last, the root, is decided but not yet verified. The last few
+    may be provisional: they are part of `token_ids`, and were reported to nobody.
     """
 
     def __init__(self, sequence_id: int, request: Request, max_tokens: int) -> None:
@@ -125,6 +140,7 @@ class Sequence:
         self.prefilled = 0  # tokens of the prompt
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
+        self.provisional: Provisional | None = None
         self.verify_calls = 0
         self.drafted_tokens = 0
         self.clock = Clock()
@@ -155,6 +171,30 @@ class Sequence:
     @property
     def output_ids(self) -> list[int]:
         return self.token_ids[self.prompt_tokens :]
+
+    def append_provisionally(self, token_ids: Tokens[int], hidden: NDArray[np.float32]) -> None:
+        """Append what a short list decided from the rows of `hidden` [≥ n, H], up to the first limit."""
+        if self.provisional is None:
+            self.provisional, self.logits = Provisional(self.logits), self.logits.fork()
+        taken = list(token_ids[: self.tokens_left])
+        self.provisional.token_ids += taken
+        self.provisional.hidden += list(hidden[: len(taken)])
+        self.token_ids.extend(taken)
+        for token in taken:
+            self.logits.advance(token)
+
+    def waits_for_check(self, tokens: int) -> bool:
+        """Whether so many tokens are provisional, or the text may be at its end."""
+        ends = self.tokens_left == 0 or self.token_ids[-1] in self.request.end_tokens
+        return self.provisional is not None and (ends or len(self.provisional.token_ids) >= tokens)
+
+    def take_back(self) -> Provisional | None:
+        """Remove the provisional tokens, and return them; None where there are none."""
+        taken, self.provisional = self.provisional, None
+        if taken is not None:
+            del self.token_ids[len(self.token_ids) - len(taken.token_ids) :]
+            self.logits = taken.logits
+        return taken
 
     def append(self, token_ids: Tokens[int]) -> list[int]:
         """Append up to the first limit that is met, and note which one it was. Returns the tokens that were appended."""

@@ -309,6 +309,24 @@ def test_mistakes_on_that_way(bundle_of: BundleOf, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_heads_shortlist(pycode: Bundle, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(pycode.path, tmp_path / "bundle"))
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 50)
+    done = here("heads", "shortlist", path, "--data", tmp_path / "text.txt", "--tokens", 64)
+    assert done.returncode == 0, done.stderr
+    assert "64 of 4096 tokens, 100.0% of the text's" in done.stdout and f"headstart build {path}" in done.stdout
+    assert "shortlist" in here("heads", "list", path).stdout
+    before = (path / "manifest.json").read_bytes()
+    assert "--force" in refused("heads", "shortlist", path, "--data", tmp_path / "text.txt", "--tokens", 64)
+    assert "saves nothing" in refused("heads", "shortlist", path, "--tokens", 4000, "--force")
+    assert "names another drafter" in refused("heads", "shortlist", path, "--tokens", 64, "--name", "ngram")
+    assert "cannot be read as UTF-8 text" in refused("heads", "shortlist", path, "--data", tmp_path / "none", "--tokens", 64)
+    (tmp_path / "empty.txt").write_text("")
+    assert "holds no text" in refused("heads", "shortlist", path, "--data", tmp_path / "empty.txt", "--tokens", 64)
+    assert (path / "manifest.json").read_bytes() == before
+    Bundle.load(path)
+
+
 def test_plan_says_what_fits(bundle_of: BundleOf) -> None:
     bundle = bundle_of("llama").path
     done = headstart("plan", bundle, "--on", "jetson-orin-nano-8gb", "--on", "rtx-4090")

@@ -3,13 +3,15 @@
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from headstart.runtime.bundle import MANIFEST, Bundle, HeadInfo, Manifest, write_manifest
 from headstart.runtime.errors import OutputError, missing_extra
 from headstart.runtime.output import atomic_write
+
+Write = Callable[[Path, Manifest], Manifest]  # (folder to write heads/<name> in, the manifest without it) -> with it
 
 
 def import_head(
@@ -31,17 +33,28 @@ def import_head(
         OutputError: the bundle has a head of that name (unless `force`).
     """
     try:
-        from .families import add_head, check_name, default_name, recognise
+        from .families import add_head, default_name, recognise
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Importing a head") from error
     opened = Bundle.load(Path(bundle).resolve())  # "." has no parent in its name
     head = recognise(Path(folder), lossy)
     name = default_name(opened.manifest, head.family) if name is None else name
+
+    def write(workplace: Path, others: Manifest) -> Manifest:
+        return add_head(workplace, others, head, name, top_k, opened.path)
+
+    return install_head(opened, name, write, force)
+
+
+def install_head(opened: Bundle, name: str, write: Write, force: bool = False) -> HeadInfo:
+    """Let `write` write `heads/<name>` next to the bundle, and move it in; see `import_head`."""
+    from .families import check_name
+
     check_name(name)
     _check_free(opened, name, force)
     others = dataclasses.replace(opened.manifest, heads=tuple(h for h in opened.manifest.heads if h != name))
     with _workplace(opened.path) as workplace:
-        manifest = add_head(workplace, others, head, name, top_k, opened.path)
+        manifest = write(workplace, others)
         _swap_in(workplace, opened.path, name, manifest)
     return Bundle(opened.path, manifest).head(name)
 

@@ -21,11 +21,12 @@ from headstart.exporter.passes.rotation import rotate
 from headstart.runtime import contract
 from headstart.runtime.bundle import GraphInfo, HeadInfo, ModelInfo, WeightInfo
 from headstart.runtime.errors import HeadError
+from headstart.runtime.lm_head_rows import LmHeadRows, lm_head_rows
 
 from .family import Family, Installation, Reads
 from .folder import HeadFolder, Tensors
 from .medusa_dialects import DIALECTS, recognise
-from .storage import LmHeadRows, lm_head_rows, reference, save_head
+from .storage import copied_rows, reference, save_head
 
 Array = NDArray[np.float32]
 Blocks = dict[tuple[int, int, str], Array]
@@ -259,7 +260,7 @@ def write_graph(
         state = graph.node("Add", [state, _activated(graph, weights, inner, layer)])  # [K, B, H]
     if block := rows.rotation if rows is not None else shared["lm_head"].rotation if shared else 0:
         state = rotate(graph, state, 3, hidden, block)
-    projection = _projection(graph, weights, shared) if rows is None else _copied(graph, rows)
+    projection = _projection(graph, weights, shared) if rows is None else copied_rows(graph, rows)
     logits = graph.node("MatMul", [state, projection])  # [K, B, V]
     log_probs = graph.node("LogSoftmax", [graph.node("Transpose", [logits], perm=[1, 0, 2])], axis=-1)
     values, ids = graph.nodes("TopK", [log_probs, graph.ints("k", [top_k])], 2, axis=-1, largest=1, sorted=1)
@@ -313,14 +314,6 @@ def _projection(graph: GraphBuilder, weights: MedusaWeights, shared: dict[str, W
     elif info.dtype != "float32":
         value = graph.node("Cast", [value], to=ir.DataType.FLOAT)
     return graph.node("Transpose", [value], perm=[1, 0]) if vocabulary_first else value
-
-
-def _copied(graph: GraphBuilder, rows: LmHeadRows) -> Any:
-    """[H, V'], stored as the target stores its LM head: whole numbers stay whole numbers."""
-    if rows.scales is None:
-        return graph.constant("projection.weight", np.ascontiguousarray(rows.values.T))
-    values, scales = graph.constant("projection.weight", rows.values), graph.constant("projection.scale", rows.scales)
-    return graph.node("Transpose", [graph.node("DequantizeLinear", [values, scales], axis=0)], perm=[1, 0])
 
 
 def _output(value: Any, name: str, dtype: ir.DataType, heads: int, top_k: int) -> Any:

@@ -1,16 +1,14 @@
 """Head graphs on disk: their own weights, and references to weights that lie in the target's data file."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from headstart.exporter.graph import store_weights
+from headstart.exporter.graph_builder import GraphBuilder
 from headstart.runtime.bundle import Bundle, WeightInfo
+from headstart.runtime.lm_head_rows import LmHeadRows, mapped
 
 
 def reference(name: str, info: WeightInfo) -> ir.ExternalTensor:
@@ -20,31 +18,12 @@ def reference(name: str, info: WeightInfo) -> ir.ExternalTensor:
     return ir.ExternalTensor(f"../../{info.file}", info.offset, length, dtype, shape=ir.Shape(info.shape), name=name)
 
 
-@dataclass(frozen=True)
-class LmHeadRows:
-    """Some rows of a target's LM head, as its bundle stores them.
-
-    Attributes:
-        values: [rows, H] float32, or int8 with `scales` [rows].
-        rotation: the block of the rotation that the states they are multiplied with go through; 0 for none.
-    """
-
-    values: NDArray[Any]
-    scales: NDArray[np.float32] | None
-    rotation: int
-
-
-def lm_head_rows(bundle: Path, weights: Mapping[str, WeightInfo], hidden: int, rows: NDArray[np.int64]) -> LmHeadRows:
-    """The rows of those tokens, whichever way round the matrix is stored."""
-    info, scale = weights["lm_head"], weights.get("lm_head.scale")
-    matrix = _mapped(bundle, info)
-    values = np.ascontiguousarray(matrix[rows] if info.shape[1] == hidden else matrix[:, rows].T)
-    scales = None if scale is None else _mapped(bundle, scale)[rows].astype(np.float32)
-    return LmHeadRows(values if scale is not None else values.astype(np.float32), scales, info.rotation)
-
-
-def _mapped(bundle: Path, info: WeightInfo) -> NDArray[Any]:
-    return np.memmap(bundle / info.file, info.dtype, "r", info.offset, info.shape)
+def copied_rows(graph: GraphBuilder, rows: LmHeadRows) -> ir.Value:
+    """[H, rows] of a target's LM head, stored as the target stores them: whole numbers stay whole numbers."""
+    if rows.scales is None:
+        return graph.constant("projection.weight", np.ascontiguousarray(rows.values.T))
+    values, scales = graph.constant("projection.weight", rows.values), graph.constant("projection.scale", rows.scales)
+    return graph.node("Transpose", [graph.node("DequantizeLinear", [values, scales], axis=0)], perm=[1, 0])
 
 
 def save_head(model: ir.Model, file: Path) -> None:
@@ -64,5 +43,5 @@ def load_head(bundle: Bundle, name: str) -> ir.Model:
     info = bundle.head(name)
     model = ir.load(bundle.path / info.graph.file)
     for shared, weight in info.shared.items():
-        model.graph.initializers[shared].const_value = ir.tensor(_mapped(bundle.path, weight), name=shared)
+        model.graph.initializers[shared].const_value = ir.tensor(mapped(bundle.path, weight), name=shared)
     return model

@@ -2,7 +2,7 @@
 
 One sequence decodes through GroupQueryAttention; a batch, which that operator refuses, through the portable attention, which
 scans every slot: the runtime keeps no more of them than are used. Everything else is the same, and both forms read one file of
-weights.
+weights. Where tokens are decided provisionally, both end with the hidden states, and the LM head is a graph of its own.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from headstart.exporter.lowering.lm_head import lm_head_of, without_lm_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.grouped_heads import fold_grouped_heads
 from headstart.exporter.passes.grouped_query_attention import fuse_attention, fused_layers
@@ -26,15 +27,19 @@ Pass = Callable[[ir.Model], tuple[ir.Model, bool]]
 
 @dataclass
 class Lowered:
-    """The two forms of a lowered decoder, and how many nodes of each kind they hold."""
+    """The two forms of a lowered decoder, its LM head where that is a graph of its own, and how many nodes of each kind."""
 
     single: ir.Model
     batch: ir.Model
+    lm_head: ir.Model | None = None
     passes: dict[str, int] = field(default_factory=dict)
 
 
-def lower_decoder(model: ir.Model, positions: int, product: Product) -> Lowered:
-    """Lower a canonical decoder. `positions`: the longest text; `product`: see `fastest_exact`."""
+def lower_decoder(model: ir.Model, positions: int, product: Product, apart: bool = False) -> Lowered:
+    """Lower a canonical decoder.
+
+    `positions`: the longest text; `product`: see `fastest_exact`; `apart`: the LM head becomes a graph of its own.
+    """
     quantized = sum(linear.quantized for linear in linears(model))
     for lowering in _common(product):
         model, _ = lowering(model)
@@ -48,7 +53,9 @@ def lower_decoder(model: ir.Model, positions: int, product: Product) -> Lowered:
         "integer_products": sum(node.op_type == "MatMulIntegerToFloat" for node in single.graph),
         "fused_attention_layers": fused_layers(single),
     }
-    return Lowered(single, batch, counts)
+    if not apart:
+        return Lowered(single, batch, None, counts)
+    return Lowered(without_lm_head(single), without_lm_head(batch), lm_head_of(single), counts)
 
 
 def lower_graph(model: ir.Model, product: Product) -> ir.Model:

@@ -12,6 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from headstart.runtime.hadamard import hadamard
+
 from .surgery import producer
 from .values import name_of, operand
 
@@ -30,22 +32,6 @@ class Write(Protocol):
 def block_of(width: int) -> int:
     """The largest block that divides so many channels; 0 where none does."""
     return next((block for block in BLOCKS if width % block == 0), 0)
-
-
-def hadamard(size: int) -> NDArray[np.float32]:
-    """[size, size] orthogonal and symmetric; `size` is a power of two."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    orthogonal: NDArray[np.float32] = (matrix / np.sqrt(size)).astype(np.float32)
-    return orthogonal
-
-
-def rotated_rows(matrix: NDArray[np.float32], block: int) -> NDArray[np.float32]:
-    """[..., K] whose rows are rotated: its own inverse."""
-    blocks = np.ascontiguousarray(matrix).reshape(-1, block)
-    rows: NDArray[np.float32] = (blocks @ hadamard(block)).reshape(matrix.shape)
-    return rows
 
 
 def rotate(write: Write, value: ir.Value, rank: int, width: int, block: int) -> ir.Value:

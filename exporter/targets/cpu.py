@@ -9,11 +9,12 @@ from headstart.exporter.graph import save_beside, save_graph
 from headstart.exporter.integer_probe import fastest_exact
 from headstart.exporter.lowering.cpu import Lowered, lower_decoder, lower_graph
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.engines.info import LM_HEAD
 from headstart.runtime.engines.ort_session import onnxruntime_version
 from headstart.runtime.errors import EngineError
 from headstart.runtime.precision import precision_of
 
-from .target import Form, Progress, Target
+from .target import Form, Progress, Target, is_shortlist
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,18 @@ class CpuTarget(Target[CpuOptions, Lowered | ir.Model]):
         self.probed = fastest_exact(folder)
         self.graphs["probe"] = "probe.onnx"
 
+    def runs(self, name: str) -> bool:
+        return True
+
+    @property
+    def _has_shortlist(self) -> bool:
+        """Tokens may be decided provisionally, and the LM head run later."""
+        return any(is_shortlist(self.bundle, name) for name in self.bundle.graphs)
+
     def lower(self, name: str, model: ir.Model) -> Lowered | ir.Model:
         if name == "decoder":
-            return lower_decoder(model, self.bundle.manifest.model.max_cache, self.probed.product)
+            positions, apart = self.bundle.manifest.model.max_cache, self._has_shortlist
+            return lower_decoder(model, positions, self.probed.product, apart)
         return lower_graph(model, self.probed.product)
 
     def write(self, name: str, lowered: Lowered | ir.Model) -> None:
@@ -54,6 +64,9 @@ class CpuTarget(Target[CpuOptions, Lowered | ir.Model]):
             save_graph(lowered.single, file)
             save_beside(lowered.batch, self.folder / "decoder_batch.onnx", file)
             self.graphs["decoder_batch"], self.passes = "decoder_batch.onnx", lowered.passes
+            if lowered.lm_head is not None:  # a tied embedding table is stored with the decoder
+                self.graphs[LM_HEAD] = f"{LM_HEAD}.onnx"
+                save_beside(lowered.lm_head, self.folder / self.graphs[LM_HEAD], file)
         elif name == "encoder":  # weights that both use are stored with the decoder's
             save_beside(lowered, file, decoder)
         else:
@@ -66,5 +79,7 @@ class CpuTarget(Target[CpuOptions, Lowered | ir.Model]):
     def forms(self, name: str) -> tuple[Form, ...]:
         file = self.folder / self.graphs[name]
         if name == "decoder":
-            return Form(file), Form(self.folder / self.graphs["decoder_batch"], batch=2)
+            lm_head = self.folder / self.graphs[LM_HEAD] if LM_HEAD in self.graphs else None
+            batch = self.folder / self.graphs["decoder_batch"]
+            return Form(file, lm_head=lm_head), Form(batch, batch=2, lm_head=lm_head)
         return (Form(file),)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import onnx_ir as ir
 
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.drafters.shortlist import SHORTLIST
 from headstart.runtime.engines.info import PlanInfo
 
 Progress = Callable[[str], None]  # called with the name of each stage as it begins
@@ -20,12 +21,22 @@ OptionsT = TypeVar("OptionsT")
 LoweredT = TypeVar("LoweredT")
 
 
+def is_shortlist(bundle: Bundle, name: str) -> bool:
+    """Whether a graph of that name is a head of the family shortlist."""
+    head = name.removeprefix("heads/")
+    return name.startswith("heads/") and bundle.head(head).family == SHORTLIST
+
+
 @dataclass(frozen=True)
 class Form:
-    """A file of the engine that computes what one canonical graph does, and the number of sequences to compare it with."""
+    """A file of the engine that computes what one canonical graph does, and the number of sequences to compare it with.
+
+    `lm_head`: the file that computes a decoder's logits from its hidden states, where `file` does not.
+    """
 
     file: Path
     batch: int = 1
+    lm_head: Path | None = None
 
 
 class Target(ABC, Generic[OptionsT, LoweredT]):
@@ -62,6 +73,10 @@ class Target(ABC, Generic[OptionsT, LoweredT]):
     def device_name(cls, device: str) -> str:
         """The device in its one spelling, which also names the engine's folder. Raises OptionError for one that is none."""
         return device
+
+    def runs(self, name: str) -> bool:
+        """Whether this device runs that graph at all. Only CPUs decide tokens with short lists."""
+        return not is_shortlist(self.bundle, name)
 
     @abstractmethod
     def lower(self, name: str, model: ir.Model) -> LoweredT:

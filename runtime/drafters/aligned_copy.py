@@ -44,7 +44,7 @@ class Alignment:
         self.position = self.run = self.anchor = self.astray = 0
 
     def update(self, output: Sequence[int]) -> None:
-        """Follow the output so far; it only ever grows."""
+        """Follow the output so far, which grew."""
         for token in output[len(self._output) :]:
             self._output.append(token)
             agrees = self._text[self.position : self.position + 1] == [token]

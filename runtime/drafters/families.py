@@ -11,6 +11,7 @@ from headstart.runtime.graph import Engine
 
 from .base import Drafter
 from .medusa import MedusaDrafter
+from .shortlist import SHORTLIST, Shortlist, ShortlistDrafter
 
 Load = Callable[[Engine, HeadInfo], Drafter]
 
@@ -19,8 +20,14 @@ def _medusa(engine: Engine, info: HeadInfo) -> Drafter:
     return MedusaDrafter(info.name, engine.graph(f"heads/{info.name}"), info.heads)
 
 
+def _shortlist(engine: Engine, info: HeadInfo) -> Drafter:
+    shortlist = Shortlist(engine.graph(f"heads/{info.name}"), engine.bundle)
+    return ShortlistDrafter(info.name, shortlist, info.vocab_size)
+
+
 DRAFTERS: dict[str, Load] = {
     "medusa": _medusa,
+    SHORTLIST: _shortlist,
 }
 
 

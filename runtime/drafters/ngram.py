@@ -53,6 +53,16 @@ class NGramIndex:
                     ends.append(end)
                     del ends[:-KEPT_ENDS]
 
+    def forget(self, count: int) -> None:
+        """Keep the first `count` tokens of the text. Of an n-gram that was seen often, an older place may be missing now."""
+        kept = self.text_begin + count
+        for end in range(kept, len(self._tokens)):
+            for size in self._sizes:
+                ends = self._ends.get(tuple(self._tokens[end - size : end]), []) if size <= end else []
+                if end in ends:
+                    ends.remove(end)
+        del self._tokens[kept:]
+
     def matches(self, branches: int) -> list[tuple[int, int]]:
         """Up to `branches` (position of the continuation, length of the match): longest match, then most recent, first."""
         found: dict[int, int] = {}
@@ -104,6 +114,9 @@ class NGramDrafter(TextIndexDrafter[NGramIndex]):
 
     def new_index(self, sequence: DraftSequence) -> NGramIndex:
         return NGramIndex(self._max_n, self._min_n, sequence.source_ids)
+
+    def taken_back(self, sequence: DraftSequence, known: int) -> None:
+        self._indexes[sequence.id].forget(known)
 
     def draft(self, index: NGramIndex, request: DraftRequest) -> DraftTree:
         index.update(request.sequence.token_ids)

@@ -38,6 +38,10 @@ class TextIndexDrafter(ABC, Generic[Index]):
     def draft(self, index: Index, request: DraftRequest) -> DraftTree:
         """Bring the index up to date with the text, and propose."""
 
+    def taken_back(self, sequence: DraftSequence, known: int) -> None:
+        """All but the first `known` tokens were provisional, and are others now."""
+        self._indexes[sequence.id] = self.new_index(sequence)
+
     def use_rates(self, rates: Sequence[float]) -> None:
         self._log_rates: NDArray[np.float64] = np.log(np.clip(np.array(rates), 1e-4, 1.0))
 

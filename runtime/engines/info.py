@@ -15,6 +15,7 @@ from headstart.runtime.precision import Difference, FloatAgreement
 
 ENGINE_FILE = "engine.json"
 ENGINE_SCHEMA = 5
+LM_HEAD = "lm_head"  # in `EngineInfo.graphs`, where the decoder's graph ends with its hidden states
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class EngineInfo:
         created: ISO 8601, UTC.
         builder: package versions that built it.
         source: sha256 of each of the bundle's files it was built from.
-        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "encoder", "frontend", "heads/<name>", "probe" -> file in
-            this one's folder.
+        graphs: "decoder" (one sequence), "decoder_batch" (any batch), "lm_head" (where the decoder has none), "encoder",
+            "frontend", "heads/<name>", "probe" -> file in this one's folder.
         settings: what was chosen for this device, e.g. the type of integer activations.
         passes: what each lowering pass did, in order.
         relative_difference: largest |Δlogit| against the canonical graph on the golden inputs, over the logits' range;

@@ -15,11 +15,12 @@ from headstart.runtime.graph import HostOutputs, Outputs
 from headstart.runtime.states import CrossState
 
 from .device import DeviceGraph
-from .info import EngineInfo, built_engine, engine_folder
+from .info import LM_HEAD, EngineInfo, built_engine, engine_folder
 from .last_source import LastSource
 from .ort_device import GraphMoves, OrtMemory, SessionExecutor, slots_given
 from .ort_host import HostGraph
-from .ort_session import CPU, MIN_ROWS, Opened, Provider, cuda_provider, open_session, opened
+from .ort_session import AWAKE_BEFORE_LM_HEAD_US, AWAKE_US, CPU, MIN_ROWS, Opened, Provider, cuda_provider, open_session, opened
+from .ort_split import HostLmHead, HostSplitDecoder
 from .step import source_names
 
 # Threads of anything that drafts. A second pool of spinning threads would fight the target's for the same cores, which
@@ -46,7 +47,7 @@ class OnnxRuntimeEngine:
         self._provider = provider
         self._shared: dict[str, Any] = {}
         self._opened: dict[str, Opened] = {}
-        self._graphs: dict[str, HostGraph | DeviceGraph] = {}
+        self._graphs: dict[str, HostGraph | HostSplitDecoder | DeviceGraph] = {}
         self._memory = OrtMemory(provider.location)
         self._last_source: LastSource[Outputs] = LastSource()
         if built is not None:
@@ -56,7 +57,7 @@ class OnnxRuntimeEngine:
     def _open_decoder(self) -> None:
         """At once: what cannot run is known when the engine is opened."""
         decoder = self.graph("decoder")
-        if isinstance(decoder, HostGraph):
+        if not isinstance(decoder, DeviceGraph):
             self._form("decoder", 1)
 
     @classmethod
@@ -85,7 +86,7 @@ class OnnxRuntimeEngine:
         """A canonical graph whose activations are rounded by fixed scales."""
         return self.built is None and self.bundle.manifest.quantization.get("activations") == "static"
 
-    def graph(self, name: str) -> HostGraph | DeviceGraph:
+    def graph(self, name: str) -> HostGraph | HostSplitDecoder | DeviceGraph:
         if name not in self._graphs:
             info = self.bundle.graphs.get(name)
             if info is None:
@@ -96,8 +97,19 @@ class OnnxRuntimeEngine:
             self._graphs[name] = self._host_graph(name, info) if on_host else self._device_graph(name, info)
         return self._graphs[name]
 
-    def _host_graph(self, name: str, info: GraphInfo) -> HostGraph:
-        return HostGraph(name, info, lambda batch: self._form(name, batch))
+    def _host_graph(self, name: str, info: GraphInfo) -> HostGraph | HostSplitDecoder:
+        graph = HostGraph(name, info, lambda batch: self._form(name, batch))
+        return HostSplitDecoder(graph, self._lm_head) if name == "decoder" and self._is_split else graph
+
+    @property
+    def _is_split(self) -> bool:
+        """The decoder ends with its hidden states, and its LM head is a graph of its own."""
+        return self.built is not None and LM_HEAD in self.built[0].graphs
+
+    def _lm_head(self) -> HostLmHead:
+        assert self.built is not None
+        info, folder = self.built
+        return HostLmHead(open_session(folder / info.graphs[LM_HEAD], self.threads), self.model.vocab_size)
 
     def _form(self, name: str, batch: int) -> Opened:
         """The session for that many sequences; where batches have a form of their own, it is opened when the first comes."""
@@ -110,10 +122,11 @@ class OnnxRuntimeEngine:
 
     def _session(self, name: str, file: str, provider: Provider) -> Any:
         """Of a canonical graph, or of the engine's `file` made from it. Weights of the target's are read once for all heads."""
-        threads, awake = DRAFT_THREADS if name.startswith("heads/") else self.threads, name == "decoder"
+        threads = DRAFT_THREADS if name.startswith("heads/") else self.threads
+        awake = 0 if name != "decoder" else AWAKE_BEFORE_LM_HEAD_US if self._is_split else AWAKE_US
         if self.built is not None and file in self.built[0].graphs:
             info, folder = self.built
-            return open_session(folder / info.graphs[file], threads, provider=provider, awake=awake)
+            return open_session(folder / info.graphs[file], threads, provider=provider, awake_us=awake)
         path = self.bundle.path / self.bundle.graphs[name].file
         if not name.startswith("heads/"):
             return open_session(path, threads, None, provider, self._has_fixed_scales, awake)

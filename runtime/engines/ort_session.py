@@ -37,9 +37,10 @@ MIN_ROWS = 2  # of a pass; a single row takes another path through attention tha
 AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 # By default, the threads of a session spin for 50 ms after a pass, on cores that others need: those of an encoder slowed its
 # decoder, for most of a short answer, to 0.6 of its rate. Only a decoder, which soon runs again, stays awake, as long as a head
-# may take to draft: woken anew for each pass, its threads cost it 4 to 8 %.
+# may take to draft: woken anew for each pass, its threads cost it 4 to 8 %. Before an LM head with threads of its own it stays
+# awake for a tenth of that: 5 ms of its threads' spinning cost the LM head that much, 0.5 ms next to nothing.
 RESTS = {"session.force_spinning_stop": "1"}
-STAYS_AWAKE = {"session.intra_op.spin_duration_us": "5000"}
+AWAKE_US, AWAKE_BEFORE_LM_HEAD_US = 5000, 500
 # MatMulNBits has a kernel for few rows that reads 4 or 8 bits a weight; without this, more rows than one widen it first.
 FEW_ROWS = {"ep.cuda.fpa_intb_gemm": "1"}
 RECORDED = {"session.record_ep_graph_assignment_info": "1"}  # so that the session tells which provider has which node
@@ -111,13 +112,13 @@ def open_session(
     shared: dict[str, Any] | None = None,
     provider: Provider = CPU,
     as_written: bool = False,
-    awake: bool = False,
+    awake_us: int = 0,
 ) -> Any:
     """A session on one provider.
 
-    `shared`: initializers that the file lacks. `awake`: its threads spin between passes, too. `as_written` keeps ONNX Runtime
-    from making integer products of Q/DQ pairs: those it makes overflow on CPUs without VNNI (logits 6 % of their range off,
-    where the graph itself says 3 %). What `headstart build` makes is probed for that instead.
+    `shared`: initializers that the file lacks. `awake_us`: microseconds for which its threads spin after a pass. `as_written`
+    keeps ONNX Runtime from making integer products of Q/DQ pairs: those it makes overflow on CPUs without VNNI (logits 6 % of
+    their range off, where the graph itself says 3 %). What `headstart build` makes is probed for that instead.
 
     Raises MissingExtraError without ONNX Runtime, EngineError for one that is too old or has not the provider, or without GPU;
     CaptureError for a graph that cannot be captured, where the provider is to.
@@ -128,8 +129,9 @@ def open_session(
     options.log_severity_level = 3
     if not provider.location:
         # Memory planned for the first pass's shapes is a second block next to that pass's: not for what runs once a source.
-        options.enable_mem_pattern = awake
-    entries = (STAYS_AWAKE if awake else RESTS) | provider.entries | (AS_WRITTEN if as_written else {})
+        options.enable_mem_pattern = awake_us > 0
+    spinning = {"session.intra_op.spin_duration_us": str(awake_us)} if awake_us else RESTS
+    entries = spinning | provider.entries | (AS_WRITTEN if as_written else {})
     for entry, value in entries.items():
         options.add_session_config_entry(entry, value)
     if shared:

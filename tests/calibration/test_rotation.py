@@ -25,10 +25,11 @@ from headstart.exporter.graph import save_graph
 from headstart.exporter.heads.install import import_head
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import linears
-from headstart.exporter.passes.rotation import block_of, hadamard, is_rotation, rotated_rows, rotation_of
+from headstart.exporter.passes.rotation import block_of, is_rotation, rotation_of
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import OptionError
+from headstart.runtime.hadamard import hadamard, rotated_rows
 from headstart.runtime.loading import load
 
 BundleOf = Callable[[str], Bundle]

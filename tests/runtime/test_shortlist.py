@@ -1,0 +1,226 @@
+"""Tokens decided with a short list are the target's own: whatever is listed, drafted, or asked for besides."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headstart.calibration.quantize import QuantizeOptions, quantize
+from headstart.exporter.build import build
+from headstart.exporter.heads.shortlist import add_shortlist
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.drafters.ngram import NGramDrafter, NGramIndex
+from headstart.runtime.drafters.shortlist import LONGEST_WAIT, Rates, Shortlist, ShortlistDrafter, TextRows, Wait
+from headstart.runtime.graph import SplitDecoder
+from headstart.runtime.loading import load
+from headstart.runtime.model import Model
+from headstart.runtime.prefill import decoder_inputs, open_state, prefill
+from headstart.runtime.scheduler import Scheduler
+from headstart.runtime.sequence import Request
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+BundleOf = Callable[[str], Bundle]
+PROMPTS = [
+    "import os\nimport sys\n\n\ndef main(",
+    "class Node:\n    def __init__(self, left, right):\n        self.left",
+    "x = [1, 2",
+]
+NEW, LISTED = 48, 2048
+
+
+def _listed(bundle: Path, folder: Path, token_ids: Any) -> None:
+    shutil.copytree(bundle, folder)
+    add_shortlist(folder, np.asarray(token_ids, np.int64))
+    build(folder)
+
+
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def model(request: pytest.FixtureRequest, pycode: Bundle, made_once: MadeOnce) -> Model:
+    """The shipped sample (vocabulary 4,096) with a list of its lower half."""
+    base = pycode.path
+    if request.param == "int8":
+        base = made_once("samples/pycode-int8", lambda folder: quantize(pycode.path, folder, QuantizeOptions(weights="int8")))
+    return load(made_once(f"samples/listed-{request.param}", lambda folder: _listed(base, folder, range(LISTED))))
+
+
+@pytest.fixture(scope="module")
+def misser(pycode: Bundle, made_once: MadeOnce) -> Model:
+    """The same with a list that hardly any text is made of."""
+    return load(made_once("samples/listed-hardly", lambda folder: _listed(pycode.path, folder, range(4000, 4040))))
+
+
+def _copying(model: Model) -> ShortlistDrafter:
+    """A short list with n-grams in provisional passes."""
+    shortlist = model.generator.drafters["shortlist"]
+    assert isinstance(shortlist, ShortlistDrafter)
+    return shortlist.after(NGramDrafter())
+
+
+@pytest.fixture(autouse=True)
+def always_waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On models this small the LM head takes next to nothing, and waiting for it would soon be given up."""
+    for name in {"model", "misser"} & set(request.fixturenames):
+        loaded: Model = request.getfixturevalue(name)
+        loaded.generator.drafters["copies"] = _copying(loaded)
+        monkeypatch.setattr(Wait, "_best", lambda wait: 5)
+
+
+@pytest.mark.parametrize("drafter", ["shortlist", "copies"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_texts_are_the_targets_own(model: Model, drafter: str, prompt: str) -> None:
+    plain = model.generate(prompt, max_new_tokens=NEW, drafter="none")
+    listed = model.generate(prompt, max_new_tokens=NEW, drafter=drafter)
+    assert listed.token_ids == plain.token_ids
+    assert listed.finish_reason == plain.finish_reason
+
+
+@pytest.mark.parametrize("drafter", ["shortlist", "copies"])
+def test_a_list_that_always_misses_changes_nothing(misser: Model, drafter: str) -> None:
+    for prompt in PROMPTS:
+        plain = misser.generate(prompt, max_new_tokens=NEW, drafter="none")
+        assert misser.generate(prompt, max_new_tokens=NEW, drafter=drafter).token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 9])
+def test_lengths_end_where_they_should(model: Model, new_tokens: int) -> None:
+    plain = model.generate(PROMPTS[0], max_new_tokens=new_tokens, drafter="none")
+    assert model.generate(PROMPTS[0], max_new_tokens=new_tokens, drafter="shortlist").token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram": 2},
+        {"logprobs": 3},
+        {"stop": ["self", "\n\n"]},
+        {"temperature": 0.8, "seed": 5},
+        {"temperature": 1.0, "top_k": 20, "seed": 6, "logprobs": 1},
+    ],
+)
+def test_options_mean_what_they_mean_without_it(model: Model, options: dict[str, Any]) -> None:
+    for prompt in PROMPTS:
+        plain = model.generate(prompt, max_new_tokens=NEW, drafter="none", **options)
+        listed = model.generate(prompt, max_new_tokens=NEW, drafter="shortlist", **options)
+        assert (listed.text, listed.token_ids, listed.finish_reason) == (plain.text, plain.token_ids, plain.finish_reason)
+        for ours, theirs in zip(listed.log_probs, plain.log_probs, strict=True):
+            assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+
+
+def test_sequences_join_while_tokens_are_provisional(model: Model) -> None:
+    """One decodes alone at first; the second joins, and what the first has not checked yet is checked."""
+    plain = [model.generate(prompt, max_new_tokens=NEW, drafter="none").token_ids for prompt in PROMPTS[:2]]
+    first = model.start([PROMPTS[0]], max_new_tokens=NEW, drafter="shortlist")
+    pieces = first.pieces()
+    next(pieces)
+    second = model.start([PROMPTS[1]], max_new_tokens=NEW, drafter="shortlist")
+    for _ in second.pieces():
+        pass
+    for _ in pieces:
+        pass
+    assert [first.results()[0].token_ids, second.results()[0].token_ids] == plain
+
+
+def test_a_cancelled_text_has_no_provisional_tokens(model: Model) -> None:
+    plain = model.generate(PROMPTS[0], max_new_tokens=NEW, drafter="none").token_ids
+    drafter = model.generator.drafters["shortlist"]
+    scheduler = Scheduler(model.engine)
+    sequence = scheduler.sequence(scheduler.add(Request(tuple(model.tokenizer.encode(PROMPTS[0])), NEW, drafter=drafter)))
+    while sequence.provisional is None:
+        scheduler.step()
+    scheduler.cancel(sequence.id)
+    scheduler.step()
+    assert sequence.finish_reason == "cancelled"
+    assert 0 < len(sequence.output_ids) < NEW
+    assert sequence.output_ids == plain[: len(sequence.output_ids)]
+
+
+def test_the_lm_head_runs_once_for_several_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, rows = model.engine.graph("decoder"), []
+    assert isinstance(decoder, SplitDecoder)
+    score = decoder.score
+    monkeypatch.setattr(decoder, "score", lambda hidden: rows.append(len(hidden)) or score(hidden))
+    found = model.generate(PROMPTS[0], max_new_tokens=NEW, drafter="shortlist")
+    assert len(rows) < 0.7 * len(found.token_ids)
+    assert sum(rows) >= len(found.token_ids) - 1  # the first is the prompt's
+
+
+def test_pieces_are_only_what_was_checked(misser: Model) -> None:
+    whole = misser.generate(PROMPTS[1], max_new_tokens=NEW, drafter="none").text
+    text = ""
+    for piece in misser.stream(PROMPTS[1], max_new_tokens=NEW, drafter="shortlist"):
+        text += piece
+        assert whole.startswith(text)
+    assert text == whole
+
+
+def test_scores_are_the_lm_heads(model: Model) -> None:
+    """Of listed tokens, and of others that the text has."""
+    engine, bundle = model.engine, model.bundle
+    ids = model.tokenizer.encode(PROMPTS[1])
+    state = open_state(engine, 64)
+    prefill(engine, state, ids)
+    decoder = engine.graph("decoder")
+    assert isinstance(decoder, SplitDecoder)
+    rows, at = np.array([ids[:3]]), np.arange(len(ids), len(ids) + 3)[None]
+    outputs = decoder.run_body(decoder_inputs(rows, at, np.arange(3)[None]), state)
+    hidden = outputs.rows("hidden", 0, range(3))
+    whole = decoder.score(hidden)
+    text = TextRows(Shortlist(engine.graph("heads/shortlist"), bundle))
+    text.update([1, 2, 3, 3001, 4001, 3001])
+    short = text.scores(hidden, bundle.manifest.model.vocab_size)
+    known = [*range(LISTED), 3001, 4001]
+    for row in range(3):
+        logits, expected = short[row], whole[row]
+        assert np.flatnonzero(np.isfinite(logits)).tolist() == known
+        spread = np.ptp(expected)
+        assert np.abs(logits[known] - expected[known]).max() < (1e-5 if engine.exact else 0.03) * spread
+        assert short.best(row) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+def test_encoder_decoders(architecture: str, bundle_of: BundleOf, made_once: MadeOnce) -> None:
+    base = bundle_of(architecture).path
+    listed = load(made_once(f"listed/{architecture}", lambda folder: _listed(base, folder, range(120))))
+    for source in ("some words to read", "abc"):
+        plain = listed.generate(source, max_new_tokens=24, drafter="none").token_ids
+        assert listed.generate(source, max_new_tokens=24, drafter="shortlist").token_ids == plain
+
+
+def test_it_is_not_offered_where_the_lm_head_cannot_wait(pycode: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(pycode.path, tmp_path / "bundle")
+    add_shortlist(tmp_path / "bundle", np.arange(100))
+    assert "shortlist" not in load(tmp_path / "bundle").drafters
+
+
+def test_few_misses_wait_long_and_many_rest() -> None:
+    rates = Rates()
+    never = Wait(rates)
+    for _ in range(100):
+        never.gathered(never.tokens, 7.0 * never.tokens)
+        never.checked(never.tokens, never.tokens, False, 6.0 + 0.4 * never.tokens)
+    assert LONGEST_WAIT // 2 < never.tokens <= LONGEST_WAIT and not never.resting
+    always = Wait(rates)
+    while not always.resting:
+        always.gathered(always.tokens, 7.0 * always.tokens)
+        always.checked(always.tokens, 1, True, 6.0 + 0.4 * always.tokens)
+    while always.resting:
+        always.rested()
+    assert always.tokens > 1
+
+
+def test_an_index_forgets_what_was_taken_back() -> None:
+    rng = np.random.default_rng(3)
+    text, other = rng.integers(0, 4, 80).tolist(), rng.integers(0, 4, 30).tolist()
+    index, fresh = NGramIndex(3, 1), NGramIndex(3, 1)
+    index.update(text[:50])
+    index.update(text)
+    index.forget(50)
+    index.update(text[:50] + other)
+    fresh.update(text[:50] + other)
+    assert set(index.matches(4)) <= {(end, length) for end, length in fresh.matches(50)}
+    assert index.matches(1)[0][1] == fresh.matches(1)[0][1]
