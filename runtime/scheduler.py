@@ -229,9 +229,8 @@ class Scheduler:
         request, drafter = running[0].request, running[0].request.drafter
         if len(running) > 1 or self._lm_head is None or not isinstance(drafter, ShortlistDrafter):
             return None
-        wait = drafter.wait(running[0].draft)
-        if wait.resting:
-            wait.rested()
+        if drafter.pace.resting:
+            drafter.pace.rested()
             return None
         fits = request.sampling.greedy and request.acceptance in (None, "greedy")
         return drafter if fits and running[0].tokens_left > 0 else None
@@ -250,16 +249,17 @@ class Scheduler:
         try:
             path = accept(tree, scores, sequence.logits, sequence.rng, sequence.request.end_tokens)
         except HeadstartError:  # the rules leave no token of the list
-            drafter.wait(sequence.draft).rest()
+            drafter.pace.rest()
             return
         kept = [0, *(node + 1 for node in path.nodes)]
         self._table.state.commit(0, kept)
-        sequence.append_provisionally(path.token_ids, hidden[kept])
+        confidences = [scores.confidence(row) for row in kept[: len(path.token_ids)]]
+        provisional = sequence.append_provisionally(path.token_ids, hidden[kept], confidences)
         self._count(sequence, tree, path, curve)
-        drafter.wait(sequence.draft).gathered(len(path.token_ids), 1000 * (time.perf_counter() - started))
+        drafter.pace.gathered(len(path.token_ids), 1000 * (time.perf_counter() - started))
         sequence.clock.draft_s += drafted - started
         sequence.clock.verify_s += verified - drafted
-        if sequence.waits_for_check(drafter.wait(sequence.draft).tokens):
+        if sequence.may_end or drafter.pace.enough(provisional.confidences):
             self._check(0, sequence)
         sequence.clock.decode_s += time.perf_counter() - started
 
@@ -277,7 +277,7 @@ class Scheduler:
         if path is None:
             return
         missed = path.token_ids != provisional.token_ids
-        drafter.wait(sequence.draft).checked(len(provisional.token_ids), len(path.token_ids), missed, 1000 * seconds)
+        drafter.pace.checked(provisional.confidences, len(path.token_ids), missed, 1000 * seconds)
         sequence.clock.verify_s += seconds
         if sequence.finish_reason is None:
             self._table.state.rewind(row, len(sequence.token_ids) - 1)

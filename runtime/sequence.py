@@ -94,12 +94,13 @@ class Provisional:
 
     Attributes:
         logits: the state of the logit rules before them.
-        token_ids, hidden: each token and the hidden state [H] it was decided from.
+        token_ids, hidden, confidences: each token, the hidden state [H] it was decided from, and how sure the list was.
     """
 
     logits: LogitState
     token_ids: list[int] = field(default_factory=list)
     hidden: list[NDArray[np.float32]] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -172,21 +173,28 @@ class Sequence:
     def output_ids(self) -> list[int]:
         return self.token_ids[self.prompt_tokens :]
 
-    def append_provisionally(self, token_ids: Tokens[int], hidden: NDArray[np.float32]) -> None:
-        """Append what a short list decided from the rows of `hidden` [≥ n, H], up to the first limit."""
+    def append_provisionally(
+        self, token_ids: Tokens[int], hidden: NDArray[np.float32], confidences: Tokens[float]
+    ) -> Provisional:
+        """Append what a short list decided from the rows of `hidden` [≥ n, H], up to the first limit.
+
+        Returns all tokens that are provisional now.
+        """
         if self.provisional is None:
             self.provisional, self.logits = Provisional(self.logits), self.logits.fork()
         taken = list(token_ids[: self.tokens_left])
         self.provisional.token_ids += taken
         self.provisional.hidden += list(hidden[: len(taken)])
+        self.provisional.confidences += confidences[: len(taken)]
         self.token_ids.extend(taken)
         for token in taken:
             self.logits.advance(token)
+        return self.provisional
 
-    def waits_for_check(self, tokens: int) -> bool:
-        """Whether so many tokens are provisional, or the text may be at its end."""
-        ends = self.tokens_left == 0 or self.token_ids[-1] in self.request.end_tokens
-        return self.provisional is not None and (ends or len(self.provisional.token_ids) >= tokens)
+    @property
+    def may_end(self) -> bool:
+        """Whether nothing may follow the last token, provisional or not."""
+        return self.tokens_left == 0 or self.token_ids[-1] in self.request.end_tokens
 
     def take_back(self) -> Provisional | None:
         """Remove the provisional tokens, and return them; None where there are none."""

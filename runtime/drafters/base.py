@@ -144,6 +144,6 @@ class PriceMeter:
         self.milliseconds += weight * (milliseconds - self.milliseconds)
 
 
-def step(steps: Sequence[int], value: int) -> int:
+def step(steps: Sequence[float], value: float) -> int:
     """Index of the highest of the rising `steps` that `value` reaches; how drafters sort nodes into classes."""
     return sum(value >= lowest for lowest in steps) - 1

@@ -8,7 +8,7 @@ the provisional passes, as in cascade speculative drafting (arXiv 2312.11462).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,14 +22,19 @@ from headstart.runtime.lm_head_rows import lm_head_rows
 from headstart.runtime.tree import DraftTree, empty_tree
 from headstart.runtime.verify_cost import RunningCost
 
-from .base import DraftRequest, DraftSequence, Features, Target
+from .base import DraftRequest, DraftSequence, Features, Target, step
 from .text_index import TextIndexDrafter
 
 SHORTLIST = "shortlist"  # the family's name in a bundle
-FIRST_WAIT, LONGEST_WAIT = 8, 32  # provisional tokens until the whole LM head is run, and the most of them
-FORGET = 0.95  # weight of earlier checks in what is known of misses
-PRIOR_TOKENS, PRIOR_MISSES = 30.0, 1.0  # seen before anything was
-REST = 64  # rounds without the short list, where waiting does not pay
+FIRST_WAIT, LONGEST_WAIT = 8, 32  # provisional tokens before the first check, and the most before any
+# Confidence, the probability of the chosen token among those that were scored: the lowest of each band, and how often its
+# tokens are missed. Priors, measured with 16,384 of Gemma 3's 262,144 tokens, which weigh as much as PRIOR_TOKENS of each band.
+CONFIDENCES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.8)
+PRIOR_MISSES = (0.5, 0.2, 0.08, 0.04, 0.005, 0.002)
+PRIOR_TOKENS, MOST_TOKENS = 10.0, 200.0  # as many of a band count at most, so that other texts soon do
+FORGET = 0.95  # weight of earlier checks in what is known of milliseconds
+LEAST_KEPT, ENOUGH_CHECKS = 1.25, 8  # tokens a check must bring on average, after so many checks
+REST = 64  # rounds without the short list, where it brings nothing
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,12 @@ class ShortScores:
         if own.size and own.max() > listed.max():
             return int(self.own_ids[own.argmax()])
         return int(self.ids[listed.argmax()])
+
+    def confidence(self, row: int) -> float:
+        """The probability of the best token among those scored."""
+        listed, own = self.logits[row], self._own_logits(row)
+        best = max(float(listed.max()), float(own.max(initial=-np.inf)))
+        return 1 / (float(np.exp(listed - best).sum()) + float(np.exp(own - best).sum()))
 
     def __getitem__(self, row: int) -> NDArray[np.float32]:
         whole = np.full(self.vocab_size, -np.inf, np.float32)
@@ -134,37 +145,22 @@ class TextRows:
         return ShortScores(ids, logits, np.array(self._ids, np.int64), own, hidden, vocab_size)
 
 
-@dataclass
-class Rates:
-    """What is known of a short list from all texts: milliseconds of the LM head by rows, and how often the list misses."""
+class Pace:
+    """When the whole LM head has to check what was decided provisionally.
 
-    lm_head: RunningCost = field(default_factory=RunningCost)
-    checked: float = PRIOR_TOKENS
-    misses: float = PRIOR_MISSES
-
-    def add(self, tokens: int, missed: bool, milliseconds: float, kept: int) -> None:
-        """The LM head was run for that many tokens, and `kept` of them, its own in place of the one `missed` included."""
-        self.lm_head.observe(1, tokens, milliseconds)
-        self.checked = FORGET * self.checked + kept
-        self.misses = FORGET * self.misses + missed
-
-
-class Wait:
-    """How many provisional tokens of one text to gather before the whole LM head checks them.
-
-    What brings the most tokens per millisecond: with a miss rate m, P tokens at c milliseconds each bring Σ (1 - m)^i, i < P,
-    and the LM head takes h(P). Texts differ in m: each begins with what others showed, and soon goes by its own.
-
-    Attributes:
-        tokens: P.
+    A token decided with little confidence is often one that the list lacks, and all that follows it is wasted. One more token,
+    useful with the probability S that all before it are right, takes c + h milliseconds, h being its row of the LM head. It is
+    worth gathering while S / (c + h) exceeds the tokens per millisecond of decoding so far (the marginal value theorem).
+    How often tokens of which confidence are missed is learned while decoding, as are the milliseconds.
     """
 
-    def __init__(self, rates: Rates) -> None:
-        self._rates = rates
-        self._checked, self._misses = PRIOR_TOKENS, PRIOR_TOKENS * rates.misses / rates.checked
-        self._milliseconds = self._gathered = 0.0  # of provisional tokens, fading like them
+    def __init__(self) -> None:
+        self._seen = np.full(len(CONFIDENCES), PRIOR_TOKENS)
+        self._missed = PRIOR_TOKENS * np.array(PRIOR_MISSES)
+        self._lm_head = RunningCost()  # milliseconds by rows
+        self._tokens = self._provisional_ms = 0.0  # of provisional rounds, fading
+        self._kept = self._checks = self._ms = 0.0  # of all rounds, fading
         self._rest = 0
-        self.tokens = FIRST_WAIT
 
     @property
     def resting(self) -> bool:
@@ -175,30 +171,47 @@ class Wait:
         self._rest = max(0, self._rest - 1)
 
     def rest(self) -> None:
-        """The list cannot be used for this text at the moment."""
+        """The list is of no use at the moment."""
         self._rest = REST
 
     def gathered(self, tokens: int, milliseconds: float) -> None:
         """A provisional round."""
-        self._gathered = FORGET * self._gathered + tokens
-        self._milliseconds = FORGET * self._milliseconds + milliseconds
+        self._tokens = FORGET * self._tokens + tokens
+        self._provisional_ms = FORGET * self._provisional_ms + milliseconds
 
-    def checked(self, tokens: int, kept: int, missed: bool, milliseconds: float) -> None:
-        """See `Rates.add`."""
-        self._rates.add(tokens, missed, milliseconds, kept)
-        self._checked = FORGET * self._checked + kept
-        self._misses = FORGET * self._misses + missed
-        self.tokens = self._best()
-        if self.tokens == 1:  # every token is checked by itself: that is plain decoding, and a list for nothing
-            self.rest()
-            self.tokens = FIRST_WAIT
+    def enough(self, confidences: Sequence[float]) -> bool:
+        """Whether to check provisional tokens of these confidences now."""
+        if len(confidences) >= LONGEST_WAIT or not self._checks:
+            return len(confidences) >= FIRST_WAIT
+        right = float(np.prod([1 - self._risk(confidence) for confidence in confidences]))
+        each = self._provisional_ms / self._tokens + self._row_ms()
+        return right / each <= self._kept / self._ms
 
-    def _best(self) -> int:
-        miss_rate = min(1.0, self._misses / self._checked)
-        count = np.arange(1, LONGEST_WAIT + 1)
-        brings = np.cumsum((1 - miss_rate) ** (count - 1))
-        each = self._milliseconds / max(self._gathered, 1.0)
-        return int(count[(brings / (each * count + self._rates.lm_head.curve(1, 0)[count])).argmax()])
+    def _risk(self, confidence: float) -> float:
+        band = step(CONFIDENCES, confidence)
+        return float(self._missed[band] / self._seen[band])
+
+    def _row_ms(self) -> float:
+        curve = self._lm_head.curve(1, 0)
+        return float(curve[LONGEST_WAIT] - curve[1]) / (LONGEST_WAIT - 1)
+
+    def checked(self, confidences: Sequence[float], kept: int, missed: bool, milliseconds: float) -> None:
+        """The LM head was run for tokens of these confidences.
+
+        `kept` of them stay, its own in place of the one that was `missed` included; those after it tell nothing.
+        """
+        for place, confidence in enumerate(confidences[:kept]):
+            band = step(CONFIDENCES, confidence)
+            self._seen[band] += 1
+            self._missed[band] += missed and place == kept - 1
+        fade = np.minimum(1.0, MOST_TOKENS / self._seen)
+        self._seen, self._missed = fade * self._seen, fade * self._missed
+        self._lm_head.observe(1, len(confidences), milliseconds)
+        each = self._provisional_ms / self._tokens
+        self._checks, self._kept = FORGET * self._checks + 1, FORGET * self._kept + kept
+        self._ms = FORGET * self._ms + milliseconds + each * len(confidences)
+        if self._kept < LEAST_KEPT * self._checks and self._checks > ENOUGH_CHECKS:
+            self.rest()  # token by token that is plain decoding, and a list for nothing
 
 
 class ShortlistDrafter:
@@ -209,14 +222,14 @@ class ShortlistDrafter:
 
     Attributes:
         cost: t(1, n) of provisional passes.
+        pace: how many of them to make in a row.
     """
 
     def __init__(self, name: str, shortlist: Shortlist, vocab_size: int, copies: TextIndexDrafter[Any] | None = None) -> None:
         self.name = name if copies is None else f"{copies.name}+{name}"
         self._list_name, self._shortlist, self._vocab_size, self._copies = name, shortlist, vocab_size, copies
-        self._waits: dict[int, Wait] = {}
         self._texts: dict[int, TextRows] = {}  # from the first provisional pass on
-        self.cost, self._rates = RunningCost(), Rates()
+        self.cost, self.pace = RunningCost(), Pace()
         self.reads: frozenset[str] = frozenset()
         self.class_count = 0 if copies is None else copies.class_count
         self.default_nodes = 0 if copies is None else copies.default_nodes
@@ -233,7 +246,6 @@ class ShortlistDrafter:
             self._copies.use_rates(rates)
 
     def open(self, sequence: DraftSequence, target: Target) -> None:
-        self._waits[sequence.id] = Wait(self._rates)
         if self._copies is not None:
             self._copies.open(sequence, target)
 
@@ -247,7 +259,6 @@ class ShortlistDrafter:
         return [empty_tree() for _ in requests] if self._copies is None else self._copies.propose(requests)
 
     def close(self, sequence: DraftSequence) -> None:
-        self._waits.pop(sequence.id, None)
         self._texts.pop(sequence.id, None)
         if self._copies is not None:
             self._copies.close(sequence)
@@ -259,10 +270,6 @@ class ShortlistDrafter:
         text = self._texts[sequence.id]
         text.update(sequence.token_ids)
         return text.scores(hidden, self._vocab_size)
-
-    def wait(self, sequence: DraftSequence) -> Wait:
-        """How many provisional tokens of that sequence to gather."""
-        return self._waits[sequence.id]
 
     def taken_back(self, sequence: DraftSequence, known: int) -> None:
         """All but the first `known` tokens were provisional, and are others now."""

@@ -13,7 +13,7 @@ from headstart.exporter.build import build
 from headstart.exporter.heads.shortlist import add_shortlist
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.ngram import NGramDrafter, NGramIndex
-from headstart.runtime.drafters.shortlist import LONGEST_WAIT, Rates, Shortlist, ShortlistDrafter, TextRows, Wait
+from headstart.runtime.drafters.shortlist import LONGEST_WAIT, REST, Pace, Shortlist, ShortlistDrafter, TextRows
 from headstart.runtime.graph import SplitDecoder
 from headstart.runtime.loading import load
 from headstart.runtime.model import Model
@@ -65,7 +65,8 @@ def always_waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     for name in {"model", "misser"} & set(request.fixturenames):
         loaded: Model = request.getfixturevalue(name)
         loaded.generator.drafters["copies"] = _copying(loaded)
-        monkeypatch.setattr(Wait, "_best", lambda wait: 5)
+        monkeypatch.setattr(Pace, "enough", lambda pace, confidences: len(confidences) >= 5)
+        monkeypatch.setattr(Pace, "rest", lambda pace: None)
 
 
 @pytest.mark.parametrize("drafter", ["shortlist", "copies"])
@@ -197,20 +198,44 @@ def test_it_is_not_offered_where_the_lm_head_cannot_wait(pycode: Bundle, tmp_pat
     assert "shortlist" not in load(tmp_path / "bundle").drafters
 
 
-def test_few_misses_wait_long_and_many_rest() -> None:
-    rates = Rates()
-    never = Wait(rates)
-    for _ in range(100):
-        never.gathered(never.tokens, 7.0 * never.tokens)
-        never.checked(never.tokens, never.tokens, False, 6.0 + 0.4 * never.tokens)
-    assert LONGEST_WAIT // 2 < never.tokens <= LONGEST_WAIT and not never.resting
-    always = Wait(rates)
-    while not always.resting:
-        always.gathered(always.tokens, 7.0 * always.tokens)
-        always.checked(always.tokens, 1, True, 6.0 + 0.4 * always.tokens)
-    while always.resting:
-        always.rested()
-    assert always.tokens > 1
+def _decode(pace: Pace, confidence: float, missed: Callable[[int], int | None]) -> list[int]:
+    """Let 60 checks happen; `missed`: number of the check -> place of the token that is missed. Returns their tokens."""
+    lengths = []
+    for check in range(60):
+        confidences: list[float] = []
+        while not (confidences and pace.enough(confidences)):
+            pace.gathered(1, 7.0)
+            confidences.append(confidence)
+        place = missed(check)
+        is_missed = place is not None and place < len(confidences)
+        kept = place + 1 if place is not None and is_missed else len(confidences)
+        pace.checked(confidences, kept, is_missed, 6.0 + 0.4 * len(confidences))
+        lengths.append(len(confidences))
+    return lengths
+
+
+def test_sure_tokens_gather_and_unsure_ones_are_checked() -> None:
+    sure = _decode(Pace(), 0.95, lambda check: None)
+    unsure = _decode(Pace(), 0.15, lambda check: 2)
+    assert max(sure) == LONGEST_WAIT
+    assert max(unsure[1:]) <= 5 < min(sure[1:])
+
+
+def test_risks_are_learned() -> None:
+    """The same confidence, first always right, then mostly wrong."""
+    pace = Pace()
+    long = _decode(pace, 0.4, lambda check: None)[-1]
+    short = _decode(pace, 0.4, lambda check: 1)[-1]
+    assert short <= 6 < long
+
+
+def test_a_list_of_no_use_rests() -> None:
+    pace = Pace()
+    _decode(pace, 0.4, lambda check: 0)
+    assert pace.resting
+    for _ in range(REST):
+        pace.rested()
+    assert not pace.resting
 
 
 def test_an_index_forgets_what_was_taken_back() -> None:
