@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from headstart.exporter.heads.install import check_place
 from headstart.exporter.heads.shortlist import add_shortlist, check_count
 from headstart.runtime.bundle import Bundle, HeadInfo
 from headstart.runtime.drafters.shortlist import SHORTLIST
@@ -40,6 +41,7 @@ def make_shortlist(
     """
     opened = Bundle.load(bundle)
     check_count(opened, tokens)
+    check_place(opened, name, force)
     counts = token_counts(Tokenizer.load(opened.path / "tokenizer"), texts_of(data))
     if not counts:
         raise OptionError(f"{data} holds no text to count tokens in. Fix: a text of the kind to be written.")

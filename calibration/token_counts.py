@@ -15,7 +15,7 @@ from headstart.runtime.tokenizer import Tokenizer
 
 from .passages import read_texts
 
-MOST_BYTES = 10_000_000  # of the standard library's sources
+MOST_CHARACTERS = 10_000_000  # of the standard library's sources
 PIECE = 1_000_000  # characters that are tokenized at once: of a whole file, the tokens would fill the memory
 NO_TEXT = {"site-packages", "test", "tests", "idlelib", "encodings", "__pycache__"}
 
@@ -29,7 +29,7 @@ def own_texts() -> Iterator[str]:
     files = sorted(file for file in itertools.chain(root.glob("*.py"), root.glob("*/*.py")) if file.parent.name not in NO_TEXT)
     if not files:
         raise OptionError(f"{root} holds no sources to count tokens in. Fix: --data FILE, a text of the kind to be written.")
-    left = MOST_BYTES
+    left = MOST_CHARACTERS
     for file in files:
         text = file.read_text("utf-8", errors="replace")
         left -= len(text)

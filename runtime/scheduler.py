@@ -199,7 +199,7 @@ class Scheduler:
 
     def _round(self, running: list[Sequence]) -> None:
         shortlist = self._usable_shortlist(running)
-        if shortlist is not None:
+        if shortlist is not None and shortlist.pace.begin_round():
             self._provisional_round(running[0], shortlist)
             return
         for row, sequence in enumerate(running):
@@ -228,9 +228,6 @@ class Scheduler:
         """Of a sequence that decodes alone and greedily: batches have rows enough, and samples may be any token."""
         request, drafter = running[0].request, running[0].request.drafter
         if len(running) > 1 or self._lm_head is None or not isinstance(drafter, ShortlistDrafter):
-            return None
-        if drafter.pace.resting:
-            drafter.pace.rested()
             return None
         fits = request.sampling.greedy and request.acceptance in (None, "greedy")
         return drafter if fits and running[0].tokens_left > 0 else None

@@ -48,10 +48,7 @@ def import_head(
 
 def install_head(opened: Bundle, name: str, write: Write, force: bool = False) -> HeadInfo:
     """Let `write` write `heads/<name>` next to the bundle, and move it in; see `import_head`."""
-    from .families import check_name
-
-    check_name(name)
-    _check_free(opened, name, force)
+    check_place(opened, name, force)
     others = dataclasses.replace(opened.manifest, heads=tuple(h for h in opened.manifest.heads if h != name))
     with _workplace(opened.path) as workplace:
         manifest = write(workplace, others)
@@ -59,7 +56,11 @@ def install_head(opened: Bundle, name: str, write: Write, force: bool = False) -
     return Bundle(opened.path, manifest).head(name)
 
 
-def _check_free(bundle: Bundle, name: str, force: bool) -> None:
+def check_place(bundle: Bundle, name: str, force: bool) -> None:
+    """Raises HeadError for a name that no head can have, OutputError where one has it (unless `force`)."""
+    from .families import check_name
+
+    check_name(name)
     target = bundle.path / "heads" / name
     if target.exists() and not force:
         raise OutputError(f"{target} exists and is not overwritten. Fix: another --name, or --force.")

@@ -8,7 +8,7 @@ the provisional passes, as in cascade speculative drafting (arXiv 2312.11462).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -54,11 +54,13 @@ class ShortScores:
     own_rows: NDArray[np.float32]
     hidden: NDArray[np.float32]
     vocab_size: int
+    _computed: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # by row
 
     def _own_logits(self, row: int) -> NDArray[np.float32]:
         """[n] of one row. A product of several rows would wake numpy's threads, which then spin on the decoder's cores."""
-        logits: NDArray[np.float32] = self.own_rows @ self.hidden[row]
-        return logits
+        if row not in self._computed:
+            self._computed[row] = self.own_rows @ self.hidden[row]
+        return self._computed[row]
 
     def best(self, row: int) -> int:
         """One of the highest: which of equals the target takes is decided with its whole vocabulary."""
@@ -114,35 +116,39 @@ class TextRows:
     def __init__(self, shortlist: Shortlist, source_ids: Sequence[int] = ()) -> None:
         self._shortlist = shortlist
         self._listed = frozenset(shortlist.ids.tolist())
-        self._ids: list[int] = []
+        self._ids = np.zeros(0, np.int64)
         self._seen: set[int] = set()
         self._rows = np.zeros((0, shortlist.width), np.float32)  # of `_ids`, and room for more
         self._known = 0  # tokens of the text
         self._add(source_ids)
 
     def update(self, token_ids: Sequence[int]) -> None:
-        """Take in the text so far. The rows of tokens that were taken back stay: they may come again."""
-        self._add(token_ids[min(self._known, len(token_ids)) :])
+        """Take in the text so far."""
+        self._add(token_ids[self._known :])
         self._known = len(token_ids)
+
+    def taken_back(self, known: int) -> None:
+        """All but the first `known` tokens are others now. Rows of those that were taken back stay: they may come again."""
+        self._known = min(self._known, known)
 
     def _add(self, token_ids: Sequence[int]) -> None:
         new = [token for token in dict.fromkeys(token_ids) if token not in self._listed and token not in self._seen]
         if not new:
             return
-        rows, used = self._shortlist.rows(np.array(new, np.int64)), len(self._ids)
+        used, tokens = len(self._ids), np.array(new, np.int64)
         if used + len(new) > len(self._rows):
             larger = np.zeros((2 * (used + len(new)), self._shortlist.width), np.float32)
             larger[:used] = self._rows[:used]
             self._rows = larger
-        self._rows[used : used + len(new)] = rows
-        self._ids += new
+        self._rows[used : used + len(new)] = self._shortlist.rows(tokens)
+        self._ids = np.concatenate([self._ids, tokens])
         self._seen.update(new)
 
     def scores(self, hidden: NDArray[np.float32], vocab_size: int) -> ShortScores:
         """Of [R, H], over the short list and this text's own tokens."""
         own = self._rows[: len(self._ids)]
         ids, logits = self._shortlist.ids, self._shortlist.logits(hidden)
-        return ShortScores(ids, logits, np.array(self._ids, np.int64), own, hidden, vocab_size)
+        return ShortScores(ids, logits, self._ids, own, hidden, vocab_size)
 
 
 class Pace:
@@ -162,16 +168,14 @@ class Pace:
         self._kept = self._checks = self._ms = 0.0  # of all rounds, fading
         self._rest = 0
 
-    @property
-    def resting(self) -> bool:
-        return self._rest > 0
-
-    def rested(self) -> None:
-        """A round without the short list has passed."""
-        self._rest = max(0, self._rest - 1)
+    def begin_round(self) -> bool:
+        """Whether to use the short list in the round that begins."""
+        resting = self._rest > 0
+        self._rest -= resting
+        return not resting
 
     def rest(self) -> None:
-        """The list is of no use at the moment."""
+        """The list is of no use at the moment: the next REST rounds go without it."""
         self._rest = REST
 
     def gathered(self, tokens: int, milliseconds: float) -> None:
@@ -181,14 +185,16 @@ class Pace:
 
     def enough(self, confidences: Sequence[float]) -> bool:
         """Whether to check provisional tokens of these confidences now."""
-        if len(confidences) >= LONGEST_WAIT or not self._checks:
-            return len(confidences) >= FIRST_WAIT
+        if len(confidences) >= (LONGEST_WAIT if self._checks else FIRST_WAIT):
+            return True
+        if not self._checks:
+            return False
         right = float(np.prod([1 - self._risk(confidence) for confidence in confidences]))
         each = self._provisional_ms / self._tokens + self._row_ms()
         return right / each <= self._kept / self._ms
 
     def _risk(self, confidence: float) -> float:
-        band = step(CONFIDENCES, confidence)
+        band = _band(confidence)
         return float(self._missed[band] / self._seen[band])
 
     def _row_ms(self) -> float:
@@ -201,7 +207,7 @@ class Pace:
         `kept` of them stay, its own in place of the one that was `missed` included; those after it tell nothing.
         """
         for place, confidence in enumerate(confidences[:kept]):
-            band = step(CONFIDENCES, confidence)
+            band = _band(confidence)
             self._seen[band] += 1
             self._missed[band] += missed and place == kept - 1
         fade = np.minimum(1.0, MOST_TOKENS / self._seen)
@@ -212,6 +218,11 @@ class Pace:
         self._ms = FORGET * self._ms + milliseconds + each * len(confidences)
         if self._kept < LEAST_KEPT * self._checks and self._checks > ENOUGH_CHECKS:
             self.rest()  # token by token that is plain decoding, and a list for nothing
+
+
+def _band(confidence: float) -> int:
+    """Of CONFIDENCES; the lowest where the scores hold NaN, so that the LM head sees them soon."""
+    return max(0, step(CONFIDENCES, confidence))
 
 
 class ShortlistDrafter:
@@ -273,5 +284,7 @@ class ShortlistDrafter:
 
     def taken_back(self, sequence: DraftSequence, known: int) -> None:
         """All but the first `known` tokens were provisional, and are others now."""
+        if sequence.id in self._texts:
+            self._texts[sequence.id].taken_back(known)
         if self._copies is not None:
             self._copies.taken_back(sequence, known)

@@ -17,15 +17,18 @@ from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.shortlist import make_shortlist
 from headstart.calibration.token_counts import coverage, most_used, own_texts, texts_of
 from headstart.calibration.token_counts import token_counts as counted
+from headstart.exporter import canonical
 from headstart.exporter.build import build
 from headstart.exporter.check import Inputs, Runner
 from headstart.exporter.golden import read_golden
 from headstart.exporter.heads import install
 from headstart.exporter.heads.shortlist import add_shortlist
+from headstart.exporter.lowering.lm_head import lm_head_of
+from headstart.exporter.passes.surgery import Writer
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, GenerationRules, Manifest, write_manifest
 from headstart.runtime.engines.info import LM_HEAD, EngineInfo, engine_folder
-from headstart.runtime.errors import BundleError, HeadError, OptionError, OutputError
+from headstart.runtime.errors import BundleError, EngineError, HeadError, OptionError, OutputError
 from headstart.runtime.tokenizer import Tokenizer
 
 BundleOf = Callable[[str], Bundle]
@@ -216,7 +219,7 @@ def test_texts_of_json_lines(tmp_path: Path) -> None:
 
 
 def test_without_a_text_python_s_own_sources_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(counting, "MOST_BYTES", 300_000)
+    monkeypatch.setattr(counting, "MOST_CHARACTERS", 300_000)
     texts = list(own_texts())
     assert 50_000 < sum(map(len, texts)) <= 300_000 and any("def " in text for text in texts)
     monkeypatch.setattr(counting.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
@@ -231,3 +234,25 @@ def test_a_list_from_a_text_covers_it(pycode: Bundle, tmp_path: Path) -> None:
     assert 0.7 < made.coverage < 1
     short = Runner(path / made.info.graph.file).run({contract.HIDDEN: np.zeros((1, 1, 256), np.float32)})
     assert set(pycode.manifest.generation.eos_token_ids) <= set(short[contract.SHORT_IDS].tolist())
+
+
+def test_other_devices_leave_it_out(bundle_of: BundleOf, tmp_path: Path) -> None:
+    path = copy_of(bundle_of("llama_tied"), tmp_path)
+    add_shortlist(path, some_tokens(TINY_VOCAB, 64))
+    built = build(path, "cuda")
+    assert LIST not in built.graphs and LM_HEAD not in built.graphs and LIST not in built.differences
+    assert {LIST, LM_HEAD} <= build(path).graphs.keys()
+
+
+def test_an_lm_head_that_reads_more_stays_where_it_is(bundle_of: BundleOf) -> None:
+    """Logits that depend on a token, say, cannot be computed later from hidden states."""
+    model = canonical.load_graph(bundle_of("llama_tied"), "decoder")
+    logits = next(value for value in model.graph.outputs if value.name == contract.LOGITS)
+    ids = next(value for value in model.graph.inputs if value.name == contract.INPUT_IDS)
+    writer = Writer(model, None)
+    moved = writer.node("Add", [logits, writer.node("Cast", [ids], to=ir.DataType.FLOAT)])
+    moved.shape, moved.dtype = logits.shape, logits.dtype
+    logits.name, moved.name = "unmoved", contract.LOGITS
+    model.graph.outputs[list(model.graph.outputs).index(logits)] = moved
+    with pytest.raises(EngineError, match="reads more than the hidden states"):
+        lm_head_of(model)

@@ -12,13 +12,15 @@ from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.exporter.build import build
 from headstart.exporter.heads.shortlist import add_shortlist
 from headstart.runtime.bundle import Bundle
+from headstart.runtime.drafters.base import DraftSequence
 from headstart.runtime.drafters.ngram import NGramDrafter, NGramIndex
 from headstart.runtime.drafters.shortlist import LONGEST_WAIT, REST, Pace, Shortlist, ShortlistDrafter, TextRows
 from headstart.runtime.graph import SplitDecoder
 from headstart.runtime.loading import load
 from headstart.runtime.model import Model
 from headstart.runtime.prefill import decoder_inputs, open_state, prefill
-from headstart.runtime.scheduler import Scheduler
+from headstart.runtime.rules import TokenRules
+from headstart.runtime.scheduler import Scheduler, decode_alone
 from headstart.runtime.sequence import Request
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
@@ -232,10 +234,14 @@ def test_risks_are_learned() -> None:
 def test_a_list_of_no_use_rests() -> None:
     pace = Pace()
     _decode(pace, 0.4, lambda check: 0)
-    assert pace.resting
-    for _ in range(REST):
-        pace.rested()
-    assert not pace.resting
+    assert [pace.begin_round() for _ in range(REST + 1)] == [False] * REST + [True]
+
+
+def test_nan_is_checked_soon() -> None:
+    pace = Pace()
+    _decode(pace, 0.95, lambda check: None)
+    assert not pace.enough([0.95] * 4)
+    assert pace.enough([0.95, np.nan, np.nan, np.nan])
 
 
 def test_an_index_forgets_what_was_taken_back() -> None:
@@ -249,3 +255,32 @@ def test_an_index_forgets_what_was_taken_back() -> None:
     fresh.update(text[:50] + other)
     assert set(index.matches(4)) <= {(end, length) for end, length in fresh.matches(50)}
     assert index.matches(1)[0][1] == fresh.matches(1)[0][1]
+
+
+def test_a_token_that_was_missed_is_known_from_then_on(pycode: Bundle, misser: Model) -> None:
+    """What the whole vocabulary decided in place of provisional tokens counts as the text's own."""
+    shortlist = misser.generator.drafters["shortlist"]
+    assert isinstance(shortlist, ShortlistDrafter)
+    text = DraftSequence(1, [1, 2, 3], 3)
+    hidden = np.zeros((1, misser.bundle.manifest.model.hidden_size), np.float32)
+    text.token_ids += [4000, 4001, 4002, 4003]  # provisional
+    shortlist.scores(text, hidden)
+    text.token_ids[3:] = [77]
+    shortlist.taken_back(text, 3)
+    text.token_ids += [4004]
+    assert 77 in shortlist.scores(text, hidden).own_ids.tolist()
+    shortlist.close(text)
+
+
+def test_rules_that_leave_no_listed_token(misser: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be decided provisionally, the whole vocabulary decides."""
+    drafter = misser.generator.drafters["shortlist"]
+    assert isinstance(drafter, ShortlistDrafter)
+    rested: list[int] = []
+    monkeypatch.setattr(Pace, "rest", lambda pace: (rested.append(1), setattr(pace, "_rest", 4)))
+    monkeypatch.setattr(TextRows, "_add", lambda rows, token_ids: None)  # the list's own 40 tokens and no others
+    prompt = tuple(misser.tokenizer.encode(PROMPTS[0]))
+    rules = TokenRules(forbidden_sequences=tuple((token,) for token in range(4000, 4040)))
+    plain = decode_alone(misser.engine, Request(prompt, 24, rules=rules))
+    listed = decode_alone(misser.engine, Request(prompt, 24, rules=rules, drafter=drafter))
+    assert rested and listed.token_ids == plain.token_ids
