@@ -12,22 +12,25 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.runtime import contract
 from headstart.runtime.budget import Budget, DrafterStats
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.documents import to_json
 from headstart.runtime.drafters.base import Drafter, DraftRequest, DraftSequence, Features, Target
+from headstart.runtime.drafters.shortlist import ShortlistDrafter
 from headstart.runtime.errors import OptionError, OutputError
-from headstart.runtime.graph import MAX_ROWS, Engine
-from headstart.runtime.loading import load, with_rates
+from headstart.runtime.graph import MAX_ROWS, Engine, SplitDecoder
+from headstart.runtime.loading import load, use_provisional_cost, with_rates
 from headstart.runtime.model import Model, Prompt
 from headstart.runtime.output import atomic_write
-from headstart.runtime.prefill import run_decoder
+from headstart.runtime.prefill import decoder_inputs
 from headstart.runtime.scheduler import Scheduler, decode_alone
 from headstart.runtime.sequence import Request, Sequence
 from headstart.runtime.states import State
@@ -36,6 +39,8 @@ from headstart.runtime.tuning import TUNING_SCHEMA, DrafterTuning, Tuning, finge
 from headstart.runtime.verify_cost import BatchCost, VerifyCost
 
 Progress = Callable[[str, int, int], None]  # what, done, of
+PassInputs = Mapping[str, NDArray[np.int64]]  # see prefill.decoder_inputs
+RunPass = Callable[[State, PassInputs, NDArray[np.bool_]], None]
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 BATCHES, BATCH_ROWS = (2, 8), (1, 2, 4, 8, 16)  # of batches, which are measured more coarsely
 SHORT_HISTORY, LONG_HISTORY = 64, 2048  # tokens
@@ -79,7 +84,10 @@ def tune(
     options = options or TuneOptions()
     opened, file = new_tuning(bundle, device, prompts, force)
     model = load(bundle, device, threads, draft_model, tuned=False)
-    cost = verify_cost(model.engine, progress, model.input(prompts[0]).source)
+    source = model.input(prompts[0]).source
+    cost = verify_cost(model.engine, progress, source)
+    provisional = provisional_cost(model, progress, source)
+    use_provisional_cost(model.generator.drafters, provisional)
     drafters = observed(model, prompts, options, progress)
     if "draft_model" in drafters:
         drafters["draft_model"] = as_deep_as_pays(drafters["draft_model"], cost)
@@ -95,6 +103,7 @@ def tune(
         reason="",
         max_nodes=options.max_nodes,
         prompts=len(prompts),
+        provisional=provisional,
     )
     made = _prove(model, made, prompts, options, progress)
     file.parent.mkdir(exist_ok=True)
@@ -119,10 +128,28 @@ def new_tuning(bundle: str | Path, device: str, prompts: Items[Prompt], force: b
 def verify_cost(engine: Engine, progress: Progress, source: NDArray[Any] | None = None) -> VerifyCost:
     """t(B, n), medians over interleaved rounds so that noise affects all sizes alike. `source`: what an encoder reads."""
     batches = [1, *(batch for batch in BATCHES if batch <= Scheduler(engine).max_batch)]
-    return VerifyCost(tuple(_batch_cost(engine, batch, progress, source) for batch in batches))
+    run = partial(_whole_pass, engine)
+    return VerifyCost(tuple(_batch_cost(engine, run, batch, progress, source) for batch in batches))
 
 
-def _batch_cost(engine: Engine, batch: int, progress: Progress, source: NDArray[Any] | None) -> BatchCost:
+def provisional_cost(model: Model, progress: Progress, source: NDArray[Any] | None = None) -> VerifyCost | None:
+    """t(1, n) of passes that a short list decides; None for a bundle without one."""
+    listed = next((drafter for drafter in model.generator.drafters.values() if isinstance(drafter, ShortlistDrafter)), None)
+    decoder = model.engine.graph("decoder")
+    if listed is None or not isinstance(decoder, SplitDecoder):
+        return None
+    run = partial(_provisional_pass, decoder, listed)
+    return VerifyCost((_batch_cost(model.engine, run, 1, progress, source, "provisional cost"),))
+
+
+def _batch_cost(
+    engine: Engine,
+    run: RunPass,
+    batch: int,
+    progress: Progress,
+    source: NDArray[Any] | None,
+    what: str = "verify cost",
+) -> BatchCost:
     rows = ROWS if batch == 1 else BATCH_ROWS
     longest = max(SHORT_HISTORY, min(LONG_HISTORY, engine.model.max_cache - MAX_ROWS))
     histories = (min(SHORT_HISTORY, longest // 2), longest)
@@ -133,8 +160,8 @@ def _batch_cost(engine: Engine, batch: int, progress: Progress, source: NDArray[
         for history, state in states.items():
             state.lengths[:] = history
             for count in rows:
-                seconds.setdefault((history, count), []).append(_time_pass(engine, state, count))
-        progress(f"verify cost, batch {batch}", done + 1, rounds)
+                seconds.setdefault((history, count), []).append(_time_pass(engine, run, state, count))
+        progress(f"{what}, batch {batch}", done + 1, rounds)
     table = np.array([[1000 * statistics.median(seconds[history, count]) for count in rows] for history in histories])
     rising = np.minimum.accumulate(table[:, ::-1], axis=1)[:, ::-1]  # more rows never cost less: what says so is noise
     return BatchCost(batch, rows, histories, tuple(tuple(map(float, line)) for line in rising))
@@ -149,15 +176,26 @@ def _state_for(engine: Engine, batch: int, history: int, source: NDArray[Any] | 
     return state
 
 
-def _time_pass(engine: Engine, state: State, rows: int) -> float:
+def _whole_pass(engine: Engine, state: State, given: PassInputs, mask: NDArray[np.bool_]) -> None:
+    engine.graph("decoder").run(given, state, mask).wait()
+
+
+def _provisional_pass(
+    decoder: SplitDecoder, listed: ShortlistDrafter, state: State, given: PassInputs, mask: NDArray[np.bool_]
+) -> None:
+    outputs = decoder.run_body(given, state, mask)
+    listed.logits(outputs.rows(contract.HIDDEN, 0, range(mask.shape[1])))
+
+
+def _time_pass(engine: Engine, run: RunPass, state: State, rows: int) -> float:
     """Seconds of one pass over chains: the median of a few after a warm-up."""
     shape = state.batch, rows
     ids, chosen = np.broadcast_to(np.arange(rows) % engine.model.vocab_size, shape), np.broadcast_to(np.arange(rows), shape)
     positions, mask = state.lengths[:, None] + np.arange(rows), np.broadcast_to(np.tri(rows, dtype=np.bool_), (*shape, rows))
-    times = []
+    times, given = [], decoder_inputs(ids, positions, chosen)
     for _ in range(COST_WARM_UP + COST_REPEATS):
         started = time.perf_counter()
-        run_decoder(engine, state, ids, positions, mask, chosen).wait()
+        run(state, given, mask)
         times.append(time.perf_counter() - started)
     return statistics.median(times[COST_WARM_UP:])
 

@@ -21,6 +21,7 @@ from .memory import give_back_freed_memory
 from .model import Model
 from .tokenizer import Tokenizer
 from .tuning import DrafterTuning, Tuning, read_tuning
+from .verify_cost import VerifyCost
 
 
 def load(
@@ -76,6 +77,7 @@ def _drafters(engine: Engine, draft_engine: Engine | None, tuning: Tuning | None
     heads = [bundle.head(name) for name in bundle.manifest.heads]
     can_wait = isinstance(engine.graph("decoder"), SplitDecoder)  # for the LM head, as a short list needs it
     drafters = {head.name: load_head(engine, head) for head in heads if can_wait or head.family != SHORTLIST}
+    use_provisional_cost(drafters, tuning.provisional if tuning else None)
     drafters["ngram"] = NGramDrafter()
     if bundle.manifest.model.source == "text":
         drafters["source_copy"] = source_copy()
@@ -85,6 +87,13 @@ def _drafters(engine: Engine, draft_engine: Engine | None, tuning: Tuning | None
         if all(part in drafters for part in name.split("+")):  # else tuned with a draft model that is not given this time
             drafters[name] = with_rates(drafters, name, tuned)
     return drafters
+
+
+def use_provisional_cost(drafters: Mapping[str, Drafter], cost: VerifyCost | None) -> None:
+    """Let short lists, and pairs made of them later, choose by this t(1, n); None leaves them to learn it."""
+    for drafter in drafters.values():
+        if isinstance(drafter, ShortlistDrafter) and cost is not None:
+            drafter.cost = cost
 
 
 def with_rates(drafters: Mapping[str, Drafter], name: str, tuned: DrafterTuning) -> Drafter:

@@ -43,6 +43,7 @@ class Tuning:
     """Everything `headstart tune` measured. `chosen` is a drafter's name or "none", and `reason` says why.
 
     `simulated`: costs and speed-ups were predicted for a board that was not available; acceptance was measured.
+    `provisional`: t(1, n) of passes that a short list decides, where the bundle has one; `verify` is of whole passes.
     """
 
     schema_version: int
@@ -55,6 +56,7 @@ class Tuning:
     max_nodes: int
     prompts: int
     simulated: bool = False
+    provisional: VerifyCost | None = None
 
     def budget(self, drafter: str, stats: DrafterStats) -> Budget:
         """A budget for one sequence with a drafter that was tuned."""

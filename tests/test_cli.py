@@ -320,9 +320,8 @@ def test_heads_shortlist(pycode: Bundle, tmp_path: Path) -> None:
     assert "--force" in refused("heads", "shortlist", path, "--data", tmp_path / "text.txt", "--tokens", 64)
     assert "saves nothing" in refused("heads", "shortlist", path, "--tokens", 4000, "--force")
     assert "names another drafter" in refused("heads", "shortlist", path, "--tokens", 64, "--name", "ngram")
-    assert "cannot be read as UTF-8 text" in refused(
-        "heads", "shortlist", path, "--data", tmp_path / "none", "--tokens", 64, "--force"
-    )
+    lost = refused("heads", "shortlist", path, "--data", tmp_path / "none", "--tokens", 64, "--force")
+    assert "cannot be read as UTF-8 text" in lost
     (tmp_path / "empty.txt").write_text("")
     assert "holds no text" in refused("heads", "shortlist", path, "--data", tmp_path / "empty.txt", "--tokens", 64, "--force")
     assert (path / "manifest.json").read_bytes() == before

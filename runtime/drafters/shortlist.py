@@ -20,7 +20,7 @@ from headstart.runtime.bundle import Bundle
 from headstart.runtime.graph import Graph
 from headstart.runtime.lm_head_rows import lm_head_rows
 from headstart.runtime.tree import DraftTree, empty_tree
-from headstart.runtime.verify_cost import RunningCost
+from headstart.runtime.verify_cost import CostModel, RunningCost
 
 from .base import DraftRequest, DraftSequence, Features, Target, step
 from .text_index import TextIndexDrafter
@@ -232,7 +232,7 @@ class ShortlistDrafter:
     drafts.
 
     Attributes:
-        cost: t(1, n) of provisional passes.
+        cost: t(1, n) of provisional passes, learned while decoding until `headstart tune` measures it.
         pace: how many of them to make in a row.
     """
 
@@ -240,14 +240,21 @@ class ShortlistDrafter:
         self.name = name if copies is None else f"{copies.name}+{name}"
         self._list_name, self._shortlist, self._vocab_size, self._copies = name, shortlist, vocab_size, copies
         self._texts: dict[int, TextRows] = {}  # from the first provisional pass on
-        self.cost, self.pace = RunningCost(), Pace()
+        self.cost: CostModel = RunningCost()
+        self.pace = Pace()
         self.reads: frozenset[str] = frozenset()
         self.class_count = 0 if copies is None else copies.class_count
         self.default_nodes = 0 if copies is None else copies.default_nodes
 
     def after(self, copies: TextIndexDrafter[Any]) -> "ShortlistDrafter":
         """The same short list, with a drafter that proposes trees for provisional passes."""
-        return ShortlistDrafter(self._list_name, self._shortlist, self._vocab_size, copies)
+        pair = ShortlistDrafter(self._list_name, self._shortlist, self._vocab_size, copies)
+        pair.cost = self.cost  # the passes are the same, whoever proposes
+        return pair
+
+    def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The list's alone, [R, H] to [R, K]: most of what scoring a provisional pass takes."""
+        return self._shortlist.logits(hidden)
 
     def prior_rates(self) -> list[float]:
         return [] if self._copies is None else self._copies.prior_rates()

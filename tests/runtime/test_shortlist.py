@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
+from headstart.calibration.tune import TuneOptions, tune
 from headstart.exporter.build import build
 from headstart.exporter.heads.shortlist import add_shortlist
 from headstart.runtime.bundle import Bundle
@@ -22,6 +23,7 @@ from headstart.runtime.prefill import decoder_inputs, open_state, prefill
 from headstart.runtime.rules import TokenRules
 from headstart.runtime.scheduler import Scheduler, decode_alone
 from headstart.runtime.sequence import Request
+from headstart.runtime.verify_cost import RunningCost
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 BundleOf = Callable[[str], Bundle]
@@ -284,3 +286,18 @@ def test_rules_that_leave_no_listed_token(misser: Model, monkeypatch: pytest.Mon
     plain = decode_alone(misser.engine, Request(prompt, 24, rules=rules))
     listed = decode_alone(misser.engine, Request(prompt, 24, rules=rules, drafter=drafter))
     assert rested and listed.token_ids == plain.token_ids
+
+
+def test_tuning_measures_provisional_passes(model: Model, tmp_path: Path) -> None:
+    """By themselves: the budget of a pair must not think that each of its passes runs the LM head."""
+    path = Path(shutil.copytree(model.bundle.path, tmp_path / "bundle"))
+    made = tune(path, PROMPTS, options=TuneOptions(max_new_tokens=16))
+    assert made.provisional is not None and {"shortlist", "ngram+shortlist"} <= made.drafters.keys()
+    rows = made.verify.single.rows.index(64)
+    assert made.provisional.single.milliseconds[0][rows] < made.verify.single.milliseconds[0][rows]
+    drafters = load(path).generator.drafters
+    for name in ("shortlist", "ngram+shortlist"):
+        drafter = drafters[name]
+        assert isinstance(drafter, ShortlistDrafter) and drafter.cost == made.provisional
+    untuned = load(path, tuned=False).generator.drafters["shortlist"]
+    assert isinstance(untuned, ShortlistDrafter) and isinstance(untuned.cost, RunningCost)
