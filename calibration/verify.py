@@ -130,10 +130,11 @@ def verify_model(
         return Report(name, device, precision, (), tuple(logits), notes=("no text was decoded: see the faults",))
     greedy = check_recorded(model.engine, reference, golden, precision)
     greedy += check_greedy(model, reference, texts, max_new_tokens, precision, progress)
-    sampling = check_sampling(model, texts, samples, _batch(model, SAMPLING_BATCH), progress) if samples else []
+    drawn = check_sampling(model, reference, texts, samples, _batch(model, SAMPLING_BATCH), progress) if samples else ([], [])
+    sampling, passes = drawn
     if not sampling:
         notes.append("sampled decoding was not checked")
-    return Report(name, device, precision, (), tuple(logits), tuple(greedy), tuple(sampling), tuple(notes))
+    return Report(name, device, precision, (), (*logits, *passes), tuple(greedy), tuple(sampling), tuple(notes))
 
 
 def _check_logits(

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from .acceptance import check_rule
 from .bundle import GenerationRules
 from .errors import OptionError
-from .rules import TokenRules
+from .rules import LogitRule, TokenRules
 from .sampling import SamplingOptions
 
 MAX_NEW_TOKENS = 128
@@ -29,6 +29,8 @@ class DecodeOptions(TypedDict, total=False):
     stop: texts that end the completion; they are not part of it.
     ignore_end: continue after the model's end token.
     logprobs: return each token's log-probability, and those of so many alternatives.
+    logit_rules: the caller's own rules of which token may follow (see `rules.LogitRule`), applied after all others; drafts are
+        verified under them as under any rule.
     """
 
     max_new_tokens: int | None
@@ -46,6 +48,7 @@ class DecodeOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     ignore_end: bool
     logprobs: int | None
+    logit_rules: Sequence[LogitRule]
 
 
 class GenerateOptions(DecodeOptions, total=False):
@@ -92,7 +95,7 @@ def settings(options: GenerateOptions, stated: GenerationRules) -> GenerateSetti
     stop = options.get("stop", ())
     return GenerateSettings(
         sampling=sampling_options(options, stated),
-        rules=TokenRules.of(stated, options.get("timestamps", False), ends),
+        rules=TokenRules.of(stated, options.get("timestamps", False), ends, tuple(options.get("logit_rules", ()))),
         end_tokens=frozenset(stated.eos_token_ids) if ends else frozenset(),
         max_new_tokens=options.get("max_new_tokens"),
         drafter=options.get("drafter", "auto"),

@@ -5,7 +5,8 @@ tree, and changes the logits of the next token. Every row of a verify pass that 
 own path, so a drafted token that a rule forbids has probability 0. Names, meaning and order are those of transformers'
 logits processors.
 
-`TokenRules` is what a model demands of every text; `for_text` turns it into rules once the text's lengths are known.
+`TokenRules` is what a model and a caller demand of every text; `for_text` turns it into rules once the text's lengths are
+known.
 """
 
 import copy
@@ -358,7 +359,7 @@ def in_order(rules: Sequence[LogitRule]) -> tuple[LogitRule, ...]:
 
 @dataclass(frozen=True)
 class TokenRules:
-    """What a model's generation configuration demands of every text.
+    """What a model's generation configuration demands of every text, and rules that the caller adds.
 
     Attributes:
         forced_bos_token_id: the first token after the decoder's start token (BART; mBART's and NLLB's language).
@@ -369,6 +370,7 @@ class TokenRules:
         forbidden_sequences: "bad words".
         source_no_repeat_ngram: no n-gram of this size is copied from the source; 0 is off.
         timestamps: Whisper's, to be moved to where a text's output begins; None applies no rule of time.
+        given: the caller's own, after all others.
     """
 
     forced_bos_token_id: int | None = None
@@ -379,9 +381,12 @@ class TokenRules:
     forbidden_sequences: tuple[tuple[int, ...], ...] = ()
     source_no_repeat_ngram: int = 0
     timestamps: WhisperTimestamps | None = None
+    given: tuple[LogitRule, ...] = ()
 
     @classmethod
-    def of(cls, stated: GenerationRules, timestamps: bool = False, ends: bool = True) -> "TokenRules":
+    def of(
+        cls, stated: GenerationRules, timestamps: bool = False, ends: bool = True, given: tuple[LogitRule, ...] = ()
+    ) -> "TokenRules":
         """What the bundle states. `timestamps` asks for Whisper's; without `ends` no rule forces or delays an end.
 
         Raises OptionError for timestamps of a model that has none.
@@ -402,6 +407,7 @@ class TokenRules:
             forbidden_sequences=stated.bad_words_ids,
             source_no_repeat_ngram=stated.encoder_no_repeat_ngram_size,
             timestamps=times,
+            given=given,
         )
 
     def for_text(
@@ -426,4 +432,4 @@ class TokenRules:
             rules.append(SuppressedTokens(self.begin_suppress_tokens, prompt_tokens + after_forced))
         if self.timestamps is not None:
             rules.append(dataclasses.replace(self.timestamps, begin=prompt_tokens))
-        return tuple(rules)
+        return (*rules, *self.given)

@@ -1,11 +1,13 @@
 """Several callers of one model: threads, interleaved streams, mistakes; each gets what it would get alone."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.errors import OptionError, PromptError
@@ -89,6 +91,33 @@ def test_options_are_checked_by_name_and_value(model: Model) -> None:
         model.generate(PROMPTS[0], acceptance="typical")
     with pytest.raises(OptionError, match=r"nonsense.*greedy.*block"):
         model.generate(PROMPTS[0], acceptance="nonsense")
+
+
+class OnlyEvenTokens:
+    """A caller's own logit rule, without memory."""
+
+    def start(self, prompt: Sequence[int]) -> "OnlyEvenTokens":
+        return self
+
+    def advance(self, token: int) -> None: ...
+
+    def fork(self) -> "OnlyEvenTokens":
+        return self
+
+    def mask(self, logits: NDArray[np.float32]) -> None:
+        logits[1::2] = -np.inf
+
+    def forbids(self, token: int) -> bool:
+        return token % 2 == 1
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_a_rule_of_the_caller_holds_with_every_drafter(model: Model, options: dict[str, Any]) -> None:
+    free = alone(model, PROMPTS[0], options)
+    found = alone(model, PROMPTS[0], {**options, "logit_rules": [OnlyEvenTokens()]})
+    assert not any(token % 2 for token in found) and any(token % 2 for token in free)
+    if not options.get("temperature"):
+        assert found == alone(model, PROMPTS[0], {"drafter": "none", "logit_rules": [OnlyEvenTokens()]})
 
 
 def test_a_seed_repeats_and_rows_of_a_batch_share_no_draws(model: Model) -> None:
