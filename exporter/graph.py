@@ -166,9 +166,10 @@ def weight_infos(file: Path, folder: str) -> dict[str, WeightInfo]:
     external = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ir.ExternalTensor)}
     if len(external) < len(named):
         return {}
-    infos = {name: _weight_info(tensor, folder) for name, tensor in external.items()}
+    infos = {name: weight_info(tensor, folder) for name, tensor in external.items()}
     return infos | {"lm_head": dataclasses.replace(infos["lm_head"], rotation=rotation_of(head.source))}
 
 
-def _weight_info(tensor: ir.ExternalTensor, folder: str) -> WeightInfo:
+def weight_info(tensor: ir.ExternalTensor, folder: str) -> WeightInfo:
+    """Where the tensor of a graph in that folder of the bundle lies."""
     return WeightInfo(f"{folder}/{tensor.location}", tensor.offset or 0, dtype_name(tensor.dtype), tuple(tensor.shape.numpy()))

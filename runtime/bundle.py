@@ -197,17 +197,27 @@ class Provenance:
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """A draft head: `heads/<name>/head.json`. `shared` names head initializers that lie in the target's data file."""
+    """A draft head: `heads/<name>/head.json`.
+
+    Attributes:
+        family: a row of the table of families, "medusa".
+        dialect: the published format it was imported from.
+        heads: future tokens proposed, one head each, or the depth of the tree that its graph drafts.
+        top_k: candidates per head.
+        shared: initializers of its graph that lie in the target's data file.
+        embeddings: where the target's embeddings lie, for a head whose graph takes that of the root.
+    """
 
     name: str
-    family: str  # a row of the table of families, "medusa"
-    dialect: str  # the published format it was imported from
+    family: str
+    dialect: str
     hidden_size: int
     vocab_size: int
-    heads: int  # future tokens proposed, one head each
-    top_k: int  # candidates per head
+    heads: int
+    top_k: int
     graph: GraphInfo
     shared: dict[str, WeightInfo] = field(default_factory=dict)
+    embeddings: dict[str, WeightInfo] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from headstart.runtime.bundle import Manifest, ModelInfo, WeightInfo
 from headstart.runtime.documents import to_json
 from headstart.runtime.errors import HeadError
 
-from . import medusa
+from . import hydra, medusa
 from .family import Family, Installation, Reads
 from .folder import HeadFolder
 from .unsupported import unsupported_family
 
 FAMILIES: dict[str, Family] = {
     "medusa": medusa.FAMILY,
+    "hydra": hydra.FAMILY,
 }
 
 TOP_K = 10  # candidates per head, as published

@@ -17,20 +17,19 @@ from numpy.typing import NDArray
 
 from headstart.exporter.graph import described_graph, tensor_infos
 from headstart.exporter.graph_builder import GraphBuilder
-from headstart.exporter.passes.rotation import rotate
 from headstart.runtime import contract
-from headstart.runtime.bundle import GraphInfo, HeadInfo, ModelInfo, WeightInfo
+from headstart.runtime.bundle import GraphInfo, HeadInfo, ModelInfo
 from headstart.runtime.errors import HeadError
-from headstart.runtime.lm_head_rows import LmHeadRows, lm_head_rows
 
 from .family import Family, Installation, Reads
 from .folder import HeadFolder, Tensors
+from .lm_head import Projection, TargetLmHead
 from .medusa_dialects import DIALECTS, recognise
-from .storage import copied_rows, reference, save_head
+from .storage import save_head
+from .token_map import token_map_of
 
 Array = NDArray[np.float32]
 Blocks = dict[tuple[int, int, str], Array]
-LM_HEAD = ("lm_head", "lm_head.scale")  # the second in quantized bundles
 
 
 @dataclass(frozen=True)
@@ -188,14 +187,7 @@ def _token_map(checkpoint: HeadCheckpoint, rows: int | None, vocab_size: int) ->
     size = checkpoint.config.get("truncated_vocab_size") or vocab_size
     if stored is None or (rows == vocab_size and size >= vocab_size):
         return None
-    token_map = stored.astype(np.int64)  # exact: float32 holds every integer below 2 ** 24
-    if token_map.ndim != 1 or len(np.unique(token_map)) != token_map.size or not _within(token_map, vocab_size):
-        raise HeadError(f"{checkpoint.path}: token_map must list different tokens below {vocab_size}, the target's vocabulary.")
-    return token_map
-
-
-def _within(token_map: NDArray[np.int64], vocab_size: int) -> bool:
-    return bool(token_map.size and token_map.min() >= 0 and token_map.max() < vocab_size)
+    return token_map_of(stored, vocab_size, checkpoint.path)
 
 
 def _check_projections(
@@ -215,15 +207,9 @@ def to_graphs(folder: HeadFolder, dialect: str, target: Installation) -> HeadInf
     """One graph: `hidden` to each head's best candidates. Raises HeadError when the heads do not fit the target."""
     model = target.model
     weights = medusa_from_checkpoint(read_checkpoint(folder, dialect), model)
-    if weights.projections is None:
-        _check_lm_head(target.weights, folder.path)
-    shared, rows = {}, None
-    if weights.projections is None and weights.token_map is not None:
-        rows = lm_head_rows(target.target, target.weights, model.hidden_size, weights.token_map)
-    elif weights.projections is None:
-        shared = {name: info for name, info in target.weights.items() if name in LM_HEAD}
+    lm_head = TargetLmHead.of(target, weights.token_map, folder.path) if weights.projections is None else None
     candidates = min(target.top_k, model.vocab_size if weights.token_map is None else len(weights.token_map))
-    graph = write_graph(weights, shared, rows, target.folder / "head.onnx", target.file("head.onnx"), candidates)
+    graph = write_graph(weights, lm_head, target.folder / "head.onnx", target.file("head.onnx"), candidates)
     return HeadInfo(
         name=target.name,
         family="medusa",
@@ -233,23 +219,14 @@ def to_graphs(folder: HeadFolder, dialect: str, target: Installation) -> HeadInf
         heads=weights.heads,
         top_k=candidates,
         graph=graph,
-        shared=shared,
+        shared=lm_head.shared if lm_head is not None else {},
     )
 
 
-def _check_lm_head(shareable: Mapping[str, WeightInfo], folder: Path) -> None:
-    if "lm_head" not in shareable:
-        raise HeadError(
-            f"{folder} projects with the target's LM head, and this target's graph does not show which weight that is."
-        )
-
-
-def write_graph(
-    weights: MedusaWeights, shared: dict[str, WeightInfo], rows: LmHeadRows | None, file: Path, name: str, top_k: int
-) -> GraphInfo:
+def write_graph(weights: MedusaWeights, lm_head: TargetLmHead | None, file: Path, name: str, top_k: int) -> GraphInfo:
     """`hidden` [B, 1, H] to `topk_ids` [B, K, k] int64 and `topk_log_probs` [B, K, k] float32.
 
-    Without projections of their own, the heads project with the target's LM head: `shared`, or a copy of its `rows`.
+    `lm_head`: what the heads project with that have no projections of their own.
     """
     heads, layers, _, hidden = weights.block_weights.shape
     graph = GraphBuilder()
@@ -258,10 +235,7 @@ def write_graph(
     for layer in range(layers):
         inner = _first_block(graph, weights, source) if layer == 0 else _later_block(graph, weights, state, layer)
         state = graph.node("Add", [state, _activated(graph, weights, inner, layer)])  # [K, B, H]
-    if block := rows.rotation if rows is not None else shared["lm_head"].rotation if shared else 0:
-        state = rotate(graph, state, 3, hidden, block)
-    projection = _projection(graph, weights, shared) if rows is None else copied_rows(graph, rows)
-    logits = graph.node("MatMul", [state, projection])  # [K, B, V]
+    logits = _own_logits(graph, weights, state) if lm_head is None else Projection(graph, lm_head).logits(state)  # [K, B, V]
     log_probs = graph.node("LogSoftmax", [graph.node("Transpose", [logits], perm=[1, 0, 2])], axis=-1)
     values, ids = graph.nodes("TopK", [log_probs, graph.ints("k", [top_k])], 2, axis=-1, largest=1, sorted=1)
     if weights.token_map is not None:
@@ -301,19 +275,11 @@ def _later_block(graph: GraphBuilder, weights: MedusaWeights, state: Any, layer:
     return graph.node("Add", [product, graph.constant(f"block.{layer}.bias", weights.block_biases[:, layer, None])])
 
 
-def _projection(graph: GraphBuilder, weights: MedusaWeights, shared: dict[str, WeightInfo]) -> Any:
-    """[K, H, V], [1, H, V], or [H, V] when it is the target's: the latter two serve all heads."""
-    if weights.projections is not None:
-        return graph.constant("projection.weight", np.ascontiguousarray(weights.projections.transpose(0, 2, 1)))
-    info = shared["lm_head"]
-    value = graph.weight(reference("lm_head", info))
-    vocabulary_first = info.shape[1] == weights.block_weights.shape[3]  # [V, H], as tied weights are stored
-    if "lm_head.scale" in shared:
-        scale = graph.weight(reference("lm_head.scale", shared["lm_head.scale"]))
-        value = graph.node("DequantizeLinear", [value, scale], axis=0 if vocabulary_first else 1)
-    elif info.dtype != "float32":
-        value = graph.node("Cast", [value], to=ir.DataType.FLOAT)
-    return graph.node("Transpose", [value], perm=[1, 0]) if vocabulary_first else value
+def _own_logits(graph: GraphBuilder, weights: MedusaWeights, state: Any) -> Any:
+    """[K, B, H] to [K, B, V], by matrices of their own: [K, H, V], or [1, H, V] for all heads."""
+    assert weights.projections is not None
+    projection = graph.constant("projection.weight", np.ascontiguousarray(weights.projections.transpose(0, 2, 1)))
+    return graph.node("MatMul", [state, projection])
 
 
 def _output(value: Any, name: str, dtype: ir.DataType, heads: int, top_k: int) -> Any:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from headstart.exporter.graph import store_weights
 from headstart.exporter.graph_builder import GraphBuilder
 from headstart.runtime.bundle import Bundle, WeightInfo
-from headstart.runtime.lm_head_rows import LmHeadRows, mapped
+from headstart.runtime.token_rows import TokenRows, mapped
 
 
 def reference(name: str, info: WeightInfo) -> ir.ExternalTensor:
@@ -18,7 +18,7 @@ def reference(name: str, info: WeightInfo) -> ir.ExternalTensor:
     return ir.ExternalTensor(f"../../{info.file}", info.offset, length, dtype, shape=ir.Shape(info.shape), name=name)
 
 
-def copied_rows(graph: GraphBuilder, rows: LmHeadRows) -> ir.Value:
+def copied_rows(graph: GraphBuilder, rows: TokenRows) -> ir.Value:
     """[H, rows] of a target's LM head, stored as the target stores them: whole numbers stay whole numbers."""
     if rows.scales is None:
         return graph.constant("projection.weight", np.ascontiguousarray(rows.values.T))

@@ -10,7 +10,6 @@ from .folder import HeadFolder
 OTHER_KEYS = {
     "speculators_model_type": "vLLM speculators",
     "speculators_config": "vLLM speculators",
-    "hydra_num_heads": "Hydra",
     "dflash_config": "DFlash",
     "target_layer_ids": "DFlash",
 }
@@ -19,7 +18,6 @@ OTHER_TENSORS = {
     r"mask_hidden": "P-EAGLE",
     r"midlayer\.": "EAGLE-3",
     r"layers\.0\.mlp_moe\.": "Jakiro",
-    r"hydra_lm_head\.|hydra_mlp\.": "Hydra",
     r"rnn_u\.": "ReDrafter",
     r"speculator\.(emb|proj|head)\.": "MLP speculator",
     r"markov_head\.": "DSpark",

@@ -11,6 +11,7 @@ from headstart.runtime.graph import Engine
 
 from .base import Drafter
 from .medusa import MedusaDrafter
+from .recurrent import RecurrentDrafter
 from .shortlist import SHORTLIST, Shortlist, ShortlistDrafter
 
 Load = Callable[[Engine, HeadInfo], Drafter]
@@ -20,6 +21,10 @@ def _medusa(engine: Engine, info: HeadInfo) -> Drafter:
     return MedusaDrafter(info.name, engine.graph(f"heads/{info.name}"), info.heads)
 
 
+def _recurrent(engine: Engine, info: HeadInfo) -> Drafter:
+    return RecurrentDrafter(info, engine.graph(f"heads/{info.name}"), engine.bundle)
+
+
 def _shortlist(engine: Engine, info: HeadInfo) -> Drafter:
     shortlist = Shortlist(engine.graph(f"heads/{info.name}"), engine.bundle)
     return ShortlistDrafter(info.name, shortlist, info.vocab_size)
@@ -27,6 +32,7 @@ def _shortlist(engine: Engine, info: HeadInfo) -> Drafter:
 
 DRAFTERS: dict[str, Load] = {
     "medusa": _medusa,
+    "hydra": _recurrent,
     SHORTLIST: _shortlist,
 }
 

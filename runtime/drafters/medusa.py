@@ -14,10 +14,7 @@ from headstart.runtime.graph import Graph
 from headstart.runtime.tree import DraftTree, tree_from_independent_levels
 
 from .base import DraftRequest, DraftSequence, Features, PriceMeter, Target
-
-# A node's class is its depth and the band of its head's log-probability: bands of BAND nats, the last open.
-BAND = 0.35
-BANDS = 12
+from .confidence import Confidence
 
 
 class MedusaDrafter:
@@ -32,18 +29,14 @@ class MedusaDrafter:
         self._graph = graph
         self._hidden: dict[int, NDArray[np.float32]] = {}  # of the row that decided each sequence's root, [1, H]
         self._meter = PriceMeter()
-        self.class_count = heads * BANDS
-        self._log_rates: NDArray[np.float32] | None = None
+        self._confidence = Confidence(heads)
+        self.class_count = self._confidence.class_count
 
     def use_rates(self, rates: Sequence[float]) -> None:
-        table = np.array(rates, np.float32).reshape(-1, BANDS)
-        # More confidence never means less acceptance: what says otherwise is noise of a rare band.
-        falling = np.maximum.accumulate(table[:, ::-1], axis=1)[:, ::-1]
-        self._log_rates = np.log(np.maximum(falling, 1e-4)).reshape(-1)
+        self._confidence.use_rates(rates)
 
     def prior_rates(self) -> list[float]:
-        """What the heads themselves claim: the middle of each band."""
-        return [float(np.exp(-BAND * (band + 0.5))) for _ in range(self.class_count // BANDS) for band in range(BANDS)]
+        return self._confidence.prior_rates()
 
     def open(self, sequence: DraftSequence, target: Target) -> None:
         """No-op: the first rows observed are the prompt's."""
@@ -65,8 +58,5 @@ class MedusaDrafter:
         self._hidden.pop(sequence.id, None)
 
     def _tree(self, ids: NDArray[np.int64], log_probs: NDArray[np.float32], request: DraftRequest) -> DraftTree:
-        bands = np.minimum((-log_probs / BAND).astype(np.int64), BANDS - 1)
-        classes = bands + BANDS * np.arange(len(ids))[:, None]
-        if self._log_rates is not None:
-            log_probs = self._log_rates[classes]
-        return tree_from_independent_levels(ids, log_probs, request.max_nodes, classes)
+        classes = self._confidence.classes(log_probs, np.arange(len(ids))[:, None])
+        return tree_from_independent_levels(ids, self._confidence.corrected(log_probs, classes), request.max_nodes, classes)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.graph import Graph
-from headstart.runtime.lm_head_rows import lm_head_rows
+from headstart.runtime.token_rows import LM_HEAD, token_rows
 from headstart.runtime.tree import DraftTree, empty_tree
 from headstart.runtime.verify_cost import CostModel, RunningCost
 
@@ -107,7 +107,7 @@ class Shortlist:
 
     def rows(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """[n, H] float32 of any tokens."""
-        return lm_head_rows(self._bundle.path, self._bundle.manifest.weights, self.width, tokens).floats()
+        return token_rows(self._bundle.path, self._bundle.manifest.weights, LM_HEAD, self.width, tokens).floats()
 
 
 class TextRows:

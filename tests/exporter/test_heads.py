@@ -325,7 +325,6 @@ def test_pickles_that_are_no_weights(bundle: Path, tmp_path: Path) -> None:
     ("name", "config", "family"),
     [
         ("midlayer.mlp.up_proj.weight", {}, "EAGLE-3"),
-        ("hydra_mlp.0.1.linear.weight", {}, "Hydra"),
         ("rnn_u.weight", {}, "ReDrafter"),
         ("speculator.emb.0.weight", {}, "MLP speculator"),
         ("fc.weight", {"dflash_config": {}}, "DFlash"),

@@ -1,0 +1,194 @@
+"""Hydra heads: each reads the tokens drafted before it (arXiv 2402.05109).
+
+Head i: x = [h; e(t + 1); …; e(t + i + 1)], with the hidden state h at position t, which decided token t + 1, and the
+target's embeddings e; y = R x + SiLU(A x + a); then y = y + SiLU(A' y + a') for each further block; logits = W y + w, of token
+t + i + 2. W may be the target's LM head, and the drafted tokens may be a part of the vocabulary.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from headstart.exporter.graph_builder import GraphBuilder
+from headstart.runtime.bundle import HeadInfo
+from headstart.runtime.errors import HeadError
+from headstart.runtime.token_rows import EMBEDDINGS, token_rows
+
+from .embeddings import embeddings_of
+from .family import Family, Format, Installation, Reads
+from .folder import HeadFolder, Tensors
+from .lm_head import Projection, TargetLmHead
+from .token_map import token_map_of
+from .tree_graph import DraftedVocabulary, write_tree_graph
+
+Array = NDArray[np.float32]
+DIALECT = "hydra"
+PREFIX = r"(?:hydra_head\.)?"  # in checkpoints that were saved with their base
+BLOCK = re.compile(PREFIX + r"hydra_mlp\.(\d+)\.(\d+)\.(linear|res_connection)\.(weight|bias)")
+PROJECTION = re.compile(PREFIX + r"hydra_lm_head\.(\d+)\.(?:\d+\.)?(weight|bias)")
+TOKEN_MAP = re.compile(PREFIX + r"hydra_token_map")  # calibration/train.py
+# Hydra++ puts a decoder layer, with keys and values of its own, before the MLPs; and two experiments of the paper.
+OTHER_ARCHITECTURES = ("prefix-mlp", "cross-attn", "eagle-attn")
+Linear = tuple[Array, Array | None]  # weight [out, in], bias [out]
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head.
+
+    Attributes:
+        residual: R of the first block, the width of whose input is not that of its output.
+        blocks: A and a of each block.
+        projection: W and w; None where W is the target's LM head.
+    """
+
+    residual: Linear
+    blocks: Sequence[Linear]
+    projection: Linear | None
+
+
+def recognise(folder: HeadFolder) -> Format | None:
+    """Raises HeadError for the architectures that are more than MLPs."""
+    if not any(BLOCK.fullmatch(name) for name in folder.files):
+        return None
+    architecture = folder.config.get("hydra_head_arch", "mlp")
+    if architecture in OTHER_ARCHITECTURES or any("prefix_embeding_layer" in name for name in folder.files):
+        raise HeadError(
+            f"{folder.path}: these Hydra heads are {architecture}, and have attention of their own. This version imports those "
+            'of hydra_head_arch "mlp". Fix: headstart heads train --family hydra trains such heads.'
+        )
+    return Format(DIALECT)
+
+
+def to_graphs(folder: HeadFolder, dialect: str, target: Installation) -> HeadInfo:
+    """One graph, which drafts a tree. Raises HeadError when the heads do not fit the target."""
+    tensors = folder.tensors("|".join(f"(?:{one.pattern})" for one in (BLOCK, PROJECTION, TOKEN_MAP)))
+    vocabulary, shared = _vocabulary(folder, tensors, target)
+    heads = _heads(folder, tensors, target.model.hidden_size)
+    rows = len(vocabulary.embeddings.values)
+    _check_projections(folder, heads, rows, target)
+    graph, hidden = GraphBuilder(), target.model.hidden_size
+    lm_head = None
+    if heads[0].projection is None:
+        lm_head = TargetLmHead.of(target, vocabulary.token_map, folder.path)
+    cell = HydraCell(graph, heads, lm_head)
+    candidates = min(target.top_k, rows)
+    file = target.folder / "head.onnx"
+    return HeadInfo(
+        name=target.name,
+        family="hydra",
+        dialect=dialect,
+        hidden_size=hidden,
+        vocab_size=target.model.vocab_size,
+        heads=len(heads),
+        top_k=candidates,
+        graph=write_tree_graph(graph, cell, vocabulary, hidden, candidates, file, target.file("head.onnx")),
+        shared=lm_head.shared if lm_head is not None else {},
+        embeddings=shared,
+    )
+
+
+def _vocabulary(folder: HeadFolder, tensors: Tensors, target: Installation) -> tuple[DraftedVocabulary, dict[str, Any]]:
+    """(the drafted tokens with their embeddings, where the target's lie)."""
+    model = target.model
+    stored = next((tensor for name, tensor in tensors.items() if TOKEN_MAP.fullmatch(name)), None)
+    token_map = None if stored is None else token_map_of(stored, model.vocab_size, folder.path)
+    lie = embeddings_of(target.target)
+    if not lie or lie[EMBEDDINGS].shape != (model.vocab_size, model.hidden_size):
+        raise HeadError(
+            f"{folder.path} reads the target's embeddings, [{model.vocab_size}, {model.hidden_size}], and this target's graph "
+            f"does not show such a table; found {lie[EMBEDDINGS].shape if lie else 'none'}."
+        )
+    tokens = np.arange(model.vocab_size) if token_map is None else token_map
+    rows = token_rows(target.target, lie, EMBEDDINGS, model.hidden_size, tokens)
+    return DraftedVocabulary(rows, token_map), lie
+
+
+def _heads(folder: HeadFolder, tensors: Tensors, hidden: int) -> list[Head]:
+    """In the order of the tokens they propose. Raises HeadError for a tensor that is missing, or of another width."""
+    blocks: dict[tuple[int, int, str, str], Array] = {}
+    projections: dict[tuple[int, str], Array] = {}
+    for name, tensor in tensors.items():
+        if found := BLOCK.fullmatch(name):
+            blocks[int(found[1]), int(found[2]), found[3], found[4]] = tensor
+        elif found := PROJECTION.fullmatch(name):
+            projections[int(found[1]), found[2]] = tensor
+    count = 1 + max(head for head, *_ in blocks)
+    heads = [_head(folder, blocks, projections, head, hidden) for head in range(count)]
+    if len({head.projection is None for head in heads}) > 1:
+        raise HeadError(f"{folder.path}: some heads have a projection and others have none. Fix: the complete file.")
+    return heads
+
+
+def _head(
+    folder: HeadFolder,
+    blocks: dict[tuple[int, int, str, str], Array],
+    projections: dict[tuple[int, str], Array],
+    head: int,
+    hidden: int,
+) -> Head:
+    def linear(place: int, part: str, width: int) -> Linear:
+        weight, bias = (blocks.get((head, place, part, kind)) for kind in ("weight", "bias"))
+        if weight is None or weight.shape != (hidden, width):
+            found = "none" if weight is None else list(weight.shape)
+            raise HeadError(
+                f"{folder.path}: {part} of head {head}, block {place} must have a weight [{hidden}, {width}], found {found}. "
+                "Fix: the complete file, of heads trained for this very target."
+            )
+        return weight, bias
+
+    places = sorted({place for number, place, *_ in blocks if number == head})  # not all numbers: dropout stands between
+    widths = [(head + 2) * hidden, *[hidden] * (len(places) - 1)]
+    first = places[0] if places else 0
+    layers = [linear(place, "linear", width) for place, width in zip(places or [first], widths, strict=True)]
+    weight = projections.get((head, "weight"))
+    projection = None if weight is None else (weight, projections.get((head, "bias")))
+    return Head(linear(first, "res_connection", widths[0]), layers, projection)
+
+
+def _check_projections(folder: HeadFolder, heads: Sequence[Head], rows: int, target: Installation) -> None:
+    wanted = (rows, target.model.hidden_size)
+    for head in heads:
+        if head.projection is not None and head.projection[0].shape != wanted:
+            raise HeadError(
+                f"{folder.path}: the heads' projections must be {list(wanted)}, found {list(head.projection[0].shape)}. "
+                "Fix: heads trained for this very target."
+            )
+
+
+class HydraCell:
+    """The state is [h; e; …; e], all that a path has read."""
+
+    def __init__(self, graph: GraphBuilder, heads: Sequence[Head], lm_head: TargetLmHead | None) -> None:
+        self.depth = len(heads)
+        self._heads = heads
+        self._projection = None if lm_head is None else Projection(graph, lm_head)
+
+    def step(self, graph: GraphBuilder, state: ir.Value, embedding: ir.Value, level: int) -> ir.Value:
+        return graph.node("Concat", [state, embedding], axis=-1)
+
+    def logits(self, graph: GraphBuilder, state: ir.Value, level: int) -> ir.Value:
+        head = self._heads[level]
+        residual = _linear(graph, state, head.residual, f"{level}.residual")
+        for number, block in enumerate(head.blocks):
+            inner = _linear(graph, state, block, f"{level}.{number}")
+            state = graph.node("Add", [residual, graph.node("Mul", [inner, graph.node("Sigmoid", [inner])])])
+            residual = state
+        if self._projection is not None:
+            return self._projection.logits(state)
+        assert head.projection is not None
+        return _linear(graph, state, head.projection, f"{level}.projection")
+
+
+def _linear(graph: GraphBuilder, value: ir.Value, linear: Linear, name: str) -> ir.Value:
+    weight, bias = linear
+    product = graph.node("MatMul", [value, graph.constant(f"{name}.weight", np.ascontiguousarray(weight.T))])
+    return product if bias is None else graph.node("Add", [product, graph.constant(f"{name}.bias", bias)])
+
+
+FAMILY = Family(recognise, lambda folder, layers: Reads(), to_graphs)

@@ -1,0 +1,52 @@
+"""Some rows of a target's tables of one row a token, its LM head and its embeddings, read without reading the others."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import WeightInfo
+from .hadamard import rotated_rows
+
+LM_HEAD, EMBEDDINGS = "lm_head", "embeddings"
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows as the bundle stores them.
+
+    Attributes:
+        values: [rows, H] float32, or int8 with `scales` [rows].
+        rotation: the block of the rotation that undoes theirs; 0 for none. What is multiplied with rows of an LM head goes
+            through it, and what is looked up in a table of embeddings.
+    """
+
+    values: NDArray[Any]
+    scales: NDArray[np.float32] | None
+    rotation: int
+
+    def floats(self) -> NDArray[np.float32]:
+        """[rows, H] as the checkpoint has them, but for rounding."""
+        values = self.values.astype(np.float32)
+        if self.scales is not None:
+            values *= self.scales[:, None]
+        return rotated_rows(values, self.rotation) if self.rotation else values
+
+
+def token_rows(
+    bundle: Path, weights: Mapping[str, WeightInfo], table: str, hidden: int, tokens: NDArray[np.int64]
+) -> TokenRows:
+    """The rows of those tokens in `table`, whichever way round it is stored. `weights`: where it and "`table`.scale" lie."""
+    info, scale = weights[table], weights.get(f"{table}.scale")
+    matrix = mapped(bundle, info)
+    values = np.ascontiguousarray(matrix[tokens] if info.shape[1] == hidden else matrix[:, tokens].T)
+    scales = None if scale is None else mapped(bundle, scale)[tokens].astype(np.float32)
+    return TokenRows(values if scale is not None else values.astype(np.float32), scales, info.rotation)
+
+
+def mapped(bundle: Path, info: WeightInfo) -> NDArray[Any]:
+    """A tensor of a bundle's data file, in the file's memory."""
+    return np.memmap(bundle / info.file, info.dtype, "r", info.offset, info.shape)

@@ -1,0 +1,203 @@
+"""Hydra heads against the paper's formula in torch: the tree that one graph drafts, and what does not fit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headstart.calibration.quantize import QuantizeOptions, quantize
+from headstart.exporter.build import build
+from headstart.exporter.heads.embeddings import embeddings_of
+from headstart.exporter.heads.families import recognise
+from headstart.exporter.heads.install import import_head
+from headstart.exporter.heads.tree_graph import BEAMS
+from headstart.runtime.bundle import Bundle
+from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.errors import HeadError
+from headstart.runtime.loading import load
+from headstart.runtime.token_rows import EMBEDDINGS, token_rows
+from headstart.runtime.tree import ROOT
+
+BundleOf = Callable[[str], Bundle]
+HEADS, LAYERS, HIDDEN, VOCAB, CANDIDATES = 3, 2, 64, 300, 10
+Tree = list[tuple[int, int, float]]  # (token, parent, log-probability of the path) of each node
+
+
+def hydra_tensors(hidden: int = HIDDEN, vocab: int | None = VOCAB, dropout: bool = True) -> dict[str, Tensor]:
+    """As published: dropout stands before each block, so that the numbers of blocks are odd. No `vocab`: no projections."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    tensors = {}
+    for head in range(HEADS):
+        for layer in range(LAYERS):
+            width = (head + 2) * hidden if layer == 0 else hidden
+            parts = ("linear", "res_connection") if layer == 0 else ("linear",)
+            for part in parts:
+                name = f"hydra_mlp.{head}.{2 * layer + 1 if dropout else layer}.{part}"
+                tensors |= {f"{name}.weight": random(hidden, width), f"{name}.bias": random(hidden)}
+        if vocab is not None:
+            name = f"hydra_lm_head.{head}.1" if dropout else f"hydra_lm_head.{head}"
+            tensors |= {f"{name}.weight": 4 * random(vocab, hidden), f"{name}.bias": random(vocab)}
+    return tensors
+
+
+def write_head(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"hydra_head_arch": "mlp", "hydra_num_heads": 4} | config))  # not 3
+    if pickled:
+        torch.save(tensors, folder / "hydra_lm_head.pt")
+    else:
+        save_file(tensors, folder / "hydra_lm_head.safetensors")
+    return folder
+
+
+def logits_of(tensors: dict[str, Tensor], head: int, x: Tensor, lm_head: Tensor | None) -> Tensor:
+    """[V'] of x = [h; e; …; e], by the paper's formula."""
+    names = sorted({name.rsplit(".", 2)[0] for name in tensors if name.startswith(f"hydra_mlp.{head}.")})
+    for number, name in enumerate(names):
+        inner = tensors[f"{name}.linear.weight"] @ x + tensors[f"{name}.linear.bias"]
+        kept = tensors[f"{name}.res_connection.weight"] @ x + tensors[f"{name}.res_connection.bias"] if number == 0 else x
+        x = kept + torch.nn.functional.silu(inner)
+    if lm_head is not None:
+        return lm_head @ x
+    weight = next(tensor for name, tensor in tensors.items() if name.startswith(f"hydra_lm_head.{head}.") and tensor.ndim == 2)
+    bias = next(tensor for name, tensor in tensors.items() if name.startswith(f"hydra_lm_head.{head}.") and tensor.ndim == 1)
+    return weight @ x + bias
+
+
+def drafted(tensors: dict[str, Tensor], hidden: Tensor, root: Tensor, table: Tensor, lm_head: Tensor | None = None) -> Tree:
+    """Beam search, one path at a time. `table` [V', H]: embeddings of the drafted tokens."""
+    tree: Tree = []
+    beams: list[tuple[int, float, Tensor]] = [(ROOT, 0.0, torch.cat([hidden, root]))]  # node, its path, all that it read
+    for head in range(HEADS):
+        level: list[tuple[int, Tensor]] = []
+        for node, path, x in beams:
+            values, tokens = logits_of(tensors, head, x, lm_head).log_softmax(-1).topk(CANDIDATES)
+            for value, token in zip(values.tolist(), tokens.tolist(), strict=True):
+                level.append((len(tree), torch.cat([x, table[token]])))
+                tree.append((token, node, path + value))
+        level.sort(key=lambda one: -tree[one[0]][2])
+        beams = [(node, tree[node][2], x) for node, x in level[:BEAMS]]
+    return tree
+
+
+def assert_drafts(
+    bundle: Path, tensors: dict[str, Tensor], token_map: list[int] | None = None, tolerance: float = 1e-4
+) -> None:
+    """The head `hydra` of the bundle, asked about two sequences at once, against the formula."""
+    loaded = Bundle.load(bundle)
+    model, info = loaded.manifest.model, loaded.head("hydra")
+
+    def rows(table: str, tokens: list[int]) -> Tensor:
+        weights = info.embeddings if table == EMBEDDINGS else loaded.manifest.weights
+        return torch.from_numpy(token_rows(bundle, weights, table, model.hidden_size, np.array(tokens)).floats())
+
+    tokens = list(range(model.vocab_size)) if token_map is None else token_map
+    table, own = rows(EMBEDDINGS, tokens), any(name.startswith("hydra_lm_head") for name in tensors)
+    lm_head = None if own else rows("lm_head", tokens)
+    hidden = torch.randn(2, 1, model.hidden_size, generator=torch.Generator().manual_seed(3))
+    roots = rows(EMBEDDINGS, [5, 77])
+    outputs = (
+        OnnxRuntimeEngine(loaded).graph("heads/hydra").run({"hidden": hidden.numpy(), "embedding": roots[:, None].numpy()})
+    )
+    for row in range(2):
+        wanted = drafted(tensors, hidden[row, 0], roots[row], table, lm_head)
+        assert outputs["draft_ids"][row].tolist() == [tokens[token] for token, _, _ in wanted]
+        assert outputs["draft_parents"][row].tolist() == [parent for _, parent, _ in wanted]
+        np.testing.assert_allclose(outputs["draft_log_probs"][row], [path for _, _, path in wanted], atol=1e-4)
+
+
+@pytest.fixture
+def bundle(bundle_of: BundleOf, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle_of("llama").path, tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_graph_drafts_the_tree_of_the_formula(bundle: Path, tmp_path: Path, pickled: bool, dropout: bool) -> None:
+    tensors = hydra_tensors(dropout=dropout)
+    info = import_head(bundle, write_head(tmp_path / "head", tensors, pickled))
+    assert (info.family, info.heads, info.top_k, info.shared) == ("hydra", HEADS, CANDIDATES, {})
+    assert_drafts(bundle, tensors)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gemma3", "bart"])
+def test_a_part_of_the_vocabulary_and_the_target_s_lm_head(architecture: str, bundle_of: BundleOf, tmp_path: Path) -> None:
+    """Gemma scales what it looks up; heads read the table as it is."""
+    bundle = Path(shutil.copytree(bundle_of(architecture).path, tmp_path / "bundle"))
+    vocab = Bundle.load(bundle).manifest.model.vocab_size
+    token_map = list(range(3, vocab, 4))
+    tensors = hydra_tensors(vocab=None) | {"hydra_token_map": torch.tensor(token_map)}
+    import_head(bundle, write_head(tmp_path / "head", tensors))
+    assert_drafts(bundle, tensors, token_map)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_quantizing_before_and_after(bundle_of: BundleOf, tmp_path: Path, first: bool) -> None:
+    """Rows of a rotated int8 LM head and table are copied as whole numbers; a float head over them is rounded with them."""
+    source = Path(shutil.copytree(bundle_of("llama_tied").path, tmp_path / "source"))
+    tensors = hydra_tensors(vocab=None) | {"hydra_token_map": torch.arange(0, VOCAB, 2)}
+    head, target = write_head(tmp_path / "head", tensors), tmp_path / "bundle"
+    if first:
+        import_head(source, head)
+    quantize(source, target, QuantizeOptions(weights="int8"))
+    if not first:
+        import_head(target, head)
+        assert_drafts(target, tensors, list(range(0, VOCAB, 2)))
+    lie = Bundle.load(target).head("hydra").embeddings
+    assert lie == embeddings_of(target) and lie[EMBEDDINGS].dtype == "int8" and lie[EMBEDDINGS].rotation
+    build(target)
+    model = load(target)
+    drawn = model.generate("def f(x):", drafter="hydra", max_new_tokens=20, ignore_end=True)
+    assert drawn.stats.drafted_tokens > 20
+    plain = model.generate("def f(x):", drafter="none", max_new_tokens=20, ignore_end=True)
+    assert drawn.token_ids == plain.token_ids
+
+
+def test_what_is_drafted_is_what_plain_decoding_writes(bundle: Path, tmp_path: Path) -> None:
+    """In batches, built or not, greedily and with seeds that repeat."""
+    import_head(bundle, write_head(tmp_path / "head", hydra_tensors()))
+    prompts = ["def f(x):", "import os\nimport", "x"]
+    for _ in range(2):
+        model = load(bundle)
+        options: dict[str, Any] = {"max_new_tokens": 24, "ignore_end": True}
+        plain = model.generate(prompts, drafter="none", **options)
+        found = model.generate(prompts, drafter="hydra", **options)
+        assert [one.token_ids for one in found] == [one.token_ids for one in plain]
+        assert all(one.stats.drafted_tokens > 24 for one in found)
+        sampled = [model.generate(prompts, drafter="hydra", temperature=0.8, seed=3, **options) for _ in range(2)]
+        assert [one.token_ids for one in sampled[0]] == [one.token_ids for one in sampled[1]]
+        build(bundle, force=True)
+
+
+def test_what_does_not_fit_is_refused(bundle: Path, tmp_path: Path) -> None:
+    def refused(name: str, tensors: dict[str, Tensor], message: str, **config: Any) -> None:
+        folder = write_head(tmp_path / name, tensors, **config)
+        with pytest.raises(HeadError, match=message):
+            recognise(folder)
+            import_head(bundle, folder)
+        assert not (bundle / "heads" / "hydra").exists()
+
+    tensors = hydra_tensors()
+    refused("other", tensors, "prefix-mlp, and have attention", hydra_head_arch="prefix-mlp")
+    refused("wide", hydra_tensors(hidden=32), r"linear of head 0, block 1 must have a weight \[64, 128\], found \[32, 64\]")
+    refused("words", hydra_tensors(vocab=VOCAB + 1), r"projections must be \[300, 64\], found \[301, 64\]")
+    lost = {name: tensor for name, tensor in tensors.items() if not name.startswith("hydra_mlp.1.1.linear")}
+    refused("lost", lost, r"linear of head 1, block 1 must .* found none")
+    lost = {name: tensor for name, tensor in tensors.items() if not name.startswith("hydra_mlp.1.")}
+    refused("hole", lost, r"head 1, block 0 must .* found none")
+    lost = {name: tensor for name, tensor in tensors.items() if not name.startswith("hydra_lm_head.2")}
+    refused("half", lost, "some heads have a projection and others have none")
+    spoilt = {**tensors, "hydra_mlp.0.1.linear.bias": torch.full((HIDDEN,), torch.nan)}
+    refused("nan", spoilt, "holds NaN")
+    refused("map", tensors | {"hydra_token_map": torch.tensor([1, 1])}, "token_map must list different tokens")
