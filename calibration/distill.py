@@ -58,13 +58,24 @@ class DistillOptions:
 
 @dataclass(frozen=True)
 class HiddenData:
-    """[N, T] tokens, IGNORED behind a text's end, and the [N, T, H] float16 hidden states the LM head read at them."""
+    """N texts of T tokens.
+
+    Attributes:
+        token_ids: [N, T], IGNORED behind a text's end.
+        hidden: [N, T, H] float16, the states that the LM head read at them.
+        labels: [N, T] what heads should propose for them, where that is not the tokens' own numbers.
+    """
 
     token_ids: Tensor
     hidden: Tensor
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def __getitem__(self, rows: Tensor | slice) -> "HiddenData":
+        labels = None if self.labels is None else self.labels[rows]
+        return HiddenData(self.token_ids[rows], self.hidden[rows], labels)
 
 
 def read_tokens(tokenizer: Any, files: list[Path]) -> NDArray[np.int64]:

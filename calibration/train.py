@@ -1,9 +1,10 @@
-"""Training independent heads for a checkpoint that has none: Medusa-1 (arXiv 2401.10774) or blockwise parallel decoding's.
+"""Training draft heads for a checkpoint that has none: Medusa-1, Hydra, or blockwise parallel decoding's.
 
-The base is frozen in both. Medusa heads are written in the published format, so that they run elsewhere too and the importer
-is the only way in; blockwise heads were published in none, and have names of the same kind.
+The base is frozen. Heads are written in their published format, so that they run elsewhere too and the importer is the only way
+in; blockwise heads were published in none, and have names of Medusa's kind. See `head_modules` for the families.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -22,7 +23,7 @@ from headstart.runtime.output import hash_files, new_folder, sha256_of
 
 from .distill import IGNORED, DistillOptions, HiddenData, Progress, check_memory, distill, read_tokens
 from .files import training_files
-from .head_modules import FAMILIES, Head
+from .head_modules import FAMILIES, Base
 from .outputs import Inputs, distill_outputs, text_inputs
 from .recordings import AudioInputs
 from .work_folder import Keep, WorkFolder
@@ -46,7 +47,8 @@ class TrainOptions:
         batch_tokens: positions per step.
         learning_rate: peak, after 5 % of warm-up, then a cosine to zero.
         held_out: share of the text that is only measured.
-        family: "medusa", or "blockwise", whose blocks are feed-forward networks: eight times the work of a Medusa block.
+        family: "medusa"; "blockwise", whose blocks are feed-forward networks, eight times the work of a Medusa block; or
+            "hydra", whose heads read the tokens before theirs.
         draft_vocab: so many tokens, the most frequent in the base's own text, are drafted; 0 drafts all. With a large
             vocabulary the projection is most of a head's work (FR-Spec, arXiv 2502.14856; VocabTrim, arXiv 2506.22694).
     """
@@ -64,8 +66,9 @@ class TrainOptions:
     draft_vocab: int = 0
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise OptionError(f"family must be {' or '.join(FAMILIES)}, got {self.family!r}.")
+        names = list(FAMILIES)
+        if self.family not in names:
+            raise OptionError(f"family must be {', '.join(names[:-1])} or {names[-1]}, got {self.family!r}.")
         for name in ("heads", "layers", "epochs", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -78,7 +81,7 @@ class TrainOptions:
             raise OptionError(f"{self.heads} heads need texts of at least {self.heads + 2} tokens, got {length}.")
 
 
-def train_medusa(
+def train_heads(
     checkpoint: str | Path,
     files: list[Path],
     output: str | Path,
@@ -167,14 +170,14 @@ def train_on(
             f"{options.heads} heads need texts of at least {options.heads + 2} tokens, the base's outputs have "
             f"{data.token_ids.shape[1]} at most. Fix: fewer --heads, or sources with longer outputs."
         )
-    lm_head = model.get_output_embeddings().weight.detach().clone()
     held_out, training = _split(data, options.held_out)
-    token_map = drafted_tokens(training, len(lm_head), options.draft_vocab) if options.draft_vocab else None
+    base = Base.of(model, training.hidden)
+    token_map = drafted_tokens(training, len(base.lm_head), options.draft_vocab) if options.draft_vocab else None
     if token_map is not None:
-        held_out, training = (in_rows(part, token_map, len(lm_head)) for part in (held_out, training))
-        lm_head = lm_head[token_map]
-    kind = (options.layers, options.own_projection, options.family)
-    heads = nn.ModuleList(Head(lm_head, *kind) for _ in range(options.heads))
+        held_out, training = (drafting(part, token_map, len(base.lm_head)) for part in (held_out, training))
+        base = dataclasses.replace(base, lm_head=base.lm_head[token_map])
+    family = FAMILIES[options.family]
+    heads = nn.ModuleList(family.head(base, number, options.layers, options.own_projection) for number in range(options.heads))
     final_loss = _train(heads, training, options, progress, work.with_settings(asdict(options)) if work else None)
     report = {
         "options": asdict(options),
@@ -183,9 +186,9 @@ def train_on(
         "final_loss": round(final_loss, 4),
         "held_out_accuracy": accuracy(heads, held_out),
     }
-    if token_map is not None:
+    if held_out.labels is not None and token_map is not None:
         report["drafted_tokens"] = len(token_map)
-        report["held_out_covered"] = round(float((held_out.token_ids >= 0).sum()) / _count(held_out), 4)
+        report["held_out_covered"] = round(float((held_out.labels >= 0).sum()) / _count(held_out), 4)
     _save(heads, folder, name, options, report, token_map)
     return report
 
@@ -197,12 +200,12 @@ def drafted_tokens(data: HiddenData, vocab_size: int, count: int) -> Tensor:
     return frequency.argsort(descending=True, stable=True)[: min(count, seen)].sort().values
 
 
-def in_rows(data: HiddenData, token_map: Tensor, vocab_size: int) -> HiddenData:
-    """The same text, each token as its row of the drafted vocabulary, or OUTSIDE."""
-    rows = torch.full((vocab_size,), OUTSIDE)
-    rows[token_map] = torch.arange(len(token_map))
+def drafting(data: HiddenData, token_map: Tensor, vocab_size: int) -> HiddenData:
+    """The same text, each token labelled with its place among the drafted ones, or OUTSIDE."""
+    places = torch.full((vocab_size,), OUTSIDE)
+    places[token_map] = torch.arange(len(token_map))
     there = data.token_ids != IGNORED
-    return HiddenData(torch.where(there, rows[data.token_ids.where(there, 0)], IGNORED), data.hidden)
+    return dataclasses.replace(data, labels=torch.where(there, places[data.token_ids.where(there, 0)], IGNORED))
 
 
 def _count(data: HiddenData) -> int:
@@ -219,10 +222,7 @@ def _split(data: HiddenData, share: float) -> tuple[HiddenData, HiddenData]:
     """(held out, training), by whole sequences in a fixed random order."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     count = max(1, int(len(data) * share))
-    return (
-        HiddenData(data.token_ids[order[:count]], data.hidden[order[:count]]),
-        HiddenData(data.token_ids[order[count:]], data.hidden[order[count:]]),
-    )
+    return data[order[:count]], data[order[count:]]
 
 
 def _train(heads: nn.ModuleList, data: HiddenData, options: TrainOptions, progress: Progress, work: WorkFolder | None) -> float:
@@ -232,7 +232,7 @@ def _train(heads: nn.ModuleList, data: HiddenData, options: TrainOptions, progre
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
     state = _TrainingState(heads, optimizer, schedule, work)
     for rows in batches[len(state.losses) :]:
-        loss = loss_of(heads, data.token_ids[rows], data.hidden[rows].float())
+        loss = loss_of(heads, data[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -281,33 +281,41 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def loss_of(heads: nn.ModuleList, token_ids: Tensor, hidden: Tensor) -> Tensor:
+def loss_of(heads: nn.ModuleList, data: HiddenData) -> Tensor:
     """Σ_i 0.8^i · CE of head i at position t against token t + 2 + i, over the sum of the weights; of drafted tokens only."""
-    total = hidden.new_zeros(())
+    total = torch.zeros(())
     for i, head in enumerate(heads):
-        states, labels = labelled(i, token_ids, hidden)
-        loss = nn.functional.cross_entropy(head(states[labels >= 0]), labels[labels >= 0], reduction="sum")
-        total = total + HEAD_DECAY**i * loss / max(1, int((labels >= 0).sum()))
+        states, read, labels = examples(i, data)
+        drafted = labels >= 0
+        loss = nn.functional.cross_entropy(head(states[drafted], read[drafted]), labels[drafted], reduction="sum")
+        total = total + HEAD_DECAY**i * loss / max(1, int(drafted.sum()))
     return total / sum(HEAD_DECAY**i for i in range(len(heads)))
 
 
-def labelled(head: int, token_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """([P, H] states, [P] what head number `head` should propose there): every position that has such a token."""
-    labels = token_ids[:, 2 + head :]
-    there = labels != IGNORED
-    return hidden[:, : labels.shape[1]][there], labels[there]
+def examples(head: int, data: HiddenData) -> tuple[Tensor, Tensor, Tensor]:
+    """Every position with a token that head number `head` should propose there.
+
+    ([P, H] states, [P, 1 + head] the tokens between the state and that one, [P] its label).
+    """
+    labels = (data.token_ids if data.labels is None else data.labels)[:, 2 + head :]
+    there, count = labels != IGNORED, labels.shape[1]
+    between = torch.stack([data.token_ids[:, 1 + i : 1 + i + count] for i in range(1 + head)], dim=-1)
+    return data.hidden[:, :count][there].float(), between[there], labels[there]
 
 
 @torch.no_grad()
 def accuracy(heads: nn.ModuleList, data: HiddenData) -> list[list[float]]:
-    """[heads][ranks]: share of positions whose right token is among the head's best 1, …, RANKS."""
+    """[heads][ranks]: share of positions whose right token is among the head's best 1, …, RANKS.
+
+    Of heads that read tokens: given that those before are right.
+    """
     table = []
     for i, head in enumerate(heads):
         hits = torch.zeros(RANKS)
         count = 0
-        for token_ids, hidden in zip(data.token_ids.split(8), data.hidden.split(8), strict=True):
-            states, labels = labelled(i, token_ids, hidden)
-            hits += (head(states.float()).topk(RANKS).indices == labels[:, None]).sum(0)
+        for begin in range(0, len(data), 8):
+            states, read, labels = examples(i, data[begin : begin + 8])
+            hits += (head(states, read).topk(RANKS).indices == labels[:, None]).sum(0)
             count += len(labels)
         table.append([round(x, 4) for x in (hits.cumsum(0) / max(1, count)).tolist()])
     return table
@@ -316,18 +324,15 @@ def accuracy(heads: nn.ModuleList, data: HiddenData) -> list[list[float]]:
 def _save(
     heads: nn.ModuleList, folder: Path, base: str, options: TrainOptions, report: dict[str, Any], token_map: Tensor | None
 ) -> None:
-    """config.json and the weights (float16), of Medusa heads as published; report.json beside them."""
+    """config.json and the weights (float16), as published; report.json with them."""
     from safetensors.torch import save_file
 
     family = FAMILIES[options.family]
     tensors: dict[str, Tensor] = {}
-    for i, head in enumerate(heads):
-        for j, block in enumerate(head.blocks):
-            tensors |= {f"{family.prefix}{i}.{j}.{name}": tensor.half() for name, tensor in block.state_dict().items()}
-        if head.projection is not None:
-            tensors[f"{family.prefix}{i}.{options.layers}.weight"] = head.projection.weight.detach().half()
+    for number, head in enumerate(heads):
+        tensors |= {name: tensor.detach().half() for name, tensor in head.published(number).items()}
     if token_map is not None:
-        tensors[f"{family.prefix}token_map"] = token_map
+        tensors[family.token_map] = token_map
     save_file(tensors, folder / family.file)
     (folder / family.file).chmod(0o644)  # the library makes it private
     (folder / "config.json").write_text(json.dumps(_config(base, options, token_map), indent=2) + "\n", "utf-8")
@@ -339,8 +344,7 @@ def _config(base: str, options: TrainOptions, token_map: Tensor | None) -> dict[
 
     config: dict[str, Any] = {
         "base_model_name_or_path": base,
-        "medusa_num_heads": options.heads,
-        "medusa_num_layers": options.layers,
+        **FAMILIES[options.family].config(options.heads, options.layers),
         "transformers_version": transformers.__version__,
     }
     if not options.own_projection:

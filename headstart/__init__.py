@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from headstart.calibration.bench import bench
     from headstart.calibration.quantize import QuantizeOptions, quantize
     from headstart.calibration.report import compare
-    from headstart.calibration.train import train_medusa
+    from headstart.calibration.train import train_heads
     from headstart.calibration.tune import TuneOptions, tune
     from headstart.calibration.verify import verify
     from headstart.exporter.build import build
@@ -53,7 +53,7 @@ _HOMES = {
     "import_head": "headstart.exporter.heads.install",
     "load": "headstart.runtime.loading",
     "quantize": "headstart.calibration.quantize",
-    "train_medusa": "headstart.calibration.train",
+    "train_heads": "headstart.calibration.train",
     "tune": "headstart.calibration.tune",
     "verify": "headstart.calibration.verify",
 }
@@ -78,7 +78,7 @@ __all__ = [
     "import_head",
     "load",
     "quantize",
-    "train_medusa",
+    "train_heads",
     "tune",
     "verify",
 ]

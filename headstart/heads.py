@@ -71,7 +71,7 @@ def train(
         list[Path], typer.Option(help="Text or sound file, or a folder of such; may be repeated.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The heads' folder.", show_default=False)],
-    family: Annotated[Literal["medusa", "blockwise"], typer.Option(help="Family of heads.")] = "medusa",
+    family: Annotated[Literal["medusa", "blockwise", "hydra"], typer.Option(help="Family of heads.")] = "medusa",
     count: Annotated[int, typer.Option("--heads", help="Future tokens, one head each.")] = 4,
     layers: Annotated[int, typer.Option(help="Residual blocks per head.")] = 1,
     share_lm_head: Annotated[bool, typer.Option("--share-lm-head", help="Project with the base's LM head.")] = False,
@@ -89,7 +89,7 @@ def train(
     The same command goes on where an interrupted one stopped.
     """
     from headstart.calibration.distill import DistillOptions
-    from headstart.calibration.train import TrainOptions, train_medusa
+    from headstart.calibration.train import TrainOptions, train_heads
 
     from .screen import counted, show_accuracy
 
@@ -105,5 +105,5 @@ def train(
         draft_vocab=draft_vocab,
     )
     with counted() as progress:
-        report = train_medusa(checkpoint, data, output, options, force, progress, work)
+        report = train_heads(checkpoint, data, output, options, force, progress, work)
     show_accuracy(report)

@@ -14,7 +14,7 @@ from messy_text import pairs
 from train_heads import Printer
 
 from headstart.calibration.distill import DistillOptions
-from headstart.calibration.train import TrainOptions, train_medusa
+from headstart.calibration.train import TrainOptions, train_heads
 
 SOURCES_SEED = 10**6  # pools of the base's own training count from 1
 HELD_OUT_SEED = -2
@@ -45,7 +45,7 @@ def main() -> None:
         sources = Path(folder) / "sources.txt"
         made = pairs(SOURCES_SEED, args.sequences, held_out=False)
         sources.write_text("".join(f"{messy}\n" for messy, _ in made), "utf-8")
-        report = train_medusa(args.checkpoint, [sources], args.checkpoint / "medusa", options, force=True, progress=Printer())
+        report = train_heads(args.checkpoint, [sources], args.checkpoint / "medusa", options, force=True, progress=Printer())
     for head, ranks in enumerate(report["held_out_accuracy"]):
         print(f"head {head}: top-1 {ranks[0]:.1%}, top-3 {ranks[2]:.1%}, top-10 {ranks[9]:.1%}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from corpus import split
 
 from headstart.calibration.distill import DistillOptions
-from headstart.calibration.train import TrainOptions, train_medusa
+from headstart.calibration.train import TrainOptions, train_heads
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         learning_rate=args.learning_rate,
         distill=DistillOptions(sequences=args.sequences, original=0.0),
     )
-    report = train_medusa(args.checkpoint, files[:600], args.output, options, force=True, progress=Printer())
+    report = train_heads(args.checkpoint, files[:600], args.output, options, force=True, progress=Printer())
     for head, ranks in enumerate(report["held_out_accuracy"]):
         print(f"head {head}: top-1 {ranks[0]:.1%}, top-3 {ranks[2]:.1%}, top-10 {ranks[9]:.1%}")
 

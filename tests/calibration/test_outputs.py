@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 from headstart.calibration.distill import IGNORED, DistillOptions, HiddenData
 from headstart.calibration.outputs import distill_outputs, ended, text_inputs, write
-from headstart.calibration.train import TrainOptions, train_medusa, train_on
+from headstart.calibration.train import TrainOptions, train_heads, train_on
 from headstart.exporter.heads.families import recognise
 from headstart.exporter.heads.install import import_head
 from headstart.runtime.bundle import Bundle
@@ -123,7 +123,7 @@ def test_from_checkpoint_to_lossless_decoding(
     sources: Path, tmp_path: Path, checkpoint_of: Callable[[str], Path], bundle_of: Callable[[str], Bundle]
 ) -> None:
     options = TrainOptions(heads=2, own_projection=False, epochs=2, held_out=0.2, distill=SMALL)
-    train_medusa(checkpoint_of("flan_t5"), [sources], tmp_path / "heads", options)
+    train_heads(checkpoint_of("flan_t5"), [sources], tmp_path / "heads", options)
     bundle = Path(shutil.copytree(bundle_of("flan_t5").path, tmp_path / "bundle"))
     assert import_head(bundle, tmp_path / "heads").heads == 2
     model = load(bundle)

@@ -10,7 +10,7 @@ from transformers import AutoFeatureExtractor
 
 from headstart.calibration.distill import DistillOptions
 from headstart.calibration.recordings import AudioInputs
-from headstart.calibration.train import TrainOptions, train_medusa
+from headstart.calibration.train import TrainOptions, train_heads
 from headstart.runtime.errors import AudioError, OptionError
 
 SMALL = DistillOptions(new_tokens=12, sequences=3, batch=2)
@@ -49,7 +49,7 @@ def test_every_window_is_a_source(checkpoint: Path, files: list[Path]) -> None:
 
 def test_from_recordings_to_heads(checkpoint: Path, files: list[Path], tmp_path: Path) -> None:
     options = TrainOptions(heads=2, own_projection=False, epochs=1, held_out=0.4, distill=SMALL)
-    report = train_medusa(checkpoint, files, tmp_path / "heads", options)
+    report = train_heads(checkpoint, files, tmp_path / "heads", options)
     assert report["training_tokens"] > report["held_out_tokens"] > 4  # more than the prompt
     tensors = load_file(tmp_path / "heads" / "medusa_lm_head.safetensors")
     assert {name: tensor.shape for name, tensor in tensors.items() if "weight" in name} == {
@@ -60,7 +60,7 @@ def test_from_recordings_to_heads(checkpoint: Path, files: list[Path], tmp_path:
 def test_what_is_no_recording(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("not a sound")
     with pytest.raises(AudioError, match=r"text\.txt"):
-        train_medusa(checkpoint, [tmp_path / "text.txt"], tmp_path / "heads")
+        train_heads(checkpoint, [tmp_path / "text.txt"], tmp_path / "heads")
     with pytest.raises(OptionError, match="No recordings were given"):
-        train_medusa(checkpoint, [], tmp_path / "heads")
+        train_heads(checkpoint, [], tmp_path / "heads")
     assert not (tmp_path / "heads").exists()
