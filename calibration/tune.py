@@ -91,7 +91,8 @@ def tune(
     drafters = observed(model, prompts, options, progress)
     if "draft_model" in drafters:
         drafters["draft_model"] = as_deep_as_pays(drafters["draft_model"], cost)
-    drafters |= drafter_pairs(drafters)
+    listed = [name for name in drafters if isinstance(model.generator.drafters[name], ShortlistDrafter)]
+    drafters |= drafter_pairs(drafters, listed)
     engine = model.engine
     made = Tuning(
         schema_version=TUNING_SCHEMA,
@@ -223,6 +224,9 @@ class Recorder:
     def observe(self, sequence: DraftSequence, rows: Features, path: Items[int]) -> None:
         self._inner.observe(sequence, rows, path)
 
+    def taken_back(self, sequence: DraftSequence, known: int) -> None:
+        self._inner.taken_back(sequence, known)
+
     def close(self, sequence: DraftSequence) -> None:
         self._settle(sequence)
         self._inner.close(sequence)
@@ -261,10 +265,10 @@ class Recorder:
 
 
 def observed(model: Model, prompts: Items[Prompt], options: TuneOptions, progress: Progress) -> dict[str, DrafterTuning]:
-    """What each drafter's nodes are worth, and what its proposals cost here."""
+    """What each drafter's nodes are worth, and what its proposals cost here. Pairs follow from their parts."""
     plain_ms = other_ms_per_round(decode(model, prompts[0], options.max_new_tokens))
-    drafters = model.generator.drafters
-    return {name: _observe(model, inner, prompts, options, plain_ms, progress) for name, inner in drafters.items()}
+    single = {name: inner for name, inner in model.generator.drafters.items() if "+" not in name}
+    return {name: _observe(model, inner, prompts, options, plain_ms, progress) for name, inner in single.items()}
 
 
 def _observe(
@@ -330,16 +334,21 @@ def decode(
 COPIES = ("source_copy", "ngram")  # cost next to nothing, and are right either often or hardly ever: asked first in a pair
 
 
-def drafter_pairs(drafters: dict[str, DrafterTuning]) -> dict[str, DrafterTuning]:
-    """A copy, then each other drafter, which is asked where the copy promises less than that one brings."""
+def drafter_pairs(drafters: dict[str, DrafterTuning], shortlists: Items[str] = ()) -> dict[str, DrafterTuning]:
+    """A copy, then each other drafter, which is asked where the copy promises less than that one brings.
+
+    Each of these, and each drafter, also proposes the trees of passes that a short list decides.
+    """
+    proposers = {name: one for name, one in drafters.items() if name not in shortlists}
     pairs = {}
     for i, first in enumerate(COPIES):
-        for second in drafters:
-            if first in drafters and second not in COPIES[: i + 1]:
-                copy, other = drafters[first], drafters[second]
+        for second in proposers:
+            if first in proposers and second not in COPIES[: i + 1]:
+                copy, other = proposers[first], proposers[second]
                 rates, draft_ms = (*copy.rates, *other.rates), copy.draft_ms + other.draft_ms
                 pairs[f"{first}+{second}"] = DrafterTuning(rates, draft_ms, 0.0, 0.0, other.acceptance_length)
-    return pairs
+    decided = {f"{name}+{listed}": one for listed in shortlists for name, one in (proposers | pairs).items()}
+    return pairs | decided
 
 
 def _prove(model: Model, tuning: Tuning, prompts: Items[Prompt], options: TuneOptions, progress: Progress) -> Tuning:

@@ -188,7 +188,8 @@ class Generator:
     def _automatic(self) -> str:
         """What tuning chose. Raises OptionError when that wants a draft model that was not loaded."""
         if self.tuning is None:
-            return UNTUNED_DRAFTER
+            pair = next((name for name in self.drafters if name.startswith(f"{UNTUNED_DRAFTER}+")), None)
+            return UNTUNED_DRAFTER if pair is None else pair
         chosen = self.tuning.chosen
         if "draft_model" in chosen and chosen not in self.drafters:
             raise OptionError(

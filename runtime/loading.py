@@ -12,7 +12,6 @@ from .drafters.draft_model import DraftModelDrafter
 from .drafters.families import load_head
 from .drafters.ngram import NGramDrafter
 from .drafters.shortlist import SHORTLIST, ShortlistDrafter
-from .drafters.text_index import TextIndexDrafter
 from .engines.ort_engine import DRAFT_THREADS
 from .engines.registry import device_kind, open_engine
 from .errors import OptionError
@@ -86,6 +85,10 @@ def _drafters(engine: Engine, draft_engine: Engine | None, tuning: Tuning | None
     for name, tuned in (tuning.drafters if tuning else {}).items():
         if all(part in drafters for part in name.split("+")):  # else tuned with a draft model that is not given this time
             drafters[name] = with_rates(drafters, name, tuned)
+    if tuning is None:
+        for listed in [drafter for drafter in drafters.values() if isinstance(drafter, ShortlistDrafter)]:
+            untuned = listed.after(drafters["ngram"])
+            drafters[untuned.name] = untuned
     return drafters
 
 
@@ -97,15 +100,16 @@ def use_provisional_cost(drafters: Mapping[str, Drafter], cost: VerifyCost | Non
 
 
 def with_rates(drafters: Mapping[str, Drafter], name: str, tuned: DrafterTuning) -> Drafter:
-    """The drafter of that name, or the pair that it names, using the measured rates."""
-    parts = [drafters[part] for part in name.split("+")]
-    drafter = parts[0] if len(parts) == 1 else _pair(parts[0], parts[1], tuned.enough)
+    """The drafter of that name, or what its parts make together, using the measured rates."""
+    drafter, *others = (drafters[part] for part in name.split("+"))
+    for other in others:
+        drafter = _pair(drafter, other, tuned.enough)
     drafter.use_rates(tuned.rates)
     return drafter
 
 
 def _pair(first: Drafter, second: Drafter, enough: float) -> Drafter:
-    if isinstance(first, TextIndexDrafter) and isinstance(second, ShortlistDrafter):
+    if isinstance(second, ShortlistDrafter):
         return second.after(first)
     return Cascade(first, second, enough)
 

@@ -22,7 +22,7 @@ from .errors import HeadstartError
 from .graph import Engine, Outputs, Scores, SplitDecoder
 from .log_probs import log_probs
 from .prefill import CHUNK, check_prompt, decoder_inputs, prompt_chunk
-from .sequence import FinishReason, Request, Sequence, TokenLogProbs
+from .sequence import FinishReason, Provisional, Request, Sequence, TokenLogProbs
 from .slots import SlotTable, slots_of
 from .tree import DraftTree, chain, empty_tree
 from .verify_cost import CostModel, Curve, RunningCost
@@ -234,7 +234,7 @@ class Scheduler:
 
     def _provisional_round(self, sequence: Sequence, drafter: ShortlistDrafter) -> None:
         """Draft, run the decoder without its LM head, and accept what the short list says; check when enough has gathered."""
-        started = time.perf_counter()
+        started, root = time.perf_counter(), sequence.token_ids[-1]
         curve = drafter.cost.curve(1, len(sequence.token_ids))
         tree = self._draft([sequence], curve)[0]
         drafted = time.perf_counter()
@@ -253,6 +253,7 @@ class Scheduler:
         confidences = [scores.confidence(row) for row in kept[: len(path.token_ids)]]
         provisional = sequence.append_provisionally(path.token_ids, hidden[kept], confidences)
         self._count(sequence, tree, path, curve)
+        self._observe(sequence, outputs, 0, kept, [root, *path.token_ids[: len(path.nodes)]])
         drafter.pace.gathered(len(path.token_ids), 1000 * (time.perf_counter() - started))
         sequence.clock.draft_s += drafted - started
         sequence.clock.verify_s += verified - drafted
@@ -279,7 +280,15 @@ class Scheduler:
         if sequence.finish_reason is None:
             self._table.state.rewind(row, len(sequence.token_ids) - 1)
             if missed:
-                drafter.taken_back(sequence.draft, known)
+                self._take_back(sequence, drafter, known, provisional)
+
+    def _take_back(self, sequence: Sequence, drafter: ShortlistDrafter, known: int, provisional: Provisional) -> None:
+        """Let a drafter know that the text has only `known` tokens of those that it saw, and others after them."""
+        drafter.taken_back(sequence.draft, known)
+        decided = len(sequence.token_ids) - known
+        if drafter.reads:
+            hidden = np.stack(provisional.hidden[:decided])
+            drafter.observe(sequence.draft, {contract.HIDDEN: hidden}, sequence.token_ids[known - 1 : -1])
 
     def _draft(self, running: list[Sequence], curve: Curve) -> list[DraftTree]:
         """A tree per sequence, cut to what pays; empty where nothing can be proposed, or where the drafter rests."""

@@ -117,6 +117,10 @@ class Drafter(Protocol):
         """One tree per request; an empty tree where there is nothing to propose."""
         ...
 
+    def taken_back(self, sequence: DraftSequence, known: int) -> None:
+        """All tokens but the first `known` were provisional, and others may be in their place now. Their features come next."""
+        ...
+
     def close(self, sequence: DraftSequence) -> None:
         """Forget a sequence. Closing one that was never opened is not an error."""
         ...

@@ -60,6 +60,10 @@ class Cascade:
                     trees[i] = tree
         return trees
 
+    def taken_back(self, sequence: DraftSequence, known: int) -> None:
+        self._first.taken_back(sequence, known)
+        self._second.taken_back(sequence, known)
+
     def close(self, sequence: DraftSequence) -> None:
         self._first.close(sequence)
         self._second.close(sequence)

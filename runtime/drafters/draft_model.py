@@ -85,6 +85,9 @@ class DraftModelDrafter:
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         return [self._draft(request) for request in requests]
 
+    def taken_back(self, sequence: DraftSequence, known: int) -> None:
+        """No-op: the state catches up with whatever the text is."""
+
     def close(self, sequence: DraftSequence) -> None:
         self._followers.pop(sequence.id, None)
 

@@ -54,6 +54,9 @@ class MedusaDrafter:
             ids, log_probs = outputs[contract.TOPK_IDS], outputs[contract.TOPK_LOG_PROBS]
             return [self._tree(ids[i, : r.max_depth], log_probs[i, : r.max_depth], r) for i, r in enumerate(requests)]
 
+    def taken_back(self, sequence: DraftSequence, known: int) -> None:
+        """No-op: the row that decided the root comes next."""
+
     def close(self, sequence: DraftSequence) -> None:
         self._hidden.pop(sequence.id, None)
 

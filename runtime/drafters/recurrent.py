@@ -59,6 +59,9 @@ class RecurrentDrafter:
             ids, parents, log_probs = (outputs[name] for name in names)
             return [self._tree(ids[i], parents[i], log_probs[i], request) for i, request in enumerate(requests)]
 
+    def taken_back(self, sequence: DraftSequence, known: int) -> None:
+        """No-op: the row that decided the root comes next."""
+
     def close(self, sequence: DraftSequence) -> None:
         self._hidden.pop(sequence.id, None)
 

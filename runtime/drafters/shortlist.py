@@ -10,7 +10,6 @@ the provisional passes, as in cascade speculative drafting (arXiv 2312.11462).
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,7 @@ from headstart.runtime.token_rows import LM_HEAD, token_rows
 from headstart.runtime.tree import DraftTree, empty_tree
 from headstart.runtime.verify_cost import CostModel, RunningCost
 
-from .base import DraftRequest, DraftSequence, Features, Target, step
-from .text_index import TextIndexDrafter
+from .base import Drafter, DraftRequest, DraftSequence, Features, Target, step
 
 SHORTLIST = "shortlist"  # the family's name in a bundle
 FIRST_WAIT, LONGEST_WAIT = 8, 32  # provisional tokens before the first check, and the most before any
@@ -226,7 +224,7 @@ def _band(confidence: float) -> int:
 
 
 class ShortlistDrafter:
-    """A short list, alone or with a drafter that copies text.
+    """A short list, alone or with a drafter that proposes trees for provisional passes.
 
     The scheduler runs what this drafter is about; where it cannot (several sequences at once, sampling), only the other drafter
     drafts.
@@ -236,19 +234,19 @@ class ShortlistDrafter:
         pace: how many of them to make in a row.
     """
 
-    def __init__(self, name: str, shortlist: Shortlist, vocab_size: int, copies: TextIndexDrafter[Any] | None = None) -> None:
-        self.name = name if copies is None else f"{copies.name}+{name}"
-        self._list_name, self._shortlist, self._vocab_size, self._copies = name, shortlist, vocab_size, copies
+    def __init__(self, name: str, shortlist: Shortlist, vocab_size: int, proposer: Drafter | None = None) -> None:
+        self.name = name if proposer is None else f"{proposer.name}+{name}"
+        self._list_name, self._shortlist, self._vocab_size, self._proposer = name, shortlist, vocab_size, proposer
         self._texts: dict[int, TextRows] = {}  # from the first provisional pass on
         self.cost: CostModel = RunningCost()
         self.pace = Pace()
-        self.reads: frozenset[str] = frozenset()
-        self.class_count = 0 if copies is None else copies.class_count
-        self.default_nodes = 0 if copies is None else copies.default_nodes
+        self.reads: frozenset[str] = frozenset() if proposer is None else proposer.reads
+        self.class_count = 0 if proposer is None else proposer.class_count
+        self.default_nodes = 0 if proposer is None else proposer.default_nodes
 
-    def after(self, copies: TextIndexDrafter[Any]) -> "ShortlistDrafter":
+    def after(self, proposer: Drafter) -> "ShortlistDrafter":
         """The same short list, with a drafter that proposes trees for provisional passes."""
-        pair = ShortlistDrafter(self._list_name, self._shortlist, self._vocab_size, copies)
+        pair = ShortlistDrafter(self._list_name, self._shortlist, self._vocab_size, proposer)
         pair.cost = self.cost  # the passes are the same, whoever proposes
         return pair
 
@@ -257,29 +255,30 @@ class ShortlistDrafter:
         return self._shortlist.logits(hidden)
 
     def prior_rates(self) -> list[float]:
-        return [] if self._copies is None else self._copies.prior_rates()
+        return [] if self._proposer is None else self._proposer.prior_rates()
 
     def use_rates(self, rates: Sequence[float]) -> None:
-        if self._copies is not None:
-            self._copies.use_rates(rates)
+        if self._proposer is not None:
+            self._proposer.use_rates(rates)
 
     def open(self, sequence: DraftSequence, target: Target) -> None:
-        if self._copies is not None:
-            self._copies.open(sequence, target)
+        if self._proposer is not None:
+            self._proposer.open(sequence, target)
 
     def observe(self, sequence: DraftSequence, rows: Features, path: Sequence[int]) -> None:
-        """No-op: what is read is the text."""
+        if self._proposer is not None:
+            self._proposer.observe(sequence, rows, path)
 
     def price(self, nodes: int, depth: int) -> float:
-        return 0.0 if self._copies is None else self._copies.price(nodes, depth)
+        return 0.0 if self._proposer is None else self._proposer.price(nodes, depth)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
-        return [empty_tree() for _ in requests] if self._copies is None else self._copies.propose(requests)
+        return [empty_tree() for _ in requests] if self._proposer is None else self._proposer.propose(requests)
 
     def close(self, sequence: DraftSequence) -> None:
         self._texts.pop(sequence.id, None)
-        if self._copies is not None:
-            self._copies.close(sequence)
+        if self._proposer is not None:
+            self._proposer.close(sequence)
 
     def scores(self, sequence: DraftSequence, hidden: NDArray[np.float32]) -> ShortScores:
         """Of the hidden states [R, H] of rows of that sequence."""
@@ -293,5 +292,5 @@ class ShortlistDrafter:
         """All but the first `known` tokens were provisional, and are others now."""
         if sequence.id in self._texts:
             self._texts[sequence.id].taken_back(known)
-        if self._copies is not None:
-            self._copies.taken_back(sequence, known)
+        if self._proposer is not None:
+            self._proposer.taken_back(sequence, known)

@@ -49,7 +49,7 @@ def test_head_json_is_pinned() -> None:
     head = HeadInfo("medusa", "medusa", "medusa-1", 64, 300, 4, 10, GRAPH, {"lm_head": MANIFEST.weights["lm_head"]})
     document = json.loads(to_json(head))
     assert list(document) == [
-        "name", "family", "dialect", "hidden_size", "vocab_size", "heads", "top_k", "graph", "shared",
+        "name", "family", "dialect", "hidden_size", "vocab_size", "heads", "top_k", "graph", "shared", "embeddings",
     ]  # fmt: skip
     assert document["shared"]["lm_head"] == {
         "file": "graphs/decoder.onnx.data", "offset": 64, "dtype": "float32", "shape": [300, 64],

@@ -1,19 +1,21 @@
 """Tokens decided with a short list are the target's own: whatever is listed, drafted, or asked for besides."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.tune import TuneOptions, tune
 from headstart.exporter.build import build
 from headstart.exporter.heads.shortlist import add_shortlist
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.drafters.base import DraftSequence
+from headstart.runtime.contract import HIDDEN
+from headstart.runtime.drafters.base import DraftRequest, DraftSequence, Features
 from headstart.runtime.drafters.ngram import NGramDrafter, NGramIndex
 from headstart.runtime.drafters.shortlist import LONGEST_WAIT, REST, Pace, Shortlist, ShortlistDrafter, TextRows
 from headstart.runtime.graph import SplitDecoder
@@ -23,6 +25,7 @@ from headstart.runtime.prefill import decoder_inputs, open_state, prefill
 from headstart.runtime.rules import TokenRules
 from headstart.runtime.scheduler import Scheduler, decode_alone
 from headstart.runtime.sequence import Request
+from headstart.runtime.tree import DraftTree
 from headstart.runtime.verify_cost import RunningCost
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
@@ -58,9 +61,13 @@ def misser(pycode: Bundle, made_once: MadeOnce) -> Model:
 
 def _copying(model: Model) -> ShortlistDrafter:
     """A short list with n-grams in provisional passes."""
+    return _listed_drafter(model).after(NGramDrafter())
+
+
+def _listed_drafter(model: Model) -> ShortlistDrafter:
     shortlist = model.generator.drafters["shortlist"]
     assert isinstance(shortlist, ShortlistDrafter)
-    return shortlist.after(NGramDrafter())
+    return shortlist
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +76,12 @@ def always_waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     for name in {"model", "misser"} & set(request.fixturenames):
         loaded: Model = request.getfixturevalue(name)
         loaded.generator.drafters["copies"] = _copying(loaded)
+        loaded.generator.drafters["heads"] = _listed_drafter(loaded).after(loaded.generator.drafters["medusa"])
         monkeypatch.setattr(Pace, "enough", lambda pace, confidences: len(confidences) >= 5)
         monkeypatch.setattr(Pace, "rest", lambda pace: None)
 
 
-@pytest.mark.parametrize("drafter", ["shortlist", "copies"])
+@pytest.mark.parametrize("drafter", ["shortlist", "copies", "heads"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_texts_are_the_targets_own(model: Model, drafter: str, prompt: str) -> None:
     plain = model.generate(prompt, max_new_tokens=NEW, drafter="none")
@@ -82,11 +90,55 @@ def test_texts_are_the_targets_own(model: Model, drafter: str, prompt: str) -> N
     assert listed.finish_reason == plain.finish_reason
 
 
-@pytest.mark.parametrize("drafter", ["shortlist", "copies"])
+@pytest.mark.parametrize("drafter", ["shortlist", "copies", "heads"])
 def test_a_list_that_always_misses_changes_nothing(misser: Model, drafter: str) -> None:
     for prompt in PROMPTS:
         plain = misser.generate(prompt, max_new_tokens=NEW, drafter="none")
         assert misser.generate(prompt, max_new_tokens=NEW, drafter=drafter).token_ids == plain.token_ids
+
+
+class Witness(NGramDrafter):
+    """Notes which state decided each root that it was asked to draft after."""
+
+    reads = frozenset({HIDDEN})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[tuple[int, ...], NDArray[np.float32]] = {}
+        self._last: NDArray[np.float32] | None = None
+
+    def observe(self, sequence: DraftSequence, rows: Features, path: Sequence[int]) -> None:
+        assert len(rows[HIDDEN]) == len(path)
+        super().observe(sequence, rows, path)
+        self._last = rows[HIDDEN][-1]
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        assert self._last is not None
+        self.states[tuple(requests[0].sequence.token_ids)] = self._last
+        return super().propose(requests)
+
+
+def test_heads_read_the_states_that_decided_the_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    _assert_same_states(model, monkeypatch)
+
+
+def test_heads_read_the_states_of_what_was_decided_instead(misser: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    _assert_same_states(misser, monkeypatch)
+
+
+def _assert_same_states(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a short list and without."""
+    drafters = model.generator.drafters
+    plain, listed = Witness(), Witness()
+    monkeypatch.setitem(drafters, "plain witness", plain)
+    monkeypatch.setitem(drafters, "witness", _listed_drafter(model).after(listed))
+    for prompt in PROMPTS:
+        for name in ("plain witness", "witness"):
+            model.generate(prompt, max_new_tokens=NEW, drafter=name)
+    common = plain.states.keys() & listed.states.keys()
+    assert len(common) > 12
+    for text in common:
+        np.testing.assert_allclose(listed.states[text], plain.states[text], atol=0.05 * np.abs(plain.states[text]).max())
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 9])
@@ -293,11 +345,12 @@ def test_tuning_measures_provisional_passes(model: Model, tmp_path: Path) -> Non
     path = Path(shutil.copytree(model.bundle.path, tmp_path / "bundle"))
     made = tune(path, PROMPTS, options=TuneOptions(max_new_tokens=16))
     assert made.provisional is not None and {"shortlist", "ngram+shortlist"} <= made.drafters.keys()
-    rows = made.verify.single.rows.index(64)
-    assert made.provisional.single.milliseconds[0][rows] < made.verify.single.milliseconds[0][rows]
+    assert {"medusa+shortlist", "ngram+medusa+shortlist"} <= made.drafters.keys() and "shortlist+medusa" not in made.drafters
+    assert made.provisional.single.rows == made.verify.single.rows and made.provisional != made.verify
     drafters = load(path).generator.drafters
-    for name in ("shortlist", "ngram+shortlist"):
+    for name in ("shortlist", "ngram+shortlist", "ngram+medusa+shortlist"):
         drafter = drafters[name]
         assert isinstance(drafter, ShortlistDrafter) and drafter.cost == made.provisional
+    assert drafters["ngram+medusa+shortlist"].reads == {HIDDEN}
     untuned = load(path, tuned=False).generator.drafters["shortlist"]
     assert isinstance(untuned, ShortlistDrafter) and isinstance(untuned.cost, RunningCost)
