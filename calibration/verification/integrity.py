@@ -128,7 +128,7 @@ def _outputs(engine: Engine, bundle: Bundle, golden: Mapping[str, NDArray[Any]])
         yield "decoder", "logits", logits
         yield "decoder", "hidden", hidden
         for head in bundle.manifest.heads:
-            outputs = head_outputs(engine, head, hidden)
+            outputs = head_outputs(engine, head, hidden, int(logits.argmax()))
             yield from ((f"heads/{head}", name, values) for name, values in outputs.items())
 
 

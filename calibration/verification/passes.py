@@ -10,6 +10,7 @@ from headstart.runtime import contract
 from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.prefill import last_logits, prefill, run_decoder
 from headstart.runtime.states import CrossState
+from headstart.runtime.token_rows import EMBEDDINGS, token_rows
 from headstart.runtime.tree import ROOT, DraftTree
 
 Logits = NDArray[np.float32]
@@ -88,12 +89,17 @@ def last_outputs(engine: Engine, token_ids: Sequence[int], source: Source = None
     return decoding.last_outputs(token_ids)
 
 
-def head_outputs(engine: Engine, name: str, hidden: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """The outputs of a draft head that reads nothing but a [H] hidden state; none for others."""
+def head_outputs(engine: Engine, name: str, hidden: NDArray[np.float32], root: int) -> dict[str, NDArray[Any]]:
+    """The outputs of a draft head after a [H] hidden state that decided the token `root`; none of a head that reads more."""
     graph = engine.graph(f"heads/{name}")
-    if [tensor.name for tensor in graph.info.inputs] != [contract.HIDDEN]:
+    known = {contract.HIDDEN: hidden[None, None]}
+    info = engine.bundle.head(name)
+    if info.embeddings:
+        rows = token_rows(engine.bundle.path, info.embeddings, EMBEDDINGS, info.hidden_size, np.array([root]))
+        known[contract.EMBEDDING] = rows.floats()[None]
+    if not {tensor.name for tensor in graph.info.inputs} <= known.keys():
         return {}
-    outputs = graph.run({contract.HIDDEN: hidden[None, None]})
+    outputs = graph.run(known)
     return {tensor.name: np.array(outputs[tensor.name]) for tensor in graph.info.outputs}
 
 

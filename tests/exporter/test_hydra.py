@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
+from headstart.calibration.verify import verify
 from headstart.exporter.build import build
 from headstart.exporter.heads.embeddings import embeddings_of
 from headstart.exporter.heads.families import recognise
 from headstart.exporter.heads.install import import_head
 from headstart.exporter.heads.tree_graph import BEAMS
-from headstart.runtime.bundle import Bundle
+from headstart.runtime.bundle import Bundle, write_manifest
+from headstart.runtime.engines.info import built_engine, engine_folder
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
+from headstart.runtime.engines.ort_session import Provider
 from headstart.runtime.errors import HeadError
 from headstart.runtime.loading import load
 from headstart.runtime.token_rows import EMBEDDINGS, token_rows
@@ -201,3 +205,33 @@ def test_what_does_not_fit_is_refused(bundle: Path, tmp_path: Path) -> None:
     spoilt = {**tensors, "hydra_mlp.0.1.linear.bias": torch.full((HIDDEN,), torch.nan)}
     refused("nan", spoilt, "holds NaN")
     refused("map", tensors | {"hydra_token_map": torch.tensor([1, 1])}, "token_map must list different tokens")
+
+
+def test_graphs_lowered_for_gpus_draft_the_same_tree(bundle: Path, tmp_path: Path) -> None:
+    """The CUDA provider's form, in float16, run on the CPU."""
+    import_head(bundle, write_head(tmp_path / "head", hydra_tensors()))
+    build(bundle, "cuda")
+    loaded = Bundle.load(bundle)
+    info = built_engine(loaded, "cuda")
+    assert info is not None
+    engine = OnnxRuntimeEngine(
+        loaded, built=(info, engine_folder(loaded, "cuda")), provider=Provider(device="cuda", location="cpu")
+    )
+    generator = np.random.default_rng(0)
+    inputs = {name: generator.standard_normal((2, 1, HIDDEN)).astype(np.float32) for name in ("hidden", "embedding")}
+    ours, canonical = (one.graph("heads/hydra").run(inputs) for one in (engine, OnnxRuntimeEngine(loaded)))
+    assert np.mean(ours["draft_ids"][:, :CANDIDATES] == canonical["draft_ids"][:, :CANDIDATES]) > 0.8
+    np.testing.assert_allclose(ours["draft_log_probs"], canonical["draft_log_probs"], atol=0.05)
+
+
+def test_verify_looks_at_heads_that_read_tokens(bundle: Path, tmp_path: Path) -> None:
+    import_head(bundle, write_head(tmp_path / "head", hydra_tensors()))
+    report = verify(bundle, ["abcabc"], 8, samples=50)
+    assert report.ok and {check.drafter for check in report.greedy} >= {"hydra", "none"}
+    assert any(check.drafter == "hydra" and check.drafted > 50 for check in report.sampling)
+    file = bundle / "heads/hydra/head.onnx"
+    model = ir.load(file)
+    model.graph.initializers["0.projection.bias"].const_value = ir.tensor(np.full(VOCAB, np.nan, np.float32))
+    ir.save(model, file)
+    write_manifest(bundle, Bundle.load(bundle, check_hashes=False).manifest)
+    assert verify(bundle, ["abcabc"], 8, samples=0).faults[0].where.startswith("canonical heads/hydra")
