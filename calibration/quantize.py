@@ -23,7 +23,7 @@ from headstart.exporter.golden import GREEDY, Texts, read_golden, save_golden
 from headstart.exporter.graph import graph_info, save_beside, save_graph, weight_infos
 from headstart.exporter.heads.embeddings import embeddings_of
 from headstart.exporter.heads.storage import load_head, reference, save_head
-from headstart.exporter.heads.tree_graph import tree_embeddings
+from headstart.exporter.heads.tree_graph import looked_up
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
 from headstart.exporter.passes.rotation import rotate
@@ -325,8 +325,8 @@ def _write_head(bundle: Bundle, folder: Path, manifest: Manifest, name: str, opt
             _share(model, linear, shared)
         elif options.heads == "int8":
             _replace(model, linear, round_to_nearest(linear.dequantized(), INT8))
-    if info.embeddings and options.heads == "int8":
-        for gather, table in list(tree_embeddings(model)):
+    if options.heads == "int8":
+        for gather, table in list(looked_up(model)):
             _replace_embedding(model, gather, table)
     clean(model)
     target = folder / "heads" / name

@@ -24,8 +24,10 @@ ALIGNMENT = "alignment_queries"  # [B, T, n * D], scaled, of the n cross-attenti
 TOPK_IDS = "topk_ids"  # [B, K, k] int64
 TOPK_LOG_PROBS = "topk_log_probs"  # [B, K, k] float32
 
-# Of draft heads that draft a tree of M nodes by themselves, from a hidden state and the embedding of the token after it.
+# Of draft heads that draft a tree of M nodes by themselves, from a hidden state and the token after it, the root, of which they
+# take the target's embedding or the number.
 EMBEDDING = "embedding"  # [B, 1, H] float32, in
+ROOT_IDS = "root_ids"  # [B, 1] int64, in
 DRAFT_IDS = "draft_ids"  # [B, M] int64; a node's parent stands before it
 DRAFT_PARENTS = "draft_parents"  # [B, M] int64, -1 for the root's children
 DRAFT_LOG_PROBS = "draft_log_probs"  # [B, M] float32, of the whole path to a node

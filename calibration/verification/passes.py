@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime import contract
+from headstart.runtime.drafters.recurrent import root_input
 from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.prefill import last_logits, prefill, run_decoder
 from headstart.runtime.states import CrossState
-from headstart.runtime.token_rows import EMBEDDINGS, token_rows
 from headstart.runtime.tree import ROOT, DraftTree
 
 Logits = NDArray[np.float32]
@@ -92,14 +92,11 @@ def last_outputs(engine: Engine, token_ids: Sequence[int], source: Source = None
 def head_outputs(engine: Engine, name: str, hidden: NDArray[np.float32], root: int) -> dict[str, NDArray[Any]]:
     """The outputs of a draft head after a [H] hidden state that decided the token `root`; none of a head that reads more."""
     graph = engine.graph(f"heads/{name}")
-    known = {contract.HIDDEN: hidden[None, None]}
-    info = engine.bundle.head(name)
-    if info.embeddings:
-        rows = token_rows(engine.bundle.path, info.embeddings, EMBEDDINGS, info.hidden_size, np.array([root]))
-        known[contract.EMBEDDING] = rows.floats()[None]
-    if not {tensor.name for tensor in graph.info.inputs} <= known.keys():
+    known = {contract.HIDDEN: hidden[None, None], **root_input(engine.bundle, engine.bundle.head(name), np.array([root]))}
+    wanted = {tensor.name for tensor in graph.info.inputs}
+    if not wanted <= known.keys():
         return {}
-    outputs = graph.run(known)
+    outputs = graph.run({tensor: known[tensor] for tensor in wanted})
     return {tensor.name: np.array(outputs[tensor.name]) for tensor in graph.info.outputs}
 
 

@@ -1,15 +1,22 @@
-"""Where a target's token embeddings lie, for heads that read tokens: found by what its graph does with `input_ids`."""
+"""A target's token embeddings, for heads that read tokens: found by what its graph does with `input_ids`."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from headstart.exporter.graph import weight_info
-from headstart.exporter.passes.rotation import rotation_of
+from headstart.exporter.graph_builder import GraphBuilder
+from headstart.exporter.passes.rotation import rotate, rotation_of
 from headstart.runtime import contract
 from headstart.runtime.bundle import WeightInfo
-from headstart.runtime.token_rows import EMBEDDINGS
+from headstart.runtime.errors import HeadError
+from headstart.runtime.token_rows import EMBEDDINGS, TokenRows, token_rows
+
+from .family import Installation
 
 DECODER = "graphs/decoder.onnx"
 SCALE = f"{EMBEDDINGS}.scale"
@@ -46,3 +53,48 @@ def _rotation_after(value: ir.Value) -> int:
             return rotation_of(value)
         users = value.consumers()
     return 0
+
+
+@dataclass(frozen=True)
+class DraftedVocabulary:
+    """The tokens that a head drafts, and the target's embeddings.
+
+    Attributes:
+        rows: the embeddings of these tokens.
+        token_map: [V'] the target's ids of them; None where all of the target's are drafted.
+        table: where all embeddings lie, see `embeddings_of`.
+    """
+
+    rows: TokenRows
+    token_map: NDArray[np.int64] | None
+    table: dict[str, WeightInfo]
+
+    @classmethod
+    def of(cls, target: Installation, token_map: NDArray[np.int64] | None, folder: Path) -> "DraftedVocabulary":
+        """Raises HeadError where the target's graph does not show its embeddings, or they are not as wide as its states."""
+        model, table = target.model, embeddings_of(target.target)
+        if not table or table[EMBEDDINGS].shape != (model.vocab_size, model.hidden_size):
+            raise HeadError(
+                f"{folder} reads the target's embeddings, [{model.vocab_size}, {model.hidden_size}], and this target's graph "
+                f"shows {list(table[EMBEDDINGS].shape) if table else 'none'}. Such heads cannot draft for it."
+            )
+        tokens = np.arange(model.vocab_size) if token_map is None else token_map
+        return cls(token_rows(target.target, table, EMBEDDINGS, model.hidden_size, tokens), token_map, table)
+
+
+class Lookup:
+    """The embeddings of the drafted tokens in one graph, stored as the bundle stores them."""
+
+    def __init__(self, graph: GraphBuilder, rows: TokenRows) -> None:
+        self._graph, self._rotation, self._width = graph, rows.rotation, rows.values.shape[1]
+        self._values = graph.constant(EMBEDDINGS, rows.values)
+        self._scales = None if rows.scales is None else graph.constant(SCALE, rows.scales)
+
+    def of(self, tokens: ir.Value) -> ir.Value:
+        """[B, n] rows of the drafted vocabulary to [B, n, H]."""
+        found = self._graph.node("Gather", [self._values, tokens], axis=0)
+        if self._scales is not None:
+            scales = self._graph.node("Gather", [self._scales, tokens], axis=0)
+            scales = self._graph.node("Unsqueeze", [scales, self._graph.ints("last", [-1])])
+            found = self._graph.node("Mul", [self._graph.node("Cast", [found], to=ir.DataType.FLOAT), scales])
+        return rotate(self._graph, found, 3, self._width, self._rotation) if self._rotation else found

@@ -12,7 +12,7 @@ from headstart.runtime.bundle import Manifest, ModelInfo, WeightInfo
 from headstart.runtime.documents import to_json
 from headstart.runtime.errors import HeadError
 
-from . import hydra, medusa
+from . import hydra, medusa, mlp_speculator, recurrent_drafting
 from .family import Family, Installation, Reads
 from .folder import HeadFolder
 from .unsupported import unsupported_family
@@ -20,6 +20,8 @@ from .unsupported import unsupported_family
 FAMILIES: dict[str, Family] = {
     "medusa": medusa.FAMILY,
     "hydra": hydra.FAMILY,
+    "recurrent_drafting": recurrent_drafting.FAMILY,
+    "mlp_speculator": mlp_speculator.FAMILY,
 }
 
 TOP_K = 10  # candidates per head, as published

@@ -8,7 +8,6 @@ t + i + 2. W may be the target's LM head, and the drafted tokens may be a part o
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,14 +16,14 @@ from numpy.typing import NDArray
 from headstart.exporter.graph_builder import GraphBuilder
 from headstart.runtime.bundle import HeadInfo
 from headstart.runtime.errors import HeadError
-from headstart.runtime.token_rows import EMBEDDINGS, token_rows
 
-from .embeddings import embeddings_of
+from .embeddings import DraftedVocabulary, Lookup
 from .family import Family, Format, Installation, Reads
 from .folder import HeadFolder, Tensors
+from .layers import Linear, LinearLayer, silu
 from .lm_head import Projection, TargetLmHead
 from .token_map import token_map_of
-from .tree_graph import DraftedVocabulary, write_tree_graph
+from .tree_graph import write_tree_head
 
 Array = NDArray[np.float32]
 DIALECT = "hydra"
@@ -34,7 +33,6 @@ PROJECTION = re.compile(PREFIX + r"hydra_lm_head\.(\d+)\.(?:\d+\.)?(weight|bias)
 TOKEN_MAP = re.compile(PREFIX + r"hydra_token_map")  # calibration/train.py
 # Hydra++ puts a decoder layer, with keys and values of its own, before the MLPs; and two experiments of the paper.
 OTHER_ARCHITECTURES = ("prefix-mlp", "cross-attn", "eagle-attn")
-Linear = tuple[Array, Array | None]  # weight [out, in], bias [out]
 
 
 @dataclass(frozen=True)
@@ -68,45 +66,16 @@ def recognise(folder: HeadFolder) -> Format | None:
 def to_graphs(folder: HeadFolder, dialect: str, target: Installation) -> HeadInfo:
     """One graph, which drafts a tree. Raises HeadError when the heads do not fit the target."""
     tensors = folder.tensors("|".join(f"(?:{one.pattern})" for one in (BLOCK, PROJECTION, TOKEN_MAP)))
-    vocabulary, shared = _vocabulary(folder, tensors, target)
-    heads = _heads(folder, tensors, target.model.hidden_size)
-    rows = len(vocabulary.embeddings.values)
-    _check_projections(folder, heads, rows, target)
-    graph, hidden = GraphBuilder(), target.model.hidden_size
-    lm_head = None
-    if heads[0].projection is None:
-        lm_head = TargetLmHead.of(target, vocabulary.token_map, folder.path)
-    cell = HydraCell(graph, heads, lm_head)
-    candidates = min(target.top_k, rows)
-    file = target.folder / "head.onnx"
-    return HeadInfo(
-        name=target.name,
-        family="hydra",
-        dialect=dialect,
-        hidden_size=hidden,
-        vocab_size=target.model.vocab_size,
-        heads=len(heads),
-        top_k=candidates,
-        graph=write_tree_graph(graph, cell, vocabulary, hidden, candidates, file, target.file("head.onnx")),
-        shared=lm_head.shared if lm_head is not None else {},
-        embeddings=shared,
-    )
-
-
-def _vocabulary(folder: HeadFolder, tensors: Tensors, target: Installation) -> tuple[DraftedVocabulary, dict[str, Any]]:
-    """(the drafted tokens with their embeddings, where the target's lie)."""
-    model = target.model
     stored = next((tensor for name, tensor in tensors.items() if TOKEN_MAP.fullmatch(name)), None)
-    token_map = None if stored is None else token_map_of(stored, model.vocab_size, folder.path)
-    lie = embeddings_of(target.target)
-    if not lie or lie[EMBEDDINGS].shape != (model.vocab_size, model.hidden_size):
-        raise HeadError(
-            f"{folder.path} reads the target's embeddings, [{model.vocab_size}, {model.hidden_size}], and this target's graph "
-            f"does not show such a table; found {lie[EMBEDDINGS].shape if lie else 'none'}."
-        )
-    tokens = np.arange(model.vocab_size) if token_map is None else token_map
-    rows = token_rows(target.target, lie, EMBEDDINGS, model.hidden_size, tokens)
-    return DraftedVocabulary(rows, token_map), lie
+    token_map = None if stored is None else token_map_of(stored, target.model.vocab_size, folder.path)
+    vocabulary = DraftedVocabulary.of(target, token_map, folder.path)
+    heads, rows = _heads(folder, tensors, target.model.hidden_size), len(vocabulary.rows.values)
+    _check_projections(folder, heads, rows, target)
+    lm_head = TargetLmHead.of(target, token_map, folder.path) if heads[0].projection is None else None
+    graph = GraphBuilder()
+    cell = HydraCell(graph, heads, vocabulary, lm_head)
+    shared = lm_head.shared if lm_head is not None else {}
+    return write_tree_head(graph, cell, "hydra", dialect, target, rows, vocabulary, shared)
 
 
 def _heads(folder: HeadFolder, tensors: Tensors, hidden: int) -> list[Head]:
@@ -132,7 +101,7 @@ def _head(
     head: int,
     hidden: int,
 ) -> Head:
-    def linear(place: int, part: str, width: int) -> Linear:
+    def part_of(place: int, part: str, width: int) -> Linear:
         weight, bias = (blocks.get((head, place, part, kind)) for kind in ("weight", "bias"))
         if weight is None or weight.shape != (hidden, width):
             found = "none" if weight is None else list(weight.shape)
@@ -145,10 +114,10 @@ def _head(
     places = sorted({place for number, place, *_ in blocks if number == head})  # not all numbers: dropout stands between
     widths = [(head + 2) * hidden, *[hidden] * (len(places) - 1)]
     first = places[0] if places else 0
-    layers = [linear(place, "linear", width) for place, width in zip(places or [first], widths, strict=True)]
+    layers = [part_of(place, "linear", width) for place, width in zip(places or [first], widths, strict=True)]
     weight = projections.get((head, "weight"))
     projection = None if weight is None else (weight, projections.get((head, "bias")))
-    return Head(linear(first, "res_connection", widths[0]), layers, projection)
+    return Head(part_of(first, "res_connection", widths[0]), layers, projection)
 
 
 def _check_projections(folder: HeadFolder, heads: Sequence[Head], rows: int, target: Installation) -> None:
@@ -164,31 +133,31 @@ def _check_projections(folder: HeadFolder, heads: Sequence[Head], rows: int, tar
 class HydraCell:
     """The state is [h; e; …; e], all that a path has read."""
 
-    def __init__(self, graph: GraphBuilder, heads: Sequence[Head], lm_head: TargetLmHead | None) -> None:
-        self.depth = len(heads)
-        self._heads = heads
-        self._projection = None if lm_head is None else Projection(graph, lm_head)
+    def __init__(
+        self, graph: GraphBuilder, heads: Sequence[Head], vocabulary: DraftedVocabulary, lm_head: TargetLmHead | None
+    ) -> None:
+        self.depth, self._lookup = len(heads), Lookup(graph, vocabulary.rows)
+        self._residuals = [LinearLayer(graph, head.residual, f"{i}.residual") for i, head in enumerate(heads)]
+        self._blocks = [
+            [LinearLayer(graph, block, f"{i}.{number}") for number, block in enumerate(head.blocks)]
+            for i, head in enumerate(heads)
+        ]
+        own = [(i, head.projection) for i, head in enumerate(heads) if head.projection is not None]
+        self._projections = [LinearLayer(graph, projection, f"{i}.projection") for i, projection in own]
+        self._lm_head = None if lm_head is None else Projection(graph, lm_head)
+
+    def embed(self, graph: GraphBuilder, tokens: ir.Value, level: int) -> ir.Value:
+        return self._lookup.of(tokens)
 
     def step(self, graph: GraphBuilder, state: ir.Value, embedding: ir.Value, level: int) -> ir.Value:
         return graph.node("Concat", [state, embedding], axis=-1)
 
     def logits(self, graph: GraphBuilder, state: ir.Value, level: int) -> ir.Value:
-        head = self._heads[level]
-        residual = _linear(graph, state, head.residual, f"{level}.residual")
-        for number, block in enumerate(head.blocks):
-            inner = _linear(graph, state, block, f"{level}.{number}")
-            state = graph.node("Add", [residual, graph.node("Mul", [inner, graph.node("Sigmoid", [inner])])])
-            residual = state
-        if self._projection is not None:
-            return self._projection.logits(state)
-        assert head.projection is not None
-        return _linear(graph, state, head.projection, f"{level}.projection")
-
-
-def _linear(graph: GraphBuilder, value: ir.Value, linear: Linear, name: str) -> ir.Value:
-    weight, bias = linear
-    product = graph.node("MatMul", [value, graph.constant(f"{name}.weight", np.ascontiguousarray(weight.T))])
-    return product if bias is None else graph.node("Add", [product, graph.constant(f"{name}.bias", bias)])
+        kept = self._residuals[level].of(state)
+        for block in self._blocks[level]:
+            state = graph.node("Add", [kept, silu(graph, block.of(state))])
+            kept = state
+        return self._projections[level].of(state) if self._lm_head is None else self._lm_head.logits(state)
 
 
 FAMILY = Family(recognise, lambda folder, layers: Reads(), to_graphs)

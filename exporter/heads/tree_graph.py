@@ -8,30 +8,33 @@ unrolled: a head has few of them, and in most families weights of its own for ea
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from headstart.exporter.graph import described_graph, tensor_infos
 from headstart.exporter.graph_builder import GraphBuilder
-from headstart.exporter.passes.rotation import rotate
+from headstart.exporter.passes.values import shape_of
 from headstart.runtime import contract
-from headstart.runtime.bundle import GraphInfo
-from headstart.runtime.token_rows import TokenRows
+from headstart.runtime.bundle import HeadInfo, WeightInfo
 from headstart.runtime.tree import ROOT
 
+from .embeddings import DraftedVocabulary
+from .family import Installation
 from .storage import save_head
 
 BEAMS = 4  # rows of a level; four cost a CPU hardly more than one, and the fifth best path is rarely right
 
 
 class Cell(Protocol):
-    """One family's arithmetic. All values have the axes [B, beams, …]."""
+    """One family's arithmetic. All values have the axes [B, beams, …]; tokens are rows of the drafted vocabulary."""
 
     depth: int
+
+    def embed(self, graph: GraphBuilder, tokens: ir.Value, level: int) -> ir.Value:
+        """[B, n] tokens to what `step` reads of them."""
+        ...
 
     def step(self, graph: GraphBuilder, state: ir.Value, embedding: ir.Value, level: int) -> ir.Value:
         """The state after one more token; before the first it is the target's hidden state."""
@@ -40,27 +43,6 @@ class Cell(Protocol):
     def logits(self, graph: GraphBuilder, state: ir.Value, level: int) -> ir.Value:
         """Over the drafted vocabulary, of the token after those read."""
         ...
-
-
-TABLE = "embeddings"  # the initializer that what was drafted is looked up in
-
-
-class Embedded:
-    """Rows of the target's table of embeddings, those of the drafted tokens, as the bundle stores them."""
-
-    def __init__(self, graph: GraphBuilder, rows: TokenRows) -> None:
-        self._graph, self._rotation, self._width = graph, rows.rotation, rows.values.shape[1]
-        self._values = graph.constant(TABLE, rows.values)
-        self._scales = None if rows.scales is None else graph.constant(f"{TABLE}.scale", rows.scales)
-
-    def of(self, tokens: ir.Value) -> ir.Value:
-        """[B, n] rows of the drafted vocabulary to [B, n, H]."""
-        found = self._graph.node("Gather", [self._values, tokens], axis=0)
-        if self._scales is not None:
-            scales = self._graph.node("Gather", [self._scales, tokens], axis=0)
-            scales = self._graph.node("Unsqueeze", [scales, self._graph.ints("last", [-1])])
-            found = self._graph.node("Mul", [self._graph.node("Cast", [found], to=ir.DataType.FLOAT), scales])
-        return rotate(self._graph, found, 3, self._width, self._rotation) if self._rotation else found
 
 
 @dataclass(frozen=True)
@@ -90,12 +72,12 @@ class Level:
 class TreeGraph:
     """Unrolls the levels of one head."""
 
-    def __init__(self, graph: GraphBuilder, cell: Cell, embedded: Embedded, candidates: int) -> None:
-        self._graph, self._cell, self._embedded, self._candidates = graph, cell, embedded, candidates
+    def __init__(self, graph: GraphBuilder, cell: Cell, candidates: int) -> None:
+        self._graph, self._cell, self._candidates = graph, cell, candidates
         self._beams = min(BEAMS, candidates)
 
     def levels(self, hidden: ir.Value, embedding: ir.Value) -> list[Level]:
-        """`hidden` and `embedding` [B, 1, H]: of the row that decided the root, and of the root."""
+        """`hidden` [B, 1, H]: of the row that decided the root; `embedding` [B, 1, …]: of the root."""
         state = self._cell.step(self._graph, hidden, embedding, 0)
         root, certain = np.full((1, 1), ROOT, np.int64), np.zeros((1, 1), np.float32)
         beams = Beams(state, self._graph.constant("root", root), self._graph.constant("certain", certain))
@@ -129,30 +111,37 @@ class TreeGraph:
         before = graph.node("GatherND", [state, came_from], batch_dims=1)
         tokens = graph.node("GatherElements", [level.tokens, chosen], axis=1)
         nodes = graph.node("Add", [chosen, graph.constant(f"first.{number}", np.int64(first))])
-        return Beams(self._cell.step(graph, before, self._embedded.of(tokens), number), nodes, log_probs)
+        return Beams(self._cell.step(graph, before, self._cell.embed(graph, tokens, number), number), nodes, log_probs)
 
 
-@dataclass(frozen=True)
-class DraftedVocabulary:
-    """The tokens that a head drafts.
+def write_tree_head(
+    graph: GraphBuilder,
+    cell: Cell,
+    family: str,
+    dialect: str,
+    target: Installation,
+    rows: int,
+    vocabulary: DraftedVocabulary | None = None,
+    shared: dict[str, WeightInfo] | None = None,
+) -> HeadInfo:
+    """Write the head: `hidden` [B, 1, H], and the root or its embedding, to a tree of M nodes, see `contract.DRAFT_IDS`.
 
-    Attributes:
-        embeddings: the target's, of these tokens.
-        token_map: [V'] the target's ids of them; None where all of the target's are drafted.
+    Args:
+        graph: may hold weights of `cell`.
+        rows: tokens that can be drafted.
+        vocabulary: which, and the target's embeddings of them; without one, the cell embeds tokens of the target's vocabulary.
+        shared: weights of the target that `graph` refers to.
     """
-
-    embeddings: TokenRows
-    token_map: NDArray[np.int64] | None
-
-
-def write_tree_graph(
-    graph: GraphBuilder, cell: Cell, vocabulary: DraftedVocabulary, hidden_size: int, candidates: int, file: Path, name: str
-) -> GraphInfo:
-    """`hidden` and `embedding` [B, 1, H] to a tree of M nodes, see `contract.DRAFT_IDS`. `graph` may hold weights of `cell`."""
-    inputs = [ir.val(n, ir.DataType.FLOAT, (contract.BATCH, 1, hidden_size)) for n in (contract.HIDDEN, contract.EMBEDDING)]
-    levels = TreeGraph(graph, cell, Embedded(graph, vocabulary.embeddings), candidates).levels(*inputs)
+    hidden_size, candidates, name = target.model.hidden_size, min(target.top_k, rows), target.file("head.onnx")
+    hidden = ir.val(contract.HIDDEN, ir.DataType.FLOAT, (contract.BATCH, 1, hidden_size))
+    if vocabulary is None:
+        root = ir.val(contract.ROOT_IDS, ir.DataType.INT64, (contract.BATCH, 1))
+        levels = TreeGraph(graph, cell, candidates).levels(hidden, cell.embed(graph, root, 0))
+    else:
+        root = ir.val(contract.EMBEDDING, ir.DataType.FLOAT, (contract.BATCH, 1, hidden_size))
+        levels = TreeGraph(graph, cell, candidates).levels(hidden, root)
     tokens = _joined(graph, [level.tokens for level in levels])
-    if vocabulary.token_map is not None:
+    if vocabulary is not None and vocabulary.token_map is not None:
         tokens = graph.node("Gather", [graph.constant("token_map", vocabulary.token_map), tokens])
     nodes = candidates + (cell.depth - 1) * candidates * min(BEAMS, candidates)
     outputs = [
@@ -160,15 +149,27 @@ def write_tree_graph(
         _output(_joined(graph, [level.parents for level in levels]), contract.DRAFT_PARENTS, ir.DataType.INT64, nodes),
         _output(_joined(graph, [level.log_probs for level in levels]), contract.DRAFT_LOG_PROBS, ir.DataType.FLOAT, nodes),
     ]
-    save_head(graph.model(inputs, outputs, "head"), file)
-    return described_graph(name, tensor_infos(inputs), tensor_infos(outputs))
+    save_head(graph.model([hidden, root], outputs, "head"), target.folder / "head.onnx")
+    return HeadInfo(
+        name=target.name,
+        family=family,
+        dialect=dialect,
+        hidden_size=hidden_size,
+        vocab_size=target.model.vocab_size,
+        heads=cell.depth,
+        top_k=candidates,
+        graph=described_graph(name, tensor_infos([hidden, root]), tensor_infos(outputs)),
+        shared=shared or {},
+        embeddings=vocabulary.table if vocabulary is not None else {},
+    )
 
 
-def tree_embeddings(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
+def looked_up(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
     """(Gather node, float table) wherever such a graph looks up what it drafted."""
-    table = model.graph.initializers.get(TABLE)
-    if table is not None and table.dtype == ir.DataType.FLOAT:
-        yield from ((node, table) for node in table.consumers())
+    for node in list(model.graph):
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        if table is not None and table.is_initializer() and table.dtype == ir.DataType.FLOAT and len(shape_of(table)) == 2:
+            yield node, table
 
 
 def _joined(graph: GraphBuilder, parts: Sequence[ir.Value]) -> ir.Value:

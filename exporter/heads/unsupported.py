@@ -13,13 +13,10 @@ OTHER_KEYS = {
     "dflash_config": "DFlash",
     "target_layer_ids": "DFlash",
 }
-OTHER_TYPES = {"mlp_speculator": "MLP speculator", "recurrent_drafting_drafter": "ReDrafter"}
 OTHER_TENSORS = {
     r"mask_hidden": "P-EAGLE",
     r"midlayer\.": "EAGLE-3",
     r"layers\.0\.mlp_moe\.": "Jakiro",
-    r"rnn_u\.": "ReDrafter",
-    r"speculator\.(emb|proj|head)\.": "MLP speculator",
     r"markov_head\.": "DSpark",
     r"prefix_gru\.": "Domino",
     r"mtp\.|.*eh_proj|model\.mtp_layers\.": "MTP",
@@ -33,8 +30,7 @@ OTHER_TENSORS = {
 
 def named_by_config(config: Mapping[str, Any]) -> str | None:
     """The family whose own keys the configuration has."""
-    by_key = next((family for key, family in OTHER_KEYS.items() if key in config), None)
-    return by_key or OTHER_TYPES.get(str(config.get("model_type")))
+    return next((family for key, family in OTHER_KEYS.items() if key in config), None)
 
 
 def unsupported_family(folder: HeadFolder) -> str | None:

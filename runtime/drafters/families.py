@@ -33,6 +33,8 @@ def _shortlist(engine: Engine, info: HeadInfo) -> Drafter:
 DRAFTERS: dict[str, Load] = {
     "medusa": _medusa,
     "hydra": _recurrent,
+    "recurrent_drafting": _recurrent,
+    "mlp_speculator": _recurrent,
     SHORTLIST: _shortlist,
 }
 

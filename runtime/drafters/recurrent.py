@@ -1,11 +1,12 @@
-"""Heads that read what they drafted: Hydra (arXiv 2402.05109) and its relatives.
+"""Heads that read what they drafted: Hydra (arXiv 2402.05109), recurrent drafting (2403.09919), MLP speculators (2404.19124).
 
-One call of the head's graph drafts a tree, by beam search, from the hidden state that decided the root, and the root's
-embedding. The draft is the tree's most probable nodes, as many as the budget pays for. Embeddings of drafted tokens are the
-graph's own; that of the root, which may be any token, is read from the bundle's table.
+One call of the head's graph drafts a tree, by beam search, from the hidden state that decided the root, and the root. The draft
+is the tree's most probable nodes, as many as the budget pays for. Where the target's embeddings are read, those of drafted
+tokens are the graph's own, and that of the root, which may be any token, comes from the bundle's table.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ class RecurrentDrafter:
         with self._meter.measure(len(requests)):
             hidden = np.stack([self._hidden[request.sequence.id] for request in requests])
             roots = np.array([request.sequence.token_ids[-1] for request in requests], np.int64)
-            outputs = self._graph.run({contract.HIDDEN: hidden, contract.EMBEDDING: self._embeddings(roots)[:, None]})
+            outputs = self._graph.run({contract.HIDDEN: hidden, **root_input(self._bundle, self._info, roots)})
             names = (contract.DRAFT_IDS, contract.DRAFT_PARENTS, contract.DRAFT_LOG_PROBS)
             ids, parents, log_probs = (outputs[name] for name in names)
             return [self._tree(ids[i], parents[i], log_probs[i], request) for i, request in enumerate(requests)]
@@ -64,10 +65,6 @@ class RecurrentDrafter:
 
     def close(self, sequence: DraftSequence) -> None:
         self._hidden.pop(sequence.id, None)
-
-    def _embeddings(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        info = self._info
-        return token_rows(self._bundle.path, info.embeddings, EMBEDDINGS, info.hidden_size, tokens).floats()
 
     def _tree(
         self, ids: NDArray[np.int64], parents: NDArray[np.int64], paths: NDArray[np.float32], request: DraftRequest
@@ -80,6 +77,14 @@ class RecurrentDrafter:
         classes = self._confidence.classes(own, depths)
         corrected = _summed(self._confidence.corrected(own, classes), parents, depths)
         return DraftTree(ids, parents, corrected, classes=classes).best(request.max_nodes, request.max_depth)
+
+
+def root_input(bundle: Bundle, head: HeadInfo, roots: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """What a head's graph takes of [B] roots: the target's embeddings of them, or the tokens."""
+    if not head.embeddings:
+        return {contract.ROOT_IDS: roots[:, None]}
+    rows = token_rows(bundle.path, head.embeddings, EMBEDDINGS, head.hidden_size, roots)
+    return {contract.EMBEDDING: rows.floats()[:, None]}
 
 
 def _summed(log_probs: NDArray[np.float32], parents: NDArray[np.int64], depths: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -325,8 +325,6 @@ def test_pickles_that_are_no_weights(bundle: Path, tmp_path: Path) -> None:
     ("name", "config", "family"),
     [
         ("midlayer.mlp.up_proj.weight", {}, "EAGLE-3"),
-        ("rnn_u.weight", {}, "ReDrafter"),
-        ("speculator.emb.0.weight", {}, "MLP speculator"),
         ("fc.weight", {"dflash_config": {}}, "DFlash"),
         ("fc.weight", {}, "EAGLE"),
         ("layers.0.x", {"speculators_model_type": "eagle3"}, "vLLM speculators"),
@@ -335,7 +333,6 @@ def test_pickles_that_are_no_weights(bundle: Path, tmp_path: Path) -> None:
         ("layers.0.mlp.up_proj.weight", {"target_layer_ids": [1]}, "DFlash"),
         ("embed_layernorm.weight", {}, "HASS"),
         ("mask_hidden", {}, "P-EAGLE"),
-        ("x", {"model_type": "recurrent_drafting_drafter"}, "ReDrafter"),
         ("layers.0.self_attn.q_proj.weight", {}, "Kangaroo"),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from drafted_tree import assert_same_tree, searched
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from headstart.exporter.build import build
 from headstart.exporter.heads.embeddings import embeddings_of
 from headstart.exporter.heads.families import recognise
 from headstart.exporter.heads.install import import_head
-from headstart.exporter.heads.tree_graph import BEAMS
 from headstart.runtime.bundle import Bundle, write_manifest
 from headstart.runtime.engines.info import built_engine, engine_folder
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
@@ -27,11 +27,9 @@ from headstart.runtime.engines.ort_session import Provider
 from headstart.runtime.errors import HeadError
 from headstart.runtime.loading import load
 from headstart.runtime.token_rows import EMBEDDINGS, token_rows
-from headstart.runtime.tree import ROOT
 
 BundleOf = Callable[[str], Bundle]
 HEADS, LAYERS, HIDDEN, VOCAB, CANDIDATES = 3, 2, 64, 300, 10
-Tree = list[tuple[int, int, float]]  # (token, parent, log-probability of the path) of each node
 
 
 def hydra_tensors(hidden: int = HIDDEN, vocab: int | None = VOCAB, dropout: bool = True) -> dict[str, Tensor]:
@@ -79,22 +77,6 @@ def logits_of(tensors: dict[str, Tensor], head: int, x: Tensor, lm_head: Tensor 
     return weight @ x + bias
 
 
-def drafted(tensors: dict[str, Tensor], hidden: Tensor, root: Tensor, table: Tensor, lm_head: Tensor | None = None) -> Tree:
-    """Beam search, one path at a time. `table` [V', H]: embeddings of the drafted tokens."""
-    tree: Tree = []
-    beams: list[tuple[int, float, Tensor]] = [(ROOT, 0.0, torch.cat([hidden, root]))]  # node, its path, all that it read
-    for head in range(HEADS):
-        level: list[tuple[int, Tensor]] = []
-        for node, path, x in beams:
-            values, tokens = logits_of(tensors, head, x, lm_head).log_softmax(-1).topk(CANDIDATES)
-            for value, token in zip(values.tolist(), tokens.tolist(), strict=True):
-                level.append((len(tree), torch.cat([x, table[token]])))
-                tree.append((token, node, path + value))
-        level.sort(key=lambda one: -tree[one[0]][2])
-        beams = [(node, tree[node][2], x) for node, x in level[:BEAMS]]
-    return tree
-
-
 def assert_drafts(
     bundle: Path, tensors: dict[str, Tensor], token_map: list[int] | None = None, tolerance: float = 1e-4
 ) -> None:
@@ -115,10 +97,12 @@ def assert_drafts(
         OnnxRuntimeEngine(loaded).graph("heads/hydra").run({"hidden": hidden.numpy(), "embedding": roots[:, None].numpy()})
     )
     for row in range(2):
-        wanted = drafted(tensors, hidden[row, 0], roots[row], table, lm_head)
-        assert outputs["draft_ids"][row].tolist() == [tokens[token] for token, _, _ in wanted]
-        assert outputs["draft_parents"][row].tolist() == [parent for _, parent, _ in wanted]
-        np.testing.assert_allclose(outputs["draft_log_probs"][row], [path for _, _, path in wanted], atol=1e-4)
+        read = torch.cat([hidden[row, 0], roots[row]])
+
+        def logits(path: list[int], read: Tensor = read) -> Tensor:
+            return logits_of(tensors, len(path), torch.cat([read, *table[path]]), lm_head)
+
+        assert_same_tree(outputs, row, searched(logits, HEADS, CANDIDATES), tokens)
 
 
 @pytest.fixture
