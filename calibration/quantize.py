@@ -21,16 +21,10 @@ from headstart.exporter.comparison import all_logits, greedy_tokens
 from headstart.exporter.float_agreement import agreement, forced_texts, warn_if_poor
 from headstart.exporter.golden import GREEDY, Texts, read_golden, save_golden
 from headstart.exporter.graph import graph_info, save_beside, save_graph, weight_infos
-from headstart.exporter.heads.embeddings import embeddings_of
-from headstart.exporter.heads.storage import load_head, reference, save_head
-from headstart.exporter.heads.tree_graph import looked_up
 from headstart.exporter.passes.gemm import split_gemms
 from headstart.exporter.passes.linear import Linear, embedding_tables, is_lm_head, linears
-from headstart.exporter.passes.rotation import rotate
-from headstart.exporter.passes.surgery import Writer, clean, replace_value
-from headstart.exporter.passes.values import name_of, shape_of
-from headstart.runtime.bundle import Bundle, HeadInfo, Manifest, WeightInfo, write_manifest
-from headstart.runtime.documents import to_json
+from headstart.exporter.passes.surgery import clean
+from headstart.runtime.bundle import Bundle, Manifest, write_manifest
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_session import AS_WRITTEN, Provider
 from headstart.runtime.errors import BundleError, OptionError, missing_extra
@@ -40,8 +34,10 @@ from headstart.runtime.precision import FloatAgreement
 from .feeds import EncoderFeeds, Feeds, decoder_feeds
 from .integers import cache_ranges, quantize_caches, quantize_inputs
 from .passages import Passage, calibration_passages
+from .quantized_heads import quantize_head
 from .rotation import rotate_layers
-from .rounding import QuantizedWeight, WeightScheme, round_to_nearest
+from .rounded_nodes import replace_embedding, replace_linear
+from .rounding import INT8, QuantizedWeight, WeightScheme, round_to_nearest
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 Rounder = Callable[[Linear, WeightScheme], QuantizedWeight]
@@ -49,7 +45,6 @@ DECODER, ENCODER = "graphs/decoder.onnx", "graphs/encoder.onnx"
 QUANTIZED = ("encoder", "decoder")  # graphs, in the order of computation
 METHODS = ("rtn", "awq", "gptq", "smoothquant")
 SCALING = ("awq", "smoothquant")  # methods that scale the inputs' channels
-INT8 = WeightScheme(8)
 KEPT = ("weights", "method", "activations", "kv_cache", "lm_head", "embedding", "heads")  # options named in the manifest
 
 
@@ -207,7 +202,7 @@ def _write(bundle: Bundle, folder: Path, options: QuantizeOptions, data: str | P
         | {"date": datetime.date.today().isoformat()},
     )
     for done, name in enumerate(manifest.heads):
-        _write_head(bundle, folder, manifest, name, options)
+        quantize_head(bundle, name, folder, manifest, options.heads == "int8")
         progress("heads", done + 1, len(manifest.heads))
     found = _write_golden(Bundle(folder, manifest), read_golden(bundle))
     return dataclasses.replace(manifest, quantization=manifest.quantization | {"greedy_agreement": f"{found.greedy:.3f}"})
@@ -263,100 +258,14 @@ def quantize_graph(model: Any, vocab_size: int, options: QuantizeOptions, rounde
     found = list(linears(model))
     for done, linear in enumerate(found):
         if not is_lm_head(linear, vocab_size):
-            _replace(model, linear, rounder(linear, options.scheme.fitting(linear.shape[0])))
+            replace_linear(model, linear, rounder(linear, options.scheme.fitting(linear.shape[0])))
         elif options.lm_head == "int8":
-            _replace(model, linear, round_to_nearest(linear.dequantized(), INT8))
+            replace_linear(model, linear, round_to_nearest(linear.dequantized(), INT8))
         progress("weights", done + 1, len(found))
     if options.embedding == "int8":
         for gather, table in embedding_tables(model, vocab_size):
-            _replace_embedding(model, gather, table)
+            replace_embedding(model, gather, table)
     clean(model)
-
-
-def _replace(model: Any, linear: Linear, weight: QuantizedWeight) -> None:
-    """Put a DequantizeLinear in front of the MatMul, the values stored in the layout the float weight had."""
-    import ml_dtypes
-
-    write = Writer(model, linear.node)
-    grouped = weight.scales.ndim == 2
-    values, scales = (weight.values.T, weight.scales.T) if linear.transposed else (weight.values, weight.scales)
-    stored = np.ascontiguousarray(values).astype(ml_dtypes.int4 if grouped else np.int8)
-    inputs = [
-        write.constant(f"{linear.name}.quantized", stored),
-        write.constant(f"{linear.name}.scale", np.ascontiguousarray(scales)),
-    ]
-    inputs_axis = int(linear.transposed)  # where the K inputs lie
-    if grouped:
-        group = len(weight.values) // len(weight.scales)
-        result = write.node("DequantizeLinear", inputs, axis=inputs_axis, block_size=group)
-    else:
-        result = write.node("DequantizeLinear", inputs, axis=1 - inputs_axis)
-    if linear.transposed:
-        result = write.node("Transpose", [result], perm=[1, 0])
-    linear.node.replace_input_with(1, result)
-
-
-def _replace_embedding(model: Any, gather: Any, table: Any) -> None:
-    """Gather whole numbers and scales, and multiply: dequantizing the table would cost a pass over the vocabulary."""
-    import onnx_ir as ir
-
-    write = Writer(model, gather)
-    name = table.name
-    if f"{name}.quantized" not in model.graph.initializers:  # a tied LM head has made them
-        rounded = round_to_nearest(table.const_value.numpy().T, INT8)
-        write.constant(f"{name}.quantized", np.ascontiguousarray(rounded.values.T))
-        write.constant(f"{name}.scale", rounded.scales)
-    values, scales = (model.graph.initializers[f"{name}.{part}"] for part in ("quantized", "scale"))
-    ids, result = gather.inputs[1], gather.outputs[0]
-    rows = write.node("Cast", [write.node("Gather", [values, ids], axis=0)], to=ir.DataType.FLOAT)
-    scale = write.node("Unsqueeze", [write.node("Gather", [scales, ids], axis=0), write.ints([-1])])
-    replace_value(result, write.node("Mul", [rows, scale]))
-
-
-def _write_head(bundle: Bundle, folder: Path, manifest: Manifest, name: str, options: QuantizeOptions) -> None:
-    """The head's graph over the new bundle's LM head, where it shares that, its own layers in int8."""
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    info = bundle.head(name)
-    model = ShapeInferencePass()(load_head(bundle, name)).model
-    shared = {key: weight for key, weight in manifest.weights.items() if info.shared and key.startswith("lm_head")}
-    for linear in list(linears(model)):
-        if linear.weight.name in info.shared:
-            _share(model, linear, shared)
-        elif options.heads == "int8":
-            _replace(model, linear, round_to_nearest(linear.dequantized(), INT8))
-    if options.heads == "int8":
-        for gather, table in list(looked_up(model)):
-            _replace_embedding(model, gather, table)
-    clean(model)
-    target = folder / "heads" / name
-    target.mkdir(parents=True)
-    save_head(model, target / "head.onnx")
-    embeddings = embeddings_of(folder) if info.embeddings else {}
-    described: HeadInfo = dataclasses.replace(info, shared=shared, embeddings=embeddings)
-    (target / "head.json").write_text(to_json(described), "utf-8")
-
-
-def _share(model: Any, linear: Linear, shared: dict[str, WeightInfo]) -> None:
-    """Read the LM head where the quantized decoder keeps it, rotated as that one is."""
-    import onnx_ir as ir
-
-    weight, block = linear.weight, shared["lm_head"].rotation
-    tensor = reference(name_of(weight), shared["lm_head"])
-    weight.const_value, weight.dtype = tensor, tensor.dtype
-    write = Writer(model, linear.node)
-    if block:
-        source = linear.source
-        linear.node.replace_input_with(0, rotate(write, source, len(shape_of(source)), linear.shape[0], block))
-    if "lm_head.scale" not in shared:
-        return
-    scale = write.constant("lm_head.scale", np.zeros(1, np.float32))
-    scales = reference("lm_head.scale", shared["lm_head.scale"])
-    scale.const_value, scale.shape = scales, ir.Shape(shared["lm_head.scale"].shape)
-    result = write.node("DequantizeLinear", [weight, scale], axis=0 if linear.transposed else 1)
-    if linear.transposed:
-        result = write.node("Transpose", [result], perm=[1, 0])
-    linear.node.replace_input_with(1, result)
 
 
 def _write_golden(bundle: Bundle, golden: dict[str, NDArray[Any]]) -> FloatAgreement:

@@ -45,6 +45,9 @@ class WeightScheme:
         return WeightScheme(4, max(smaller)) if smaller else WeightScheme(8)
 
 
+INT8 = WeightScheme(8)
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """values [K, N] int8 within ± largest, scales [N] (per channel) or [K / group, N] float32."""

@@ -15,13 +15,13 @@ from headstart.runtime.errors import missing_extra
 if TYPE_CHECKING:
     from headstart.calibration.bench import bench
     from headstart.calibration.quantize import QuantizeOptions, quantize
+    from headstart.calibration.quantized_heads import import_head
     from headstart.calibration.report import compare
     from headstart.calibration.train import train_heads
     from headstart.calibration.tune import TuneOptions, tune
     from headstart.calibration.verify import verify
     from headstart.exporter.build import build
     from headstart.exporter.export import export
-    from headstart.exporter.heads.install import import_head
     from headstart.runtime.bundle import Bundle
     from headstart.runtime.errors import HeadstartError
     from headstart.runtime.loading import load
@@ -50,7 +50,7 @@ _HOMES = {
     "build": "headstart.exporter.build",
     "compare": "headstart.calibration.report",
     "export": "headstart.exporter.export",
-    "import_head": "headstart.exporter.heads.install",
+    "import_head": "headstart.calibration.quantized_heads",
     "load": "headstart.runtime.loading",
     "quantize": "headstart.calibration.quantize",
     "train_heads": "headstart.calibration.train",

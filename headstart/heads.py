@@ -30,7 +30,7 @@ def import_heads(
     force: Force = False,
 ) -> None:
     """Add a draft head to a bundle."""
-    from headstart.exporter.heads.install import import_head
+    from headstart.calibration.quantized_heads import import_head
 
     from .screen import stages
 

@@ -131,15 +131,19 @@ def _check_projections(folder: HeadFolder, heads: Sequence[Head], rows: int, tar
 
 
 class HydraCell:
-    """The state is [h; e; …; e], all that a path has read."""
+    """The state is [e; …; e], of all tokens that a path has read.
+
+    What reads h and what reads tokens are products of their own: the first is the same for all beams, and rounded to 8 bits as
+    one row with states, embeddings would vanish, which are far smaller in most models.
+    """
 
     def __init__(
         self, graph: GraphBuilder, heads: Sequence[Head], vocabulary: DraftedVocabulary, lm_head: TargetLmHead | None
     ) -> None:
         self.depth, self._lookup = len(heads), Lookup(graph, vocabulary.rows)
-        self._residuals = [LinearLayer(graph, head.residual, f"{i}.residual") for i, head in enumerate(heads)]
+        self._first = [FirstBlock(graph, head, f"{i}.0") for i, head in enumerate(heads)]
         self._blocks = [
-            [LinearLayer(graph, block, f"{i}.{number}") for number, block in enumerate(head.blocks)]
+            [LinearLayer(graph, block, f"{i}.{number}") for number, block in enumerate(head.blocks[1:], start=1)]
             for i, head in enumerate(heads)
         ]
         own = [(i, head.projection) for i, head in enumerate(heads) if head.projection is not None]
@@ -150,14 +154,35 @@ class HydraCell:
         return self._lookup.of(tokens)
 
     def step(self, graph: GraphBuilder, state: ir.Value, embedding: ir.Value, level: int) -> ir.Value:
+        if level == 0:
+            self._hidden = state
+            return embedding
         return graph.node("Concat", [state, embedding], axis=-1)
 
     def logits(self, graph: GraphBuilder, state: ir.Value, level: int) -> ir.Value:
-        kept = self._residuals[level].of(state)
+        value = self._first[level].of(graph, self._hidden, state)
         for block in self._blocks[level]:
-            state = graph.node("Add", [kept, silu(graph, block.of(state))])
-            kept = state
-        return self._projections[level].of(state) if self._lm_head is None else self._lm_head.logits(state)
+            value = graph.node("Add", [value, silu(graph, block.of(value))])
+        return self._projections[level].of(value) if self._lm_head is None else self._lm_head.logits(value)
+
+
+class FirstBlock:
+    """R x + r + SiLU(A x + a), with both matrices in one product of h and one of the embeddings."""
+
+    def __init__(self, graph: GraphBuilder, head: Head, name: str) -> None:
+        parts = head.residual, head.blocks[0]
+        hidden = len(head.residual[0])
+        weight = np.concatenate([weight for weight, _ in parts])  # [2 H, (i + 2) H]
+        bias = np.concatenate([np.zeros(hidden, np.float32) if bias is None else bias for _, bias in parts])
+        self._of_hidden = LinearLayer(graph, (weight[:, :hidden], bias), f"{name}.of_hidden")
+        self._of_tokens = LinearLayer(graph, (weight[:, hidden:], None), f"{name}.of_tokens")
+        self._sizes = graph.ints(f"{name}.sizes", [hidden, hidden])
+
+    def of(self, graph: GraphBuilder, hidden: ir.Value, tokens: ir.Value) -> ir.Value:
+        """[B, 1, H] and [B, n, (i + 1) H] to [B, n, H]."""
+        both = graph.node("Add", [self._of_tokens.of(tokens), self._of_hidden.of(hidden)])
+        kept, inner = graph.nodes("Split", [both, self._sizes], 2, axis=-1)
+        return graph.node("Add", [kept, silu(graph, inner)])
 
 
 FAMILY = Family(recognise, lambda folder, layers: Reads(), to_graphs)

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart.calibration.quantize import QuantizeOptions, quantize
+from headstart.calibration.quantized_heads import import_head
 from headstart.calibration.verify import verify
 from headstart.exporter.build import build
+from headstart.exporter.heads import install
 from headstart.exporter.heads.embeddings import embeddings_of
 from headstart.exporter.heads.families import recognise
-from headstart.exporter.heads.install import import_head
 from headstart.runtime.bundle import Bundle, write_manifest
 from headstart.runtime.engines.info import built_engine, engine_folder
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
@@ -132,18 +133,22 @@ def test_a_part_of_the_vocabulary_and_the_target_s_lm_head(architecture: str, bu
 
 @pytest.mark.parametrize("first", [True, False])
 def test_quantizing_before_and_after(bundle_of: BundleOf, tmp_path: Path, first: bool) -> None:
-    """Rows of a rotated int8 LM head and table are copied as whole numbers; a float head over them is rounded with them."""
+    """Rows of a rotated int8 LM head and table are copied as whole numbers; the head's own weights are rounded either way."""
     source = Path(shutil.copytree(bundle_of("llama_tied").path, tmp_path / "source"))
-    tensors = hydra_tensors(vocab=None) | {"hydra_token_map": torch.arange(0, VOCAB, 2)}
+    drafted = list(range(0, VOCAB, 2))
+    tensors = hydra_tensors(vocab=None) | {"hydra_token_map": torch.tensor(drafted)}
     head, target = write_head(tmp_path / "head", tensors), tmp_path / "bundle"
     if first:
         import_head(source, head)
     quantize(source, target, QuantizeOptions(weights="int8"))
     if not first:
-        import_head(target, head)
-        assert_drafts(target, tensors, list(range(0, VOCAB, 2)))
+        install.import_head(target, head)
+        assert_drafts(target, tensors, drafted)
+        import_head(target, head, "hydra", force=True)
     lie = Bundle.load(target).head("hydra").embeddings
     assert lie == embeddings_of(target) and lie[EMBEDDINGS].dtype == "int8" and lie[EMBEDDINGS].rotation
+    stored = (target / "heads/hydra/head.onnx.data").stat().st_size
+    assert stored < 1.3 * sum(tensor.numel() for tensor in tensors.values()) + 2 * len(drafted) * (HIDDEN + 8)
     build(target)
     model = load(target)
     drawn = model.generate("def f(x):", drafter="hydra", max_new_tokens=20, ignore_end=True)
