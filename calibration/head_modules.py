@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+DROPOUT = 0.2  # of what a Hydra head reads, as published; without it, a few hundred thousand tokens are learnt by heart
 SAMPLE = 4096  # rows whose sizes are compared
 FEED_FORWARD = 4  # times the hidden size is the width of a feed-forward block, as in the Transformer itself
 
@@ -113,6 +114,7 @@ class HydraHead(nn.Module):
     def __init__(self, base: Base, number: int, layers: int, own_projection: bool) -> None:
         super().__init__()
         hidden, width = base.lm_head.shape[1], (number + 2) * base.lm_head.shape[1]
+        self.dropout = nn.Dropout(DROPOUT)
         self.residual = nn.Linear(width, hidden)
         self.blocks = nn.ModuleList(nn.Linear(width if layer == 0 else hidden, hidden) for layer in range(layers))
         self.projection = own_matrix(base.lm_head) if own_projection else None
@@ -125,7 +127,7 @@ class HydraHead(nn.Module):
     def forward(self, hidden: Tensor, read: Tensor) -> Tensor:
         """[N, H] states and [N, i + 1] tokens to logits [N, V]."""
         embedded = self._base.ratio * self._base.embeddings[read].float()
-        state = torch.cat([hidden, embedded.flatten(1)], dim=-1)
+        state = self.dropout(torch.cat([hidden, embedded.flatten(1)], dim=-1))
         for layer, block in enumerate(self.blocks):
             state = (self.residual(state) if layer == 0 else state) + nn.functional.silu(block(state))
         return self.projection(state) if self.projection is not None else state @ self._base.lm_head.T

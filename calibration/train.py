@@ -232,7 +232,9 @@ def _train(heads: nn.ModuleList, data: HiddenData, options: TrainOptions, progre
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
     state = _TrainingState(heads, optimizer, schedule, work)
     for rows in batches[len(state.losses) :]:
-        loss = loss_of(heads, data[rows])
+        with torch.random.fork_rng(devices=[]):  # what dropout leaves out depends on the step alone
+            torch.manual_seed(options.seed + len(state.losses))
+            loss = loss_of(heads, data[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -310,6 +312,7 @@ def accuracy(heads: nn.ModuleList, data: HiddenData) -> list[list[float]]:
     Of heads that read tokens: given that those before are right.
     """
     table = []
+    heads.eval()
     for i, head in enumerate(heads):
         hits = torch.zeros(RANKS)
         count = 0
