@@ -23,7 +23,7 @@ SCALE = f"{EMBEDDINGS}.scale"
 
 
 def embeddings_of(bundle: Path) -> dict[str, WeightInfo]:
-    """ "embeddings" [V, H], and "embeddings.scale" [V] of a quantized table, in the bundle in that folder.
+    """Where the table of the bundle in that folder lies: [V, H], and [V] scales as "embeddings.scale" of a quantized one.
 
     Empty where the decoder looks nothing up by `input_ids`, or something else than rows of one table.
     """

@@ -97,6 +97,11 @@ def test_a_list_that_always_misses_changes_nothing(misser: Model, drafter: str) 
         assert misser.generate(prompt, max_new_tokens=NEW, drafter=drafter).token_ids == plain.token_ids
 
 
+def test_untuned_bundles_use_their_list(model: Model) -> None:
+    auto, plain = (model.generate(PROMPTS[1], max_new_tokens=NEW, drafter=name) for name in ("auto", "none"))
+    assert auto.stats.drafter == "ngram+shortlist" and auto.token_ids == plain.token_ids
+
+
 class Witness(NGramDrafter):
     """Notes which state decided each root that it was asked to draft after."""
 
