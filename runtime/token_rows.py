@@ -36,15 +36,21 @@ class TokenRows:
         return rotated_rows(values, self.rotation) if self.rotation else values
 
 
-def token_rows(
-    bundle: Path, weights: Mapping[str, WeightInfo], table: str, hidden: int, tokens: NDArray[np.int64]
-) -> TokenRows:
-    """The rows of those tokens in `table`, whichever way round it is stored. `weights`: where it and "`table`.scale" lie."""
-    info, scale = weights[table], weights.get(f"{table}.scale")
-    matrix = mapped(bundle, info)
-    values = np.ascontiguousarray(matrix[tokens] if info.shape[1] == hidden else matrix[:, tokens].T)
-    scales = None if scale is None else mapped(bundle, scale)[tokens].astype(np.float32)
-    return TokenRows(values if scale is not None else values.astype(np.float32), scales, info.rotation)
+class TokenTable:
+    """One of the tables in a bundle's files, whichever way round it is stored."""
+
+    def __init__(self, bundle: Path, weights: Mapping[str, WeightInfo], table: str, hidden: int) -> None:
+        """`weights`: where `table`, and "`table`.scale" of a quantized one, lie; `hidden`: the width of a row."""
+        scale = weights.get(f"{table}.scale")
+        self._info, self._hidden = weights[table], hidden
+        self._matrix = mapped(bundle, self._info)
+        self._scales = None if scale is None else mapped(bundle, scale)
+
+    def rows(self, tokens: NDArray[np.int64]) -> TokenRows:
+        by_rows = self._info.shape[1] == self._hidden
+        values = np.ascontiguousarray(self._matrix[tokens] if by_rows else self._matrix[:, tokens].T)
+        scales = None if self._scales is None else self._scales[tokens].astype(np.float32)
+        return TokenRows(values if scales is not None else values.astype(np.float32), scales, self._info.rotation)
 
 
 def mapped(bundle: Path, info: WeightInfo) -> NDArray[Any]:

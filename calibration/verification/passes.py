@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.runtime import contract
-from headstart.runtime.drafters.recurrent import root_input
+from headstart.runtime.drafters.recurrent import RootInput
 from headstart.runtime.graph import MAX_ROWS, Engine
 from headstart.runtime.prefill import last_logits, prefill, run_decoder
 from headstart.runtime.states import CrossState
@@ -92,7 +92,7 @@ def last_outputs(engine: Engine, token_ids: Sequence[int], source: Source = None
 def head_outputs(engine: Engine, name: str, hidden: NDArray[np.float32], root: int) -> dict[str, NDArray[Any]]:
     """The outputs of a draft head after a [H] hidden state that decided the token `root`; none of a head that reads more."""
     graph = engine.graph(f"heads/{name}")
-    known = {contract.HIDDEN: hidden[None, None], **root_input(engine.bundle, engine.bundle.head(name), np.array([root]))}
+    known = {contract.HIDDEN: hidden[None, None], **RootInput(engine.bundle, engine.bundle.head(name)).of(np.array([root]))}
     wanted = {tensor.name for tensor in graph.info.inputs}
     if not wanted <= known.keys():
         return {}

@@ -14,7 +14,7 @@ from headstart.exporter.passes.rotation import rotate, rotation_of
 from headstart.runtime import contract
 from headstart.runtime.bundle import WeightInfo
 from headstart.runtime.errors import HeadError
-from headstart.runtime.token_rows import EMBEDDINGS, TokenRows, token_rows
+from headstart.runtime.token_rows import EMBEDDINGS, TokenRows, TokenTable
 
 from .family import Installation
 
@@ -79,7 +79,7 @@ class DraftedVocabulary:
                 f"shows {list(table[EMBEDDINGS].shape) if table else 'none'}. Such heads cannot draft for it."
             )
         tokens = np.arange(model.vocab_size) if token_map is None else token_map
-        return cls(token_rows(target.target, table, EMBEDDINGS, model.hidden_size, tokens), token_map, table)
+        return cls(TokenTable(target.target, table, EMBEDDINGS, model.hidden_size).rows(tokens), token_map, table)
 
 
 class Lookup:

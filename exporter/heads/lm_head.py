@@ -11,7 +11,7 @@ from headstart.exporter.graph_builder import GraphBuilder
 from headstart.exporter.passes.rotation import rotate
 from headstart.runtime.bundle import WeightInfo
 from headstart.runtime.errors import HeadError
-from headstart.runtime.token_rows import LM_HEAD, TokenRows, token_rows
+from headstart.runtime.token_rows import LM_HEAD, TokenRows, TokenTable
 
 from .family import Installation
 from .storage import copied_rows, reference
@@ -41,7 +41,7 @@ class TargetLmHead:
         hidden = target.model.hidden_size
         if token_map is None:
             return cls(hidden, {name: info for name, info in target.weights.items() if name in (LM_HEAD, SCALE)})
-        return cls(hidden, {}, token_rows(target.target, target.weights, LM_HEAD, hidden, token_map))
+        return cls(hidden, {}, TokenTable(target.target, target.weights, LM_HEAD, hidden).rows(token_map))
 
 
 class Projection:

@@ -18,7 +18,7 @@ from headstart.runtime.bundle import Bundle, GraphInfo, HeadInfo, Manifest
 from headstart.runtime.documents import to_json
 from headstart.runtime.drafters.shortlist import SHORTLIST
 from headstart.runtime.errors import HeadError, OptionError
-from headstart.runtime.token_rows import LM_HEAD, TokenRows, token_rows
+from headstart.runtime.token_rows import LM_HEAD, TokenRows, TokenTable
 
 from .install import install_head
 from .storage import copied_rows, save_head
@@ -75,7 +75,7 @@ def _check_known(token_ids: NDArray[np.int64], vocab_size: int) -> None:
 
 def _write(bundle: Bundle, token_ids: NDArray[np.int64], folder: Path, name: str) -> HeadInfo:
     model = bundle.manifest.model
-    rows = token_rows(bundle.path, bundle.manifest.weights, LM_HEAD, model.hidden_size, token_ids)
+    rows = TokenTable(bundle.path, bundle.manifest.weights, LM_HEAD, model.hidden_size).rows(token_ids)
     graph = _write_graph(rows, token_ids, folder / "head.onnx", f"heads/{name}/head.onnx")
     return HeadInfo(
         name=name,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle, HeadInfo
 from headstart.runtime.graph import Graph
-from headstart.runtime.token_rows import EMBEDDINGS, token_rows
+from headstart.runtime.token_rows import EMBEDDINGS, TokenTable
 from headstart.runtime.tree import ROOT, DraftTree
 
 from .base import DraftRequest, DraftSequence, Features, PriceMeter, Target
@@ -30,7 +30,7 @@ class RecurrentDrafter:
     def __init__(self, info: HeadInfo, graph: Graph, bundle: Bundle) -> None:
         """`graph`: see `contract.DRAFT_IDS`. `info.embeddings` says where the bundle's embeddings lie."""
         self.name = info.name
-        self._info, self._graph, self._bundle = info, graph, bundle
+        self._levels, self._graph, self._root_input = info.heads, graph, RootInput(bundle, info)
         self._hidden: dict[int, NDArray[np.float32]] = {}  # of the row that decided each sequence's root, [1, H]
         self._meter = PriceMeter()
         self._confidence = Confidence(info.heads)
@@ -55,7 +55,7 @@ class RecurrentDrafter:
         with self._meter.measure(len(requests)):
             hidden = np.stack([self._hidden[request.sequence.id] for request in requests])
             roots = np.array([request.sequence.token_ids[-1] for request in requests], np.int64)
-            outputs = self._graph.run({contract.HIDDEN: hidden, **root_input(self._bundle, self._info, roots)})
+            outputs = self._graph.run({contract.HIDDEN: hidden, **self._root_input.of(roots)})
             names = (contract.DRAFT_IDS, contract.DRAFT_PARENTS, contract.DRAFT_LOG_PROBS)
             ids, parents, log_probs = (outputs[name] for name in names)
             return [self._tree(ids[i], parents[i], log_probs[i], request) for i, request in enumerate(requests)]
@@ -70,28 +70,36 @@ class RecurrentDrafter:
         self, ids: NDArray[np.int64], parents: NDArray[np.int64], paths: NDArray[np.float32], request: DraftRequest
     ) -> DraftTree:
         """The nodes that promise most, of all that were drafted."""
-        tree = DraftTree(ids, parents, paths)
-        depths = tree.depths()[1:] - 1
+        depths = _along_paths(np.ones(len(ids), np.int64), parents, self._levels) - 1
         above = np.append(paths, np.float32(0))[parents]  # the last entry serves ROOT
         own = np.minimum(paths - above, np.float32(0))  # sums are rounded
         classes = self._confidence.classes(own, depths)
-        corrected = _summed(self._confidence.corrected(own, classes), parents, depths)
-        return DraftTree(ids, parents, corrected, classes=classes).best(request.max_nodes, request.max_depth)
+        promised = _along_paths(self._confidence.corrected(own, classes), parents, self._levels)
+        allowed = np.flatnonzero(depths < request.max_depth)
+        order = allowed[np.argsort(-promised[allowed], kind="stable")]  # parents before their children, which promise no more
+        kept = np.sort(order[: request.max_nodes])
+        numbers = np.full(len(ids) + 1, ROOT)
+        numbers[kept] = np.arange(len(kept))
+        return DraftTree(ids[kept], numbers[parents[kept]], promised[kept], classes=classes[kept])
 
 
-def root_input(bundle: Bundle, head: HeadInfo, roots: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """What a head's graph takes of [B] roots: the target's embeddings of them, or the tokens."""
-    if not head.embeddings:
-        return {contract.ROOT_IDS: roots[:, None]}
-    rows = token_rows(bundle.path, head.embeddings, EMBEDDINGS, head.hidden_size, roots)
-    return {contract.EMBEDDING: rows.floats()[:, None]}
+class RootInput:
+    """What a head's graph takes of roots: the target's embeddings of them, or the tokens."""
+
+    def __init__(self, bundle: Bundle, head: HeadInfo) -> None:
+        stored = head.embeddings
+        self._table = TokenTable(bundle.path, stored, EMBEDDINGS, head.hidden_size) if stored else None
+
+    def of(self, roots: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Of [B] tokens."""
+        if self._table is None:
+            return {contract.ROOT_IDS: roots[:, None]}
+        return {contract.EMBEDDING: self._table.rows(roots).floats()[:, None]}
 
 
-def _summed(log_probs: NDArray[np.float32], parents: NDArray[np.int64], depths: NDArray[np.int64]) -> NDArray[np.float32]:
-    """[M] of whole paths, of nodes' own; level by level."""
-    paths = np.append(log_probs, np.float32(0))  # one more for ROOT
-    assert ROOT == -1
-    for depth in range(1, int(depths.max(initial=0)) + 1):
-        level = np.flatnonzero(depths == depth)
-        paths[level] += paths[parents[level]]
-    return paths[:-1]
+def _along_paths(values: NDArray[Any], parents: NDArray[np.int64], levels: int) -> NDArray[Any]:
+    """[M] sums over each node's path from the root, of [M] values of nodes."""
+    sums = values
+    for _ in range(levels - 1):
+        sums = values + np.append(sums, values.dtype.type(0))[parents]  # the last entry serves ROOT
+    return sums

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from headstart.runtime import contract
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.graph import Graph
-from headstart.runtime.token_rows import LM_HEAD, token_rows
+from headstart.runtime.token_rows import LM_HEAD, TokenTable
 from headstart.runtime.tree import DraftTree, empty_tree
 from headstart.runtime.verify_cost import CostModel, RunningCost
 
@@ -105,7 +105,11 @@ class Shortlist:
 
     def rows(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """[n, H] float32 of any tokens."""
-        return token_rows(self._bundle.path, self._bundle.manifest.weights, LM_HEAD, self.width, tokens).floats()
+        return self._lm_head.rows(tokens).floats()
+
+    @cached_property
+    def _lm_head(self) -> TokenTable:
+        return TokenTable(self._bundle.path, self._bundle.manifest.weights, LM_HEAD, self.width)
 
 
 class TextRows:

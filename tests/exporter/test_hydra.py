@@ -27,7 +27,7 @@ from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.engines.ort_session import Provider
 from headstart.runtime.errors import HeadError
 from headstart.runtime.loading import load
-from headstart.runtime.token_rows import EMBEDDINGS, token_rows
+from headstart.runtime.token_rows import EMBEDDINGS, TokenTable
 
 BundleOf = Callable[[str], Bundle]
 HEADS, LAYERS, HIDDEN, VOCAB, CANDIDATES = 3, 2, 64, 300, 10
@@ -87,7 +87,7 @@ def assert_drafts(
 
     def rows(table: str, tokens: list[int]) -> Tensor:
         weights = info.embeddings if table == EMBEDDINGS else loaded.manifest.weights
-        return torch.from_numpy(token_rows(bundle, weights, table, model.hidden_size, np.array(tokens)).floats())
+        return torch.from_numpy(TokenTable(bundle, weights, table, model.hidden_size).rows(np.array(tokens)).floats())
 
     tokens = list(range(model.vocab_size)) if token_map is None else token_map
     table, own = rows(EMBEDDINGS, tokens), any(name.startswith("hydra_lm_head") for name in tensors)

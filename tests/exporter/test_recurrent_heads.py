@@ -20,11 +20,11 @@ from headstart.exporter.build import build
 from headstart.exporter.heads.install import import_head
 from headstart.exporter.heads.recurrent_drafting import LEVELS
 from headstart.runtime.bundle import Bundle
-from headstart.runtime.drafters.recurrent import root_input
+from headstart.runtime.drafters.recurrent import RootInput
 from headstart.runtime.engines.ort_engine import OnnxRuntimeEngine
 from headstart.runtime.errors import HeadError
 from headstart.runtime.loading import load
-from headstart.runtime.token_rows import EMBEDDINGS, token_rows
+from headstart.runtime.token_rows import EMBEDDINGS, TokenTable
 
 BundleOf = Callable[[str], Bundle]
 HIDDEN, VOCAB, CANDIDATES, ROOTS = 64, 300, 10, [5, 77]
@@ -48,7 +48,7 @@ def hidden_states() -> Tensor:
 
 def outputs_of(bundle: Path, name: str) -> Any:
     loaded = Bundle.load(bundle)
-    read = root_input(loaded, loaded.head(name), np.array(ROOTS))
+    read = RootInput(loaded, loaded.head(name)).of(np.array(ROOTS))
     return OnnxRuntimeEngine(loaded).graph(f"heads/{name}").run({"hidden": hidden_states().numpy(), **read})
 
 
@@ -93,7 +93,7 @@ def test_recurrent_drafting(bundle: Path, tmp_path: Path, exit_dim: int, recurre
     info = import_head(bundle, write_head(tmp_path / "head", tensors, config))
     assert (info.name, info.dialect, info.heads) == ("recurrent_drafting", "ml-recurrent-drafter", LEVELS)
     outputs = outputs_of(bundle, info.name)
-    table = torch.from_numpy(token_rows(bundle, info.embeddings, EMBEDDINGS, HIDDEN, np.arange(VOCAB)).floats())
+    table = torch.from_numpy(TokenTable(bundle, info.embeddings, EMBEDDINGS, HIDDEN).rows(np.arange(VOCAB)).floats())
     for row, root in enumerate(ROOTS):
 
         def logits(path: list[int], row: int = row, root: int = root) -> Tensor:
