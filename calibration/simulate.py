@@ -70,7 +70,7 @@ def simulate(
         heads = {name: head_ms(opened, name, board) for name in opened.manifest.heads}
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Simulating") from error
-    drafters = observed(model, prompts, options, progress)
+    drafters, _ = observed(model, prompts, options, progress)
     drafters = {name: dataclasses.replace(one, draft_ms=heads.get(name, one.draft_ms)) for name, one in drafters.items()}
     made = Tuning(
         schema_version=TUNING_SCHEMA,

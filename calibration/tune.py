@@ -87,8 +87,9 @@ def tune(
     source = model.input(prompts[0]).source
     cost = verify_cost(model.engine, progress, source)
     provisional = provisional_cost(model, progress, source)
+    drafters, node_ms = observed(model, prompts, options, progress)
+    cost, provisional = cost.with_nodes(node_ms), provisional.with_nodes(node_ms) if provisional is not None else None
     use_provisional_cost(model.generator.drafters, provisional)
-    drafters = observed(model, prompts, options, progress)
     if "draft_model" in drafters:
         drafters["draft_model"] = as_deep_as_pays(drafters["draft_model"], cost)
     listed = [name for name in drafters if isinstance(model.generator.drafters[name], ShortlistDrafter)]
@@ -264,31 +265,38 @@ class Recorder:
         return tuple(map(float, (self.accepted + PRIOR_WEIGHT * prior) / (self.seen + PRIOR_WEIGHT)))
 
 
-def observed(model: Model, prompts: Items[Prompt], options: TuneOptions, progress: Progress) -> dict[str, DrafterTuning]:
-    """What each drafter's nodes are worth, and what its proposals cost here. Pairs follow from their parts."""
+def observed(
+    model: Model, prompts: Items[Prompt], options: TuneOptions, progress: Progress
+) -> tuple[dict[str, DrafterTuning], float]:
+    """(what each drafter's nodes are worth and what its proposals cost here, milliseconds that the host takes for a node).
+
+    Pairs follow from their parts.
+    """
     plain_ms = other_ms_per_round(decode(model, prompts[0], options.max_new_tokens))
     single = {name: inner for name, inner in model.generator.drafters.items() if "+" not in name}
-    return {name: _observe(model, inner, prompts, options, plain_ms, progress) for name, inner in single.items()}
+    found = {name: _observe(model, inner, prompts, options, progress) for name, inner in single.items()}
+    rounds = [(nodes, ms - plain_ms) for _, seen in found.values() for nodes, ms in seen]
+    node_ms = sum(nodes * ms for nodes, ms in rounds) / max(sum(nodes**2 for nodes, _ in rounds), 1.0)
+    return {name: tuned for name, (tuned, _) in found.items()}, max(0.0, node_ms)
 
 
 def _observe(
-    model: Model, inner: Drafter, prompts: Items[Prompt], options: TuneOptions, plain_ms: float, progress: Progress
-) -> DrafterTuning:
+    model: Model, inner: Drafter, prompts: Items[Prompt], options: TuneOptions, progress: Progress
+) -> tuple[DrafterTuning, list[tuple[float, float]]]:
     """Decode the prompts with generous trees, and count.
 
-    What a round takes apart from verifying, over what a plain round does (`plain_ms`), is part of the draft's price.
+    Returns also, of each prompt, a round's nodes and its milliseconds apart from drafting and verifying.
     """
     recorder = Recorder(inner)
     calls = tokens = 0
-    other_ms = []
+    rounds = []
     for done, prompt in enumerate(prompts):
         sequence = decode(model, prompt, options.max_new_tokens, recorder, OBSERVED_NODES)
         calls, tokens = calls + sequence.verify_calls, tokens + sequence.new_tokens - 1
-        other_ms.append(other_ms_per_round(sequence))
+        rounds.append((sequence.drafted_tokens / max(sequence.verify_calls, 1), other_ms_per_round(sequence)))
         progress(inner.name, done + 1, len(prompts))
     draft_ms = 1000 * statistics.median(recorder.seconds) if recorder.seconds else 0.0
-    draft_ms += max(0.0, statistics.median(other_ms) - plain_ms)
-    return DrafterTuning(recorder.rates(), draft_ms, tokens / max(calls, 1), 0.0)
+    return DrafterTuning(recorder.rates(), draft_ms, tokens / max(calls, 1), 0.0), rounds
 
 
 def other_ms_per_round(sequence: Sequence) -> float:

@@ -25,7 +25,7 @@ class DrafterTuning:
 
     Attributes:
         rates: acceptance rate per class of node, given that its parent was accepted (see the drafter for its classes).
-        draft_ms: median milliseconds of a proposal, plus what a drafted round takes more than a plain one apart from verifying.
+        draft_ms: median milliseconds of a proposal.
         acceptance_length: new tokens per verify call, with the budget on.
         speedup: tokens/s over plain decoding's, measured with the budget on.
         enough: for a pair, the tokens its first drafter must promise for the second not to be asked.

@@ -3,6 +3,7 @@
 t(B, n) are milliseconds of one pass of the target over n rows (the root included) for each of B sequences.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,6 +41,10 @@ class BatchCost:
     histories: tuple[int, ...]
     milliseconds: tuple[tuple[float, ...], ...]
 
+    def with_nodes(self, node_ms: float) -> "BatchCost":
+        more = node_ms * self.batch * (np.array(self.rows) - 1)
+        return dataclasses.replace(self, milliseconds=tuple(tuple(map(float, line + more)) for line in self.milliseconds))
+
     def curve(self, history: int) -> Curve:
         """Linear between the measured histories and rows, flat beyond the measured histories."""
         table = np.array(self.milliseconds)  # [histories, rows]
@@ -61,6 +66,10 @@ class VerifyCost:
     def single(self) -> BatchCost:
         """Of one sequence."""
         return self.batches[0]
+
+    def with_nodes(self, node_ms: float) -> "VerifyCost":
+        """The same where each drafted row costs so much more than its part of the pass: masks, acceptance, commits."""
+        return VerifyCost(tuple(cost.with_nodes(node_ms) for cost in self.batches))
 
     def curve(self, batch: int, history: int) -> Curve:
         """Linear between the measured batches; beyond the largest the last two continue: more sequences always cost more."""

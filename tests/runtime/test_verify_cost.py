@@ -36,3 +36,10 @@ def test_the_first_pass_of_a_shape_also_pays_for_its_buffers() -> None:
     cost.observe(1, 1, 500.0)
     cost.observe(1, 1, 10.0)
     assert cost.curve(1, 0)[1] == pytest.approx(10.0)
+
+
+def test_what_the_host_takes_for_nodes_is_part_of_the_cost() -> None:
+    measured = VerifyCost((BatchCost(1, (1, 4), (8,), ((10.0, 13.0),)), BatchCost(2, (1, 4), (8,), ((12.0, 18.0),))))
+    cost = measured.with_nodes(0.5)
+    assert cost.curve(1, 8)[[1, 2, 4]].tolist() == [10.0, 11.5, 14.5]
+    assert cost.curve(2, 8)[[1, 4]].tolist() == [12.0, 21.0]
