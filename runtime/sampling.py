@@ -106,6 +106,13 @@ class LogitState:
         """A state of its own at the same point of the text."""
         return LogitState(self.options, self._rules, [state.fork() for state in self._states], self._tokens)
 
+    def without(self, kind: type) -> "LogitState":
+        """A state of its own at the same point of the text, without the rules of that class."""
+        kept = [
+            (rule, state.fork()) for rule, state in zip(self._rules, self._states, strict=True) if not isinstance(rule, kind)
+        ]
+        return LogitState(self.options, tuple(rule for rule, _ in kept), [state for _, state in kept], self._tokens)
+
     def forbids(self, token: int) -> bool:
         """True only where `process` sets this token to -inf whatever the logits are."""
         for state in reversed(self._states):

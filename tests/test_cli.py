@@ -132,10 +132,13 @@ def test_verify_passes_and_reports(bundle_of: BundleOf, checkpoint_of: Checkpoin
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
     references = {check["reference"] for check in report["logits"]}
-    assert references == {"golden outputs", "canonical graph", str(checkpoint_of("llama"))} and report["device"] == "cpu"
+    recorded = {"golden outputs", "canonical graph", str(checkpoint_of("llama"))}
+    assert references == recorded | {"engine, all in one tree"} and report["device"] == "cpu"
     assert all(check["largest"] <= check["largest_limit"] for check in report["logits"])
     assert [check["drafter"] for check in report["greedy"]] == ["none", "none", "ngram", "draft_model"]
     assert {check["drafter"] for check in report["sampling"]} == {"none", "ngram", "draft_model"}
+    drafted = [check for check in report["sampling"] if check["drafter"] == "draft_model"]
+    assert all(check["accepted"] < check["drafted"] for check in drafted), "drafts are the draft model's, not the target's"
     assert "no fault" in done.stdout and "TV found at power 0.99" in done.stdout
 
 

@@ -11,13 +11,16 @@ With n samples and d degrees of freedom the report states the smallest bias, in 
 0.99 at a significance of 1e-6 (`chi_square.detectable_bias`). Seeds are fixed: equal bundles give equal reports.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from headstart.runtime.acceptance import RULES
+from headstart.runtime.drafters.base import Drafter, DraftRequest
 from headstart.runtime.errors import OptionError
 from headstart.runtime.graph import MAX_ROWS
 from headstart.runtime.model import Model, Prompt
@@ -92,6 +95,25 @@ class GivenLogitsState:
         return False
 
 
+class OwnLogits:
+    """A drafter that drafts with its own logits: those that are given are the target's."""
+
+    def __init__(self, inner: Drafter) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        own = [dataclasses.replace(request, logits=request.logits.without(GivenLogits)) for request in requests]
+        return self._inner.propose(own)
+
+
+def _with_own_logits(model: Model) -> Model:
+    drafters: dict[str, Any] = {name: OwnLogits(drafter) for name, drafter in model.generator.drafters.items()}
+    return Model(model.bundle, model.engine, model.tokenizer, drafters)
+
+
 @dataclass
 class Drawn:
     """Continuations drawn of one prefix."""
@@ -114,7 +136,7 @@ def check_sampling(
         return [], []
     precision = engine_precision(model.engine)
     passes = Comparison("sampled passes", "engine, all in one tree", precision, reference.limits(precision))
-    sampler = Sampler(model, batch, passes)
+    sampler = Sampler(_with_own_logits(model), batch, passes)
     checks: list[SamplingCheck] = []
     for name in ("none", *model.drafters):
         rules = [None] if name == "none" else LOSSLESS
