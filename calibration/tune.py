@@ -275,9 +275,14 @@ def observed(
     plain_ms = other_ms_per_round(decode(model, prompts[0], options.max_new_tokens))
     single = {name: inner for name, inner in model.generator.drafters.items() if "+" not in name}
     found = {name: _observe(model, inner, prompts, options, progress) for name, inner in single.items()}
-    rounds = [(nodes, ms - plain_ms) for _, seen in found.values() for nodes, ms in seen]
-    node_ms = sum(nodes * ms for nodes, ms in rounds) / max(sum(nodes**2 for nodes, _ in rounds), 1.0)
-    return {name: tuned for name, (tuned, _) in found.items()}, max(0.0, node_ms)
+    rounds = [one for _, seen in found.values() for one in seen]
+    return {name: tuned for name, (tuned, _) in found.items()}, node_cost(rounds, plain_ms)
+
+
+def node_cost(rounds: Items[tuple[float, float]], plain_ms: float) -> float:
+    """Milliseconds a node, by least squares over (nodes, milliseconds of a round), where none cost `plain_ms`; at least 0."""
+    slope = sum(nodes * (ms - plain_ms) for nodes, ms in rounds) / max(sum(nodes**2 for nodes, _ in rounds), 1.0)
+    return max(0.0, slope)
 
 
 def _observe(

@@ -29,7 +29,9 @@ class Confidence:
 
     def classes(self, log_probs: NDArray[np.float32], depths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of nodes with these log-probabilities given their parents, at these depths; the first depth is 0."""
-        return np.minimum((-log_probs / BAND).astype(np.int64), BANDS - 1) + BANDS * depths
+        # A head that computes NaN is not to be believed.
+        bands: NDArray[np.int64] = np.nan_to_num(-log_probs / BAND, nan=BANDS, posinf=BANDS).astype(np.int64)
+        return np.minimum(bands, BANDS - 1) + BANDS * depths
 
     def corrected(self, log_probs: NDArray[np.float32], classes: NDArray[np.int64]) -> NDArray[np.float32]:
         """The head's own until rates are measured."""

@@ -17,54 +17,25 @@ from headstart.runtime.graph import Graph
 from headstart.runtime.token_rows import EMBEDDINGS, TokenTable
 from headstart.runtime.tree import ROOT, DraftTree
 
-from .base import DraftRequest, DraftSequence, Features, PriceMeter, Target
-from .confidence import Confidence
+from .base import DraftRequest
+from .state_head import StateHead
 
 
-class RecurrentDrafter:
-    """Family B: recurrent, or MLPs over a path; no state from one draft to the next."""
-
-    default_nodes = 12
-    reads = frozenset({contract.HIDDEN})
+class RecurrentDrafter(StateHead):
+    """Family B: recurrent, or MLPs over a path."""
 
     def __init__(self, info: HeadInfo, graph: Graph, bundle: Bundle) -> None:
         """`graph`: see `contract.DRAFT_IDS`. `info.embeddings` says where the bundle's embeddings lie."""
-        self.name = info.name
-        self._levels, self._graph, self._root_input = info.heads, graph, RootInput(bundle, info)
-        self._hidden: dict[int, NDArray[np.float32]] = {}  # of the row that decided each sequence's root, [1, H]
-        self._meter = PriceMeter()
-        self._confidence = Confidence(info.heads)
-        self.class_count = self._confidence.class_count
-
-    def use_rates(self, rates: Sequence[float]) -> None:
-        self._confidence.use_rates(rates)
-
-    def prior_rates(self) -> list[float]:
-        return self._confidence.prior_rates()
-
-    def open(self, sequence: DraftSequence, target: Target) -> None:
-        """No-op: the first rows observed are the prompt's."""
-
-    def observe(self, sequence: DraftSequence, rows: Features, path: Sequence[int]) -> None:
-        self._hidden[sequence.id] = rows[contract.HIDDEN][-1:]
-
-    def price(self, nodes: int, depth: int) -> float:
-        return self._meter.milliseconds
+        super().__init__(info.name, graph, info.heads)
+        self._levels, self._root_input = info.heads, RootInput(bundle, info)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         with self._meter.measure(len(requests)):
-            hidden = np.stack([self._hidden[request.sequence.id] for request in requests])
             roots = np.array([request.sequence.token_ids[-1] for request in requests], np.int64)
-            outputs = self._graph.run({contract.HIDDEN: hidden, **self._root_input.of(roots)})
+            outputs = self._graph.run({contract.HIDDEN: self._states(requests), **self._root_input.of(roots)})
             names = (contract.DRAFT_IDS, contract.DRAFT_PARENTS, contract.DRAFT_LOG_PROBS)
             ids, parents, log_probs = (outputs[name] for name in names)
             return [self._tree(ids[i], parents[i], log_probs[i], request) for i, request in enumerate(requests)]
-
-    def taken_back(self, sequence: DraftSequence, known: int) -> None:
-        """No-op: the row that decided the root comes next."""
-
-    def close(self, sequence: DraftSequence) -> None:
-        self._hidden.pop(sequence.id, None)
 
     def _tree(
         self, ids: NDArray[np.int64], parents: NDArray[np.int64], paths: NDArray[np.float32], request: DraftRequest

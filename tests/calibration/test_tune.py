@@ -11,7 +11,7 @@ import pytest
 from drafting import draft_request
 
 from headstart.calibration.bench import bench, draw
-from headstart.calibration.tune import PRIOR_WEIGHT, Recorder, TuneOptions, drafter_pairs, tune
+from headstart.calibration.tune import PRIOR_WEIGHT, Recorder, TuneOptions, drafter_pairs, node_cost, tune
 from headstart.exporter.build import build
 from headstart.runtime.bundle import Bundle
 from headstart.runtime.drafters.base import DraftRequest, DraftSequence
@@ -183,3 +183,9 @@ def test_bench_measures_every_drafter_and_class(tuned: Path, tmp_path: Path) -> 
     pytest.importorskip("matplotlib")
     draw(result, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_nodes_cost_what_rounds_take_beyond_a_plain_one() -> None:
+    """However generous the trees: small ones must not be charged for what large ones took."""
+    assert node_cost([(32.0, 2.1), (8.0, 0.9), (0.0, 0.5)], 0.5) == pytest.approx(0.05)
+    assert node_cost([(4.0, 0.4)], 0.5) == 0.0 and node_cost([], 0.5) == 0.0

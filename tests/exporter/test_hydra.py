@@ -4,13 +4,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from architectures import save_checkpoint
 from drafted_tree import assert_same_tree, searched
+from realistic import realistic_model
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from headstart.calibration.quantize import QuantizeOptions, quantize
 from headstart.calibration.quantized_heads import import_head
 from headstart.calibration.verify import verify
 from headstart.exporter.build import build
+from headstart.exporter.export import export
 from headstart.exporter.heads import install
 from headstart.exporter.heads.embeddings import embeddings_of
 from headstart.exporter.heads.families import recognise
@@ -211,6 +215,44 @@ def test_graphs_lowered_for_gpus_draft_the_same_tree(bundle: Path, tmp_path: Pat
     ours, canonical = (one.graph("heads/hydra").run(inputs) for one in (engine, OnnxRuntimeEngine(loaded)))
     assert np.mean(ours["draft_ids"][:, :CANDIDATES] == canonical["draft_ids"][:, :CANDIDATES]) > 0.8
     np.testing.assert_allclose(ours["draft_log_probs"], canonical["draft_log_probs"], atol=0.05)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_shapes_of_published_checkpoints(weights: str, tmp_path: Path) -> None:
+    """640 wide, tied, a part of 5,000 tokens: rows of rotated int8 tables, products of all levels."""
+    save_checkpoint(realistic_model("llama_tied"), tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "float32")
+    if weights == "int8":
+        quantize(tmp_path / "float32", tmp_path / "int8", QuantizeOptions(weights="int8"))
+    drafted = list(range(0, 5000, 2))
+    tensors = hydra_tensors(hidden=640, vocab=None) | {"hydra_token_map": torch.tensor(drafted)}
+    install.import_head(tmp_path / weights, write_head(tmp_path / "head", tensors))
+    assert_drafts(tmp_path / weights, tensors, drafted)
+    import_head(tmp_path / weights, tmp_path / "head", "hydra", force=True)
+    build(tmp_path / weights)
+    model = load(tmp_path / weights)
+    options: dict[str, Any] = {"max_new_tokens": 16, "ignore_end": True}
+    plain, found = (model.generate("def f(x):", drafter=name, **options) for name in ("none", "hydra"))
+    assert found.token_ids == plain.token_ids and found.stats.drafted_tokens > 16
+
+
+def test_a_head_that_computes_nan_ends_no_request(bundle: Path, tmp_path: Path) -> None:
+    """`verify` names it; until then its drafts are drafts like others, tuned or not."""
+    import_head(bundle, write_head(tmp_path / "head", hydra_tensors()))
+    model = load(bundle)
+    plain = model.generate("def f(x):", drafter="none", max_new_tokens=12, ignore_end=True).token_ids
+    drafter = model.generator.drafters["hydra"]
+    run = drafter._graph.run  # type: ignore[attr-defined]
+
+    def poisoned(inputs: Any) -> Any:
+        outputs = run(inputs)
+        broken = np.full_like(outputs["draft_log_probs"], np.nan)
+        return {name: outputs[name] for name in ("draft_ids", "draft_parents")} | {"draft_log_probs": broken}
+
+    drafter._graph = SimpleNamespace(run=poisoned)  # type: ignore[attr-defined]
+    assert model.generate("def f(x):", drafter="hydra", max_new_tokens=12, ignore_end=True).token_ids == plain
+    drafter.use_rates(drafter.prior_rates())
+    assert model.generate("def f(x):", drafter="hydra", max_new_tokens=12, ignore_end=True).token_ids == plain
 
 
 def test_verify_looks_at_heads_that_read_tokens(bundle: Path, tmp_path: Path) -> None:
